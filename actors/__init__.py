@@ -1,0 +1,1 @@
+"""Ray actors and the run loop: rollout workers, reward workers, weight sync, controller."""

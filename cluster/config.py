@@ -1,0 +1,209 @@
+"""The one configuration of a run: a pydantic model per section, one section per consumer.
+
+Invariant: a `Config` that exists is complete and consistent; no other module repeats a default. Values come
+from a YAML file and `section.key=value` overrides (see `cluster.config_file`). Frozen, unknown keys refused.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=())
+
+
+class Plugin(Section):
+    """A plug-in by name with its keyword settings."""
+
+    use: str
+    settings: dict[str, Any] = {}
+
+
+class RunSection(Section):
+    """Identity and length of the run."""
+
+    name: str = "run"
+    dir: str = "runs"
+    seed: int = 0
+    steps: Positive = 100
+    checkpoint_every: Positive = 50
+    keep_checkpoints: Positive = 3
+    samples_per_step: Annotated[int, Field(ge=0)] = 2
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = ["tensorboard"]
+
+
+class PolicyCommon(Section):
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    context_length: Positive = 1024
+
+
+class TinyPolicy(PolicyCommon):
+    """A small Qwen3-style decoder with a tokenizer trained on the task texts, made by the run itself."""
+
+    type: Literal["tiny"]
+    hidden_size: Positive = 192
+    num_layers: Positive = 4
+    num_heads: Positive = 4
+    vocab_size: Positive = 320
+
+
+class PretrainedPolicy(PolicyCommon):
+    """A Hugging Face directory or hub id."""
+
+    type: Literal["pretrained"]
+    model: str
+
+
+class GgufPolicy(PolicyCommon):
+    """A GGUF file inside an installed package (no model hub), made dense once and cached."""
+
+    type: Literal["gguf"]
+    package: str
+    file: str
+
+
+Policy = Annotated[TinyPolicy | PretrainedPolicy | GgufPolicy, Field(discriminator="type")]
+
+
+class WarmStartSection(Section):
+    """Supervised stage before RL, on `solution` (or the reference) of tasks drawn from `tasks.train`."""
+
+    examples: Positive = 4096
+    steps: Positive = 200
+    batch_size: Positive = 64
+    lr: PositiveFloat = 1e-3
+
+
+class TasksSection(Section):
+    train: Plugin
+    eval: Plugin | None = None
+    system_prompt: str = ""
+    skip_uniform: bool = True  # do not train on groups whose rewards are all equal
+
+
+class RolloutSection(Section):
+    program: Plugin = Plugin(use="single_turn")
+    workers: Positive = 1
+    tensor_parallel_size: Positive = 1
+    group_size: Annotated[int, Field(ge=2)] = 8
+    groups_per_step: Positive = 16
+    max_new_tokens: Positive = 256
+    temperature: PositiveFloat = 1.0
+    max_policy_age: Annotated[int, Field(ge=0)] = 1
+    kv_cache_gib: PositiveFloat = 1.0  # CPU engines; GPU engines use gpu_memory_fraction
+    gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.85
+    timeout_s: PositiveFloat = 300.0
+
+
+class VerifierConfig(Plugin):
+    """One named signal of the rubric. `weight` 0 makes it a monitor: measured, not rewarded."""
+
+    weight: float = 1.0
+    timeout_s: PositiveFloat = 10.0
+
+
+class RewardsSection(Section):
+    workers: Positive = 1
+    verifiers: Annotated[dict[str, VerifierConfig], Field(min_length=1)]
+
+
+class BufferSection(Section):
+    url: str | None = None  # redis://... ; none starts an embedded server for this run
+    capacity_groups: Positive = 1024
+    lease_s: PositiveFloat = 120.0
+    max_deliveries: Positive = 3
+
+
+class LearnerSection(Section):
+    world_size: Positive = 1
+    lr: PositiveFloat = 1e-6
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    microbatch_tokens: Positive = 4096
+    activation_checkpointing: bool = False
+    timeout_s: PositiveFloat = 600.0
+
+
+class ObjectiveSection(Section):
+    """Credit turns rewards into per-token advantages; losses add up with their weights."""
+
+    credit: Plugin = Plugin(use="grpo")
+    losses: Annotated[dict[str, "LossConfig"], Field(min_length=1)] = Field(
+        default_factory=lambda: {"policy": LossConfig(use="policy_gradient")}
+    )
+
+
+class LossConfig(Plugin):
+    weight: float = 1.0
+
+
+class SyncSection(Section):
+    backend: Literal["auto", "shared_file", "nccl", "ipc"] = "auto"
+    probe_sequences: Annotated[int, Field(ge=0)] = 4
+    probe_bound: PositiveFloat = 0.05  # mean |engine - learner| log-prob that quarantines an engine
+    timeout_s: PositiveFloat = 300.0
+
+
+class EvalSection(Section):
+    every: Positive = 20
+    tasks: Positive = 64
+    samples_per_task: Positive = 4
+    temperature: PositiveFloat = 1.0
+
+
+class ResourcesSection(Section):
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    cpus: Positive | None = None  # for a local Ray; none takes all cores
+    start_timeout_s: PositiveFloat = 300.0
+
+
+class Config(Section):
+    """All sections. `max_policy_age` 0 is strictly on-policy; k lets rollouts run k steps ahead."""
+
+    run: RunSection = RunSection()
+    policy: Policy
+    warm_start: WarmStartSection | None = None
+    tasks: TasksSection
+    rollout: RolloutSection = RolloutSection()
+    rewards: RewardsSection
+    buffer: BufferSection = BufferSection()
+    learner: LearnerSection = LearnerSection()
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
+    sync: SyncSection = SyncSection()
+    eval: EvalSection = EvalSection()
+    resources: ResourcesSection = ResourcesSection()
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "Config":
+        if self.rollout.max_new_tokens >= self.policy.context_length:
+            raise ValueError(
+                f"rollout.max_new_tokens ({self.rollout.max_new_tokens}) must be below "
+                f"policy.context_length ({self.policy.context_length}): no room is left for a prompt"
+            )
+        if self.learner.microbatch_tokens < self.policy.context_length:
+            raise ValueError(
+                f"learner.microbatch_tokens ({self.learner.microbatch_tokens}) must be at least "
+                f"policy.context_length ({self.policy.context_length}): one trajectory must fit"
+            )
+        needed = (self.rollout.max_policy_age + 2) * self.rollout.groups_per_step
+        if self.buffer.capacity_groups < needed:
+            raise ValueError(
+                f"buffer.capacity_groups ({self.buffer.capacity_groups}) must be at least {needed} = "
+                "(rollout.max_policy_age + 2) * rollout.groups_per_step, or the run would stall"
+            )
+        return self
+
+    @property
+    def max_groups_in_flight(self) -> int:
+        """Slots of the staleness policy: capacity is the bound on policy age."""
+        return (self.rollout.max_policy_age + 1) * self.rollout.groups_per_step
+
+
+ObjectiveSection.model_rebuild()
+Config.model_rebuild()

@@ -1,0 +1,1 @@
+"""The torch side: policy models, credit, objectives, packing and the FSDP2 learner."""

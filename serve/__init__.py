@@ -1,0 +1,1 @@
+"""The ways in: the `hone` command, the live view and the report."""
