@@ -207,6 +207,13 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     num_loss_tokens: int
 
 
+class CurriculumState(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the task order got: draws made, and those whose groups were not settled yet."""
+
+    num_drawn: int = 0
+    pending: list[int] = []
+
+
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
     """What a checkpoint must hold besides tensors so that a run goes on as if it had not stopped."""
 
@@ -214,5 +221,5 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     policy_version: int
     config_hash: str
-    curriculum: dict[str, int] = {}
+    curriculum: CurriculumState = CurriculumState()
     reward_versions: dict[str, str] = {}

@@ -1,0 +1,196 @@
+"""The fleet of rollout actors: who is healthy, who gets the next group, who is replaced.
+
+Invariant: a worker receives work only in state HEALTHY, which it enters only after it loaded the current
+weights and passed the probe. A dead worker's groups are produced again elsewhere; a replacement starts STALE.
+Used by the controller and by `actors.weight_sync`.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from actors.placement import Placement
+from actors.rollout import RolloutRequest
+from actors.rollout_worker import RolloutWorker
+from actors.stages import within
+from cluster.errors import StageError
+from cluster.status import ActorStatus
+
+MAX_RESTARTS = 5
+MAX_TRIES = 3
+logger = logging.getLogger(__name__)
+
+
+class WorkerState(StrEnum):
+    STARTING = "starting"
+    STALE = "stale"  # engine up, weights unproven
+    HEALTHY = "healthy"
+    QUARANTINED = "quarantined"  # failed the probe: serves nothing
+    DEAD = "dead"
+
+
+@dataclass
+class Worker:
+    """One rollout actor and what the controller knows of it."""
+
+    index: int
+    handle: Any
+    state: WorkerState = WorkerState.STARTING
+    policy_version: int = -1
+    pid: int = 0
+    num_running: int = 0
+    num_restarts: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"rollout/{self.index}"
+
+
+EventSink = Callable[..., None]
+
+
+class RolloutFleet:
+    """`rollout.workers` actors named `hone/<run>/rollout/<i>`."""
+
+    def __init__(
+        self, run_id: str, placement: Placement, policy_dir: Path, run_dir: str, on_event: EventSink
+    ) -> None:
+        self._run_id = run_id
+        self._placement = placement
+        self._config = placement.config
+        self._settings = placement.engine_settings(policy_dir)
+        self._run_dir = run_dir
+        self._on_event = on_event
+        self._changed = asyncio.Condition()
+        self._repairs: set[asyncio.Task[None]] = set()
+        self.catch_up: Callable[[Worker], Awaitable[None]] | None = None
+        self.workers = [Worker(i, None) for i in range(self._config.rollout.workers)]
+
+    async def start(self) -> None:
+        """Load all engines; they end STALE, waiting for the first weight sync."""
+        await asyncio.gather(*[self._launch(worker) for worker in self.workers])
+
+    async def rollout(self, request: RolloutRequest) -> Any:
+        """Produce one group; an object reference to its encoded bytes, already complete."""
+        for _ in range(MAX_TRIES):
+            worker = await self._pick()
+            try:
+                reference = worker.handle.rollout.remote(request)
+                await within(
+                    reference,
+                    stage="rollout",
+                    what=f"{worker.name} to finish a group",
+                    deadline_s=self._config.rollout.timeout_s,
+                    knob="rollout.timeout_s",
+                )
+                return reference
+            except RayActorError:
+                self.bury(worker)
+            finally:
+                worker.num_running -= 1
+                await self.notify()
+        raise StageError("rollout", f"group {request.group_id} failed on {MAX_TRIES} workers")
+
+    async def notify(self) -> None:
+        """A worker's state or load changed."""
+        async with self._changed:
+            self._changed.notify_all()
+
+    @property
+    def serving(self) -> list[Worker]:
+        """Workers that take part in a weight sync."""
+        return [w for w in self.workers if w.state in (WorkerState.HEALTHY, WorkerState.STALE)]
+
+    def statuses(self) -> list[ActorStatus]:
+        return [
+            ActorStatus(name=w.name, state=w.state, policy_version=w.policy_version, pid=w.pid)
+            for w in self.workers
+        ]
+
+    async def stop(self) -> None:
+        for repair in self._repairs:
+            repair.cancel()
+        alive = [w.handle for w in self.workers if w.handle is not None]
+        await asyncio.wait(
+            [asyncio.ensure_future(_quietly(handle.stop.remote())) for handle in alive], timeout=5.0
+        )
+        for handle in alive:
+            ray.kill(handle)
+
+    async def _pick(self) -> Worker:
+        """The healthy worker with the fewest running groups; waits for one within the start deadline."""
+        def healthy() -> list[Worker]:
+            return [w for w in self.workers if w.state is WorkerState.HEALTHY]
+
+        async with self._changed:
+            await within(
+                self._changed.wait_for(lambda: bool(healthy())),
+                stage="rollout",
+                what="a healthy rollout worker",
+                deadline_s=self._config.resources.start_timeout_s,
+                knob="resources.start_timeout_s",
+            )
+            worker = min(healthy(), key=lambda w: w.num_running)
+            worker.num_running += 1
+            return worker
+
+    async def _launch(self, worker: Worker) -> None:
+        actor = ray.remote(concurrency_groups={"control": 4, "generate": 4096})(RolloutWorker)
+        options = self._placement.rollout_options()
+        worker.handle = actor.options(
+            name=f"hone/{self._run_id}/rollout/{worker.index}/{worker.num_restarts}", **options
+        ).remote(worker.index, self._config.rollout.program, self._run_dir)
+        worker.state = WorkerState.STARTING
+        try:
+            worker.pid = await within(
+                worker.handle.start.remote(self._settings, 0, {}),
+                stage="rollout",
+                what=f"{worker.name} to load its engine",
+                deadline_s=self._config.resources.start_timeout_s,
+                knob="resources.start_timeout_s",
+            )
+        except RayActorError as error:
+            raise StageError("rollout", f"{worker.name} died while loading: {error}") from error
+        worker.state = WorkerState.STALE
+
+    def bury(self, worker: Worker) -> None:
+        """Declare a worker dead and start its replacement."""
+        if worker.state in (WorkerState.DEAD, WorkerState.STARTING):
+            return
+        worker.state = WorkerState.DEAD
+        self._on_event("worker_died", actor=worker.name, pid=worker.pid)
+        repair = asyncio.create_task(self._replace(worker))
+        self._repairs.add(repair)
+        repair.add_done_callback(self._repairs.discard)
+
+    async def _replace(self, worker: Worker) -> None:
+        """Start a dead worker again, bring it to the current weights, then let it serve."""
+        while worker.num_restarts < MAX_RESTARTS:
+            worker.num_restarts += 1
+            try:
+                await self._launch(worker)
+                if self.catch_up is not None:
+                    await self.catch_up(worker)
+                self._on_event(
+                    "worker_restarted", actor=worker.name, num_restarts=worker.num_restarts
+                )
+                return
+            except StageError as error:
+                logger.warning("%s could not be replaced: %s", worker.name, error)
+                await asyncio.sleep(5.0 * worker.num_restarts)
+        worker.state = WorkerState.DEAD
+        self._on_event("worker_retired", actor=worker.name)
+
+
+async def _quietly(reference: Any) -> None:
+    try:
+        await reference
+    except Exception:
+        logger.debug("an actor was gone before it could stop", exc_info=True)

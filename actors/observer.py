@@ -1,0 +1,149 @@
+"""What a person sees of a run: phase, metrics, events, samples, status file, watchdog.
+
+Invariant: watching never changes the run: nothing here is awaited by the loop for longer than a file write, and
+a tracker that fails is dropped by `cluster.metrics`. Owned by the controller.
+"""
+
+import logging
+import time
+from collections import Counter, deque
+
+from actors.stages import Stages
+from cluster import status
+from cluster.config import Config
+from cluster.metrics import Metrics
+from cluster.run_dir import RunDir, Sample
+from cluster.status import ActorStatus, RunStatus
+from cluster.types import TrajectoryGroup
+
+HISTORY = 120
+STALL_AFTER_S = 60.0
+logger = logging.getLogger(__name__)
+
+
+class Observer:
+    """Collects what happens and writes it into the run directory."""
+
+    def __init__(self, config: Config, run: RunDir, stages: Stages) -> None:
+        self._config = config
+        self._run = run
+        self._stages = stages
+        self._metrics = Metrics(run, list(config.run.trackers), run.name)
+        self._started_at = time.time()
+        self._phase = ("starting", "", 0.0, time.time())
+        self._rewards: deque[float] = deque(maxlen=HISTORY)
+        self._entropies: deque[float] = deque(maxlen=HISTORY)
+        self._evals: list[tuple[int, float]] = []
+        self._last: dict[str, float] = {}
+        self._recent: deque[str] = deque(maxlen=6)
+        self._drops: Counter[str] = Counter()
+        self._stalled: set[str] = set()
+        self._error = ""
+
+    def phase(self, name: str, detail: str, expected_s: float) -> None:
+        """The run enters a phase that should take `expected_s` (0 = unknown)."""
+        self._phase = (name, detail, expected_s, time.time())
+
+    def event(self, kind: str, **fields: str | int | float) -> None:
+        self._run.append_event(kind, **fields)
+        words = " ".join(f"{key}={value}" for key, value in fields.items())
+        self._recent.append(f"{kind} {words}".strip())
+        logger.info("%s %s", kind, words)
+
+    def count_drop(self, reason: str) -> None:
+        self._drops[reason] += 1
+
+    def fail(self, error: Exception) -> None:
+        """The run ends with `error`; it is in the status, the events and the log."""
+        self._error = str(error)
+        self.phase("failed", "", 0.0)
+        self.event("run_failed", error=self._error)
+
+    def log_step(self, step: int, metrics: dict[str, float]) -> None:
+        """One row of `metrics.jsonl`, with the stage waits and drops since the last row."""
+        row = dict(metrics)
+        for stage, (waited_s, busy_fraction) in self._stages.drain().items():
+            row[f"time/wait_s/{stage}"] = waited_s
+            row[f"{'learner' if stage == 'learn' else stage}/busy_fraction"] = busy_fraction
+        row["buffer/dropped"] = float(sum(self._drops.values()))
+        for reason, count in self._drops.items():
+            row[f"buffer/dropped/{reason}"] = float(count)
+        self._metrics.log(step, row)
+        self._last = row
+        if "reward/mean" in row:
+            self._rewards.append(row["reward/mean"])
+        if "policy/entropy" in row:
+            self._entropies.append(row["policy/entropy"])
+        if "eval/pass@1" in row:
+            self._evals.append((step, row["eval/pass@1"]))
+            self._recent.append(f"held-out pass@1 {row['eval/pass@1']:.3f} at step {step}")
+
+    def samples(self, step: int, groups: list[TrajectoryGroup]) -> None:
+        """Keep the best and the worst trajectory of the first groups, as a person would read them."""
+        trajectories = [(g, t) for g in groups for t in g.trajectories if t.reward is not None]
+        ranked = sorted(trajectories, key=lambda pair: pair[1].reward or 0.0)
+        count = self._config.run.samples_per_step
+        low = ranked[: count // 2]
+        high = ranked[len(low) :][::-1][: count - len(low)]
+        for group, trajectory in high + low:
+            self._run.append_sample(
+                Sample(
+                    step=step,
+                    group_id=group.group_id,
+                    task_id=group.task.task_id,
+                    prompt="\n".join(m.content for m in group.task.messages),
+                    completion=trajectory.text,
+                    reward=trajectory.reward,
+                    reference=group.task.reference,
+                    status=str(trajectory.status),
+                    policy_version=trajectory.min_policy_version,
+                    verdicts=trajectory.verdicts,
+                )
+            )
+
+    def publish(self, step: int, policy_version: int, actors: list[ActorStatus]) -> None:
+        """Replace `status.json`, and notice stages that stand still."""
+        stages = self._stages.statuses()
+        phase, detail, expected_s, phase_started_at = self._phase
+        if phase == "training":
+            self._watch(next(s for s in stages if s.name == "learn").waiting_for, stages)
+        status.write(
+            self._run.path,
+            RunStatus(
+                run=self._run.name,
+                phase=phase,
+                phase_detail=detail,
+                phase_expected_s=expected_s,
+                phase_started_at=phase_started_at,
+                started_at=self._started_at,
+                updated_at=time.time(),
+                step=step,
+                steps=self._config.run.steps,
+                policy_version=policy_version,
+                tokens_per_s=self._last.get("rollout/tokens_per_s", 0.0),
+                policy_age=self._last.get("policy_age/mean", 0.0),
+                buffer_depth=int(self._last.get("buffer/depth", 0)),
+                groups_dropped=sum(self._drops.values()),
+                reward_history=list(self._rewards),
+                entropy_history=list(self._entropies),
+                eval_history=self._evals,
+                stages=stages,
+                actors=actors,
+                last_events=list(self._recent),
+                error=self._error,
+            ),
+        )
+
+    def close(self) -> None:
+        self._metrics.close()
+
+    def _watch(self, learner_waits_for: str, stages: list[status.StageStatus]) -> None:
+        """Name the stage that holds the learner up, once per stall."""
+        learn = next(s for s in stages if s.name == "learn")
+        if not learner_waits_for or learn.since_s < STALL_AFTER_S:
+            self._stalled.clear()
+            return
+        if "learn" not in self._stalled:
+            self._stalled.add("learn")
+            held = [f"{s.name}: {s.waiting_for or 'busy'} {s.since_s:.0f} s" for s in stages]
+            self.event("stalled", waiting_for=learner_waits_for, stages="; ".join(held))

@@ -1,0 +1,101 @@
+"""The rollout actor: one engine, one tokenizer, one program.
+
+Invariant: it never serves weights it cannot name: each trajectory says which policy version wrote each token.
+Created by `actors.fleet`; generation and control run in separate concurrency groups, so a health check or a
+weight update never queues behind long generations.
+"""
+
+import asyncio
+import os
+from typing import Any
+
+import numpy as np
+import ray
+
+from actors.placement import EngineSettings
+from actors.programs import PROGRAMS
+from actors.rollout import Completion, RolloutProgram, RolloutRequest, Sampling
+from cluster import log, plugins, wire
+from cluster.config import Plugin
+from cluster.errors import StageError, boundary
+from cluster.types import Message
+
+
+class RolloutWorker:
+    """Runs inside its own Ray actor process; see `actors.placement` for its resources."""
+
+    def __init__(self, index: int, program: Plugin, run_dir: str) -> None:
+        log.setup(f"rollout-{index}", run_dir)
+        self._program: RolloutProgram = plugins.build(
+            program.use, program.settings, PROGRAMS, "rollout.program.use"
+        )
+        self._engine: Any = None
+        self._tokenizer: Any = None
+
+    @ray.method(concurrency_group="control")
+    async def start(self, settings: EngineSettings, policy_version: int, init_info: dict[str, Any]) -> int:
+        """Load the engine (the long part: importing vllm); returns the process id."""
+        with boundary("rollout"):
+            self._engine, self._tokenizer = await asyncio.to_thread(_load, settings)
+            await self._engine.start(policy_version, init_info)
+        return os.getpid()
+
+    @ray.method(concurrency_group="generate")
+    async def rollout(self, request: RolloutRequest) -> bytes:
+        """Produce one group; the encoded `TrajectoryGroup`."""
+        with boundary("rollout"):
+            io = _EngineIO(self._engine, self._tokenizer, request.sampling)
+            return wire.encode(await self._program.run(request, io))
+
+    @ray.method(concurrency_group="control")
+    async def load_weights(self, update_info: dict[str, Any], policy_version: int) -> float:
+        """Swap weights in flight; returns the pause in seconds."""
+        with boundary("sync"):
+            return await self._engine.load_weights(update_info, policy_version)
+
+    @ray.method(concurrency_group="control")
+    async def score(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
+        """Log-probs of each sequence's tokens after the first, by the current weights."""
+        with boundary("sync"):
+            return await asyncio.gather(*[self._engine.score(s) for s in sequences])
+
+    @ray.method(concurrency_group="control")
+    async def ping(self) -> int:
+        """The policy version in service; raises when the engine process is gone."""
+        if not await self._engine.is_alive():
+            raise StageError("rollout", "the vLLM engine process is gone")
+        return self._engine.policy_version
+
+    @ray.method(concurrency_group="control")
+    async def stop(self) -> None:
+        """End the engine process before the actor goes."""
+        if self._engine is not None:
+            self._engine.shutdown()
+
+
+class _EngineIO:
+    """`RolloutIO` over one engine."""
+
+    def __init__(self, engine: Any, tokenizer: Any, sampling: Sampling) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self.sampling = sampling
+
+    def render(self, messages: list[Message]) -> np.ndarray:
+        from learners.tokenizer import render
+
+        return np.array(render(self._tokenizer, messages), dtype=np.int32)
+
+    def decode(self, token_ids: np.ndarray) -> str:
+        return self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
+
+    async def generate(self, context: np.ndarray, n: int) -> list[Completion]:
+        return await self._engine.generate(context, n, self.sampling)
+
+
+def _load(settings: EngineSettings) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer
+
+    from actors.vllm_engine import VllmEngine
+
+    return VllmEngine(settings), AutoTokenizer.from_pretrained(settings.policy_dir)

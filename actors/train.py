@@ -1,0 +1,200 @@
+"""Launch: from a checked config to a finished run, and everything stopped again.
+
+Invariant: whatever happens between start and end (success, failure, Ctrl-C), no process that was started here
+outlives `run`. Called by `hone train`; `python -m actors.train CONFIG` is the entry of a Ray job.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from actors.placement import QUIET_ENV, Placement
+from cluster import log, status
+from cluster.config import Config
+from cluster.embedded_redis import EmbeddedRedis
+from cluster.errors import ConfigError, HoneError, StageError
+from cluster.run_dir import RunDir
+from cluster.status import RunStatus
+
+INTERRUPTED = 130
+STOP_DEADLINE_S = 12.0
+POLL_S = 0.2
+logger = logging.getLogger(__name__)
+
+
+def run(config: Config, *, run_dir: RunDir, resume: bool, address: str) -> int:
+    """Train and wait; 0 when done, 130 when interrupted with the state saved.
+
+    `address` is `local` (a Ray of our own, stopped at the end), `auto`, or the address of a cluster.
+    Raises `ConfigError` before anything started, `StageError` when the run failed.
+    """
+    if address != "local" and config.buffer.url is None:
+        raise ConfigError(
+            f"buffer.url: required with --address {address}, so that every node reaches the same Redis"
+        )
+    log.setup("launcher", str(run_dir.path))
+    with ExitStack() as stack:
+        interrupt = stack.enter_context(_interrupts())
+        _announce(config, run_dir, "starting Redis", 0.5)
+        url = config.buffer.url or _embedded_redis(run_dir, stack)
+        _announce(config, run_dir, "starting Ray", 6.0)
+        stack.enter_context(_cluster(config, run_dir, address))
+        _announce(config, run_dir, "starting the controller", 4.0)
+        return _conduct(config, run_dir, url, resume, interrupt)
+
+
+def _conduct(
+    config: Config, run_dir: RunDir, url: str, resume: bool, interrupt: list[int]
+) -> int:
+    """Create the controller and wait for it; the first interrupt asks it to stop, the second leaves."""
+    from actors.controller import Controller
+
+    # An explicit worker environment keeps PYTHONPATH additions of the launcher visible everywhere.
+    controller: Any = (
+        ray.remote(Controller)
+        .options(name=f"hone/{run_dir.name}/controller", num_cpus=0, max_concurrency=1000)
+        .remote(config, str(run_dir.path), url, resume)
+    )
+    finished = controller.run.remote()
+    deadline: float | None = None
+    while not ray.wait([finished], timeout=POLL_S)[0]:
+        if interrupt and deadline is None:
+            deadline = time.monotonic() + STOP_DEADLINE_S
+            controller.stop.remote()
+        if deadline is not None and (len(interrupt) > 1 or time.monotonic() > deadline):
+            logger.warning("the controller did not stop in %.0f s: ended now", STOP_DEADLINE_S)
+            return INTERRUPTED
+    try:
+        ray.get(finished, timeout=POLL_S)
+    except RayTaskError as error:
+        raise _cause(error) from None
+    except RayError as error:
+        raise StageError("controller", f"died: {error}; see {run_dir.logs}") from None
+    return INTERRUPTED if interrupt else 0
+
+
+def _cause(error: RayTaskError) -> HoneError:
+    cause = error.cause
+    return cause if isinstance(cause, HoneError) else StageError("run", str(cause))
+
+
+def _embedded_redis(run_dir: RunDir, stack: ExitStack) -> str:
+    server = EmbeddedRedis(run_dir.redis)
+    url = server.start()
+    stack.callback(server.stop)
+    return url
+
+
+@contextmanager
+def _cluster(config: Config, run_dir: RunDir, address: str) -> Iterator[None]:
+    """Connect to Ray; a local one is ours alone and leaves nothing behind."""
+    os.environ.update(QUIET_ENV)
+    common: dict[str, Any] = {
+        "namespace": "hone",
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": True,
+    }
+    if address != "local":
+        ray.init(address=address, **common)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    placement = Placement.of(config)
+    temporary = Path(tempfile.mkdtemp(prefix="hone-", dir="/tmp"))  # short: it holds unix sockets
+    cores = config.resources.cpus or os.cpu_count() or 1
+    paths = [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(cores, placement.total_cpus),
+            include_dashboard=False,
+            _temp_dir=str(temporary),
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}},
+            **common,
+        )
+        yield
+    finally:
+        ray.shutdown()
+        _keep_worker_logs(temporary, run_dir.logs / "ray")
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _keep_worker_logs(temporary: Path, target: Path) -> None:
+    """What the actors printed, beside the run; empty files are left out."""
+    for file in temporary.glob("session_2*/logs/worker-*"):
+        if file.stat().st_size:
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target / file.name)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of raising in the middle of something."""
+    seen: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        seen.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _announce(config: Config, run_dir: RunDir, detail: str, expected_s: float) -> None:
+    """Tell the live view what happens before the controller exists to do so."""
+    now = time.time()
+    status.write(
+        run_dir.path,
+        RunStatus(
+            run=run_dir.name,
+            phase="starting",
+            phase_detail=detail,
+            phase_expected_s=expected_s,
+            phase_started_at=now,
+            started_at=now,
+            updated_at=now,
+            steps=config.run.steps,
+        ),
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m actors.train CONFIG [key=value ...]`: train on the Ray cluster this job runs in."""
+    from cluster import config_file
+
+    if not arguments:
+        raise ConfigError("usage: python -m actors.train CONFIG [key=value ...]")
+    config = config_file.load(arguments[0], arguments[1:])
+    run_dir = RunDir.create(
+        config.run.dir, config.run.name, config_file.dump(config), exist_ok=True
+    )
+    return run(config, run_dir=run_dir, resume=True, address="auto")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ConfigError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except HoneError as problem:
+        print(f"failed: {problem}", file=sys.stderr)
+        sys.exit(1)

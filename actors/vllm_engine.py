@@ -1,0 +1,155 @@
+"""One vLLM engine: token-in/token-out generation, scoring, and weight updates in flight.
+
+Invariant: every sampled token carries its temperature-scaled log-prob and the policy version that made it, and
+a prefix cached under one version is never read under another (requests are salted with the version). Owned by
+a rollout worker; the only module besides `weight_transfer` that imports vllm.
+"""
+
+import asyncio
+import time
+from typing import Any
+
+import numpy as np
+from vllm import SamplingParams
+from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferInitRequest,
+    WeightTransferUpdateRequest,
+)
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+from actors.placement import EngineSettings
+from actors.rollout import Completion, Sampling
+from cluster.errors import StageError
+from cluster.types import Author, Segment, TrajectoryStatus, VersionSpan
+
+GIB = 2**30
+
+
+class VllmEngine:
+    """`AsyncLLM` behind the few calls Hone needs. Times in seconds, log-probs in nats."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._engine = AsyncLLM.from_engine_args(_engine_args(settings))
+        self._request_ids = 0
+        self.policy_version = 0
+
+    async def start(self, policy_version: int, init_info: dict[str, Any]) -> None:
+        """Open the weight transfer and pay the first-batch cost before anyone waits for it."""
+        await self._engine.init_weight_transfer_engine(
+            WeightTransferInitRequest(init_info=init_info)
+        )
+        await self._set_version(policy_version)
+        warm_up = Sampling(max_new_tokens=8, temperature=1.0, stop_token_ids=[], seed=0)
+        await self.generate(np.arange(1, 9, dtype=np.int32), 8, warm_up)
+        await self.score(np.arange(1, 9, dtype=np.int32))
+        await self._engine.reset_prefix_cache()
+
+    async def generate(self, context: np.ndarray, n: int, sampling: Sampling) -> list[Completion]:
+        """`n` completions of `context` [C]; requests live through weight updates."""
+        parameters = SamplingParams(
+            n=n,
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_new_tokens,
+            stop_token_ids=sampling.stop_token_ids,
+            seed=sampling.seed,
+            logprobs=0,
+            detokenize=False,
+        )
+        output = await self._run(context, parameters)
+        return [self._completion(part) for part in output.outputs]
+
+    async def score(self, token_ids: np.ndarray) -> np.ndarray:
+        """Log-probs [S-1] fp32 at temperature 1 of tokens 1.. of `token_ids` [S]; no cache is read."""
+        output = await self._run(
+            token_ids, SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        )
+        assert output.prompt_logprobs is not None
+        pairs = zip(token_ids[1:].tolist(), output.prompt_logprobs[1:], strict=True)
+        return np.array([table[token].logprob for token, table in pairs if table], dtype=np.float32)
+
+    async def load_weights(self, update_info: dict[str, Any], policy_version: int) -> float:
+        """Swap weights under running requests (pause keep); returns the pause in seconds."""
+        started = time.monotonic()
+        await self._engine.pause_generation(mode="keep", clear_cache=False)
+        await self._engine.start_weight_update()
+        await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+        await self._engine.finish_weight_update(weight_version=str(policy_version))
+        self.policy_version = policy_version
+        await self._engine.resume_generation()
+        return time.monotonic() - started
+
+    async def is_alive(self) -> bool:
+        return not self._engine.errored
+
+    def shutdown(self) -> None:
+        self._engine.shutdown()
+
+    async def _set_version(self, policy_version: int) -> None:
+        await self._engine.update_weight_version(str(policy_version))
+        self.policy_version = policy_version
+
+    async def _run(self, token_ids: np.ndarray, parameters: SamplingParams) -> RequestOutput:
+        self._request_ids += 1
+        request_id = f"request-{self._request_ids}"
+        prompt: Any = {
+            "prompt_token_ids": token_ids.tolist(),
+            "cache_salt": f"policy-{self.policy_version}",
+        }
+        last: RequestOutput | None = None
+        try:
+            async for output in self._engine.generate(prompt, parameters, request_id=request_id):
+                last = output
+        except asyncio.CancelledError:
+            await self._engine.abort(request_id)
+            raise
+        if last is None:
+            raise StageError("rollout", f"the engine ended {request_id} without an output")
+        return last
+
+    def _completion(self, output: CompletionOutput) -> Completion:
+        token_ids = np.array(output.token_ids, dtype=np.int32)
+        assert output.logprobs is not None
+        rows = zip(token_ids.tolist(), output.logprobs, strict=True)
+        logprobs = np.array([row[token].logprob for token, row in rows], dtype=np.float32)
+        spans = [
+            VersionSpan(int(span.version), span.start, span.end)
+            for span in output.weight_versions or []
+        ]
+        is_completed = output.finish_reason == "stop"
+        return Completion(
+            segment=Segment(
+                token_ids=token_ids, logprobs=logprobs, author=Author.POLICY, version_spans=spans
+            ),
+            status=TrajectoryStatus.COMPLETED if is_completed else TrajectoryStatus.TRUNCATED,
+        )
+
+
+def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
+    common: dict[str, Any] = {
+        "model": str(settings.policy_dir),
+        "dtype": settings.dtype,
+        "max_model_len": settings.context_length,
+        "max_num_seqs": settings.max_num_seqs,
+        "skip_tokenizer_init": True,
+        "logprobs_mode": "processed_logprobs",
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "weight_transfer_config": WeightTransferConfig(backend=settings.weight_backend),
+    }
+    if settings.is_gpu:
+        return AsyncEngineArgs(
+            **common,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            gpu_memory_utilization=settings.gpu_memory_fraction,
+        )
+    return AsyncEngineArgs(
+        **common,
+        enforce_eager=True,
+        # One process for scheduler and model: half the start time of the default on CPU.
+        distributed_executor_backend=UniProcExecutor,
+        kv_cache_memory_bytes=int(settings.kv_cache_gib * GIB),
+    )

@@ -1,0 +1,290 @@
+"""The Lua scripts of the replay buffer: one script per change that touches more than one key.
+
+Invariant: after any script a group is in exactly one of ready, leased, consumed or finished, an entry,
+header and payload exist for the first three only, and `wake` holds one token while something is ready.
+Called by `cluster.replay_buffer` alone.
+
+KEYS[1..10] of every script are `Keys.state`. Time is the server's. An entry is msgpack of
+`place` (16 digits of arrival number + group_id: FIFO within one priority), `score` (-priority, as text),
+`version`, `size` (payload bytes), `deliveries`, `owner`. Only ADD is refused when Redis is out of memory, so
+a full server can still be drained.
+"""
+
+_PRELUDE = """
+local ready, leased, consumed, entries, headers, payloads, counters, finished, dead, wake =
+  unpack(KEYS)
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+
+local function count(name, amount) redis.call('HINCRBY', counters, name, amount) end
+
+local function load(id)
+  local packed = redis.call('HGET', entries, id)
+  return packed and cmsgpack.unpack(packed)
+end
+
+local function save(id, entry) redis.call('HSET', entries, id, cmsgpack.pack(entry)) end
+
+local function ring()
+  if redis.call('EXISTS', ready) == 0 then
+    redis.call('DEL', wake)
+  elseif redis.call('EXISTS', wake) == 0 then
+    redis.call('RPUSH', wake, 1)
+  end
+end
+
+local function detach(id, entry)
+  redis.call('ZREM', ready, entry.place)
+  redis.call('ZREM', leased, id)
+  redis.call('ZREM', consumed, id)
+end
+
+local function make_ready(id, entry)
+  detach(id, entry)
+  entry.owner = ''
+  save(id, entry)
+  redis.call('ZADD', ready, entry.score, entry.place)
+end
+
+local function forget(id, entry)
+  detach(id, entry)
+  redis.call('HDEL', entries, id)
+  redis.call('HDEL', headers, id)
+  redis.call('HDEL', payloads, id)
+  count('payload_bytes', -entry.size)
+  redis.call('ZADD', finished, now, id)
+end
+
+local function bury(id, entry, reason)
+  redis.call('XADD', dead, '*', 'group_id', id, 'reason', reason, 'deliveries', entry.deliveries,
+    'payload', redis.call('HGET', payloads, id) or '')
+  forget(id, entry)
+  count('dead_lettered', 1)
+end
+
+local function end_lease(id, max_deliveries)
+  local entry = load(id)
+  if entry.deliveries > max_deliveries then
+    bury(id, entry, 'delivered ' .. entry.deliveries .. ' times')
+    return 0
+  end
+  make_ready(id, entry)
+  return 1
+end
+"""
+
+_GROWS = "#!lua" + _PRELUDE
+_SHRINKS = "#!lua flags=allow-oom" + _PRELUDE
+
+# ARGV: group_id, score, version, header, payload, capacity, memory of finished ids (ms).
+# Returns "added", "duplicate" or "full".
+ADD = (
+    _GROWS
+    + """
+local id, score, version, header, payload = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+redis.call('ZREMRANGEBYSCORE', finished, '-inf', now - ARGV[7])
+if redis.call('HEXISTS', entries, id) == 1 or redis.call('ZSCORE', finished, id) then
+  count('duplicates', 1)
+  return 'duplicate'
+end
+if redis.call('ZCARD', ready) + redis.call('ZCARD', leased) >= tonumber(ARGV[6]) then
+  return 'full'
+end
+local arrival = redis.call('HINCRBY', counters, 'added', 1)
+redis.call('HSET', headers, id, header)
+redis.call('HSET', payloads, id, payload)
+count('payload_bytes', #payload)
+make_ready(id, {place = string.format('%016d', arrival) .. id, score = score,
+  version = tonumber(version), size = #payload, deliveries = 0, owner = ''})
+ring()
+return 'added'
+"""
+)
+
+# KEYS[11]: the owner's last claim. ARGV: owner, most groups, lowest version, lease (ms), request id.
+# Drops what is older than the lowest version. The same request id gets the same groups again.
+# Returns group_id, header, group_id, header, ... in priority order; a header may be nil.
+CLAIM = (
+    _SHRINKS
+    + """
+local owner, most, lowest = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local lease, request = tonumber(ARGV[4]), ARGV[5]
+local answer = {}
+local function include(id)
+  answer[#answer + 1] = id
+  answer[#answer + 1] = redis.call('HGET', headers, id)
+end
+
+local last = redis.call('GET', KEYS[11])
+last = last and cmsgpack.unpack(last)
+if last and last.request == request then
+  for _, id in ipairs(last.ids) do
+    local entry = redis.call('ZSCORE', leased, id) and load(id)
+    if entry and entry.owner == owner then include(id) end
+  end
+  return answer
+end
+
+local ids = {}
+while #ids < most do
+  local first = redis.call('ZPOPMIN', ready)
+  if #first == 0 then break end
+  local id = string.sub(first[1], 17)
+  local entry = load(id)
+  if entry.version < lowest then
+    forget(id, entry)
+    count('dropped:too_old', 1)
+  else
+    entry.deliveries = entry.deliveries + 1
+    entry.owner = owner
+    save(id, entry)
+    redis.call('ZADD', leased, now + lease, id)
+    ids[#ids + 1] = id
+    include(id)
+  end
+end
+if #ids > 0 then
+  redis.call('SET', KEYS[11], cmsgpack.pack({request = request, ids = ids}), 'PX', lease)
+end
+ring()
+return answer
+"""
+)
+
+# ARGV: owner, lease (ms). Returns the number of leases renewed.
+RENEW = (
+    _SHRINKS
+    + """
+local renewed = 0
+for _, id in ipairs(redis.call('ZRANGE', leased, 0, -1)) do
+  if load(id).owner == ARGV[1] then
+    redis.call('ZADD', leased, now + ARGV[2], id)
+    renewed = renewed + 1
+  end
+end
+return renewed
+"""
+)
+
+# ARGV: owner, group_id, ... Gives leases of this owner back; such a delivery does not count.
+# Returns the number of groups made ready.
+RELEASE = (
+    _SHRINKS
+    + """
+local released = 0
+for i = 2, #ARGV do
+  local id = ARGV[i]
+  local entry = redis.call('ZSCORE', leased, id) and load(id)
+  if entry and entry.owner == ARGV[1] then
+    entry.deliveries = entry.deliveries - 1
+    make_ready(id, entry)
+    released = released + 1
+  end
+end
+ring()
+return released
+"""
+)
+
+# ARGV: step, group_id, ... All or nothing; repeating it with the same step changes nothing.
+# Returns group_id, reason, ... of those that stand in the way, or an empty list.
+CONSUME = (
+    _SHRINKS
+    + """
+local conflicts, entering = {}, {}
+for i = 2, #ARGV do
+  local id = ARGV[i]
+  local step = redis.call('ZSCORE', consumed, id)
+  local entry = load(id)
+  if not entry or (step and tonumber(step) ~= tonumber(ARGV[1])) then
+    conflicts[#conflicts + 1] = id
+    conflicts[#conflicts + 1] = step and 'consumed by step ' .. step or 'not in the buffer'
+  elseif not step then
+    entering[id] = entry
+  end
+end
+if #conflicts > 0 then return conflicts end
+for id, entry in pairs(entering) do
+  detach(id, entry)
+  entry.owner = ''
+  entry.deliveries = 0
+  save(id, entry)
+  redis.call('ZADD', consumed, ARGV[1], id)
+end
+ring()
+return conflicts
+"""
+)
+
+# ARGV: durable step, batch size. Returns the number of groups deleted; fewer than a batch means done.
+ACKNOWLEDGE = (
+    _SHRINKS
+    + """
+local ids = redis.call('ZRANGEBYSCORE', consumed, '-inf', ARGV[1], 'LIMIT', 0, ARGV[2])
+for _, id in ipairs(ids) do forget(id, load(id)) end
+count('acknowledged', #ids)
+return #ids
+"""
+)
+
+# ARGV: durable step, most deliveries, batch size.
+# Returns groups looked at, groups made ready; none looked at means done.
+RESTORE = (
+    _SHRINKS
+    + """
+local seen, returned = 0, 0
+local undone = redis.call('ZRANGEBYSCORE', consumed, '(' .. ARGV[1], '+inf', 'LIMIT', 0, ARGV[3])
+for _, id in ipairs(undone) do
+  make_ready(id, load(id))
+  seen, returned = seen + 1, returned + 1
+end
+for _, id in ipairs(redis.call('ZRANGE', leased, 0, ARGV[3] - 1)) do
+  seen, returned = seen + 1, returned + end_lease(id, tonumber(ARGV[2]))
+end
+ring()
+return {seen, returned}
+"""
+)
+
+# ARGV: most deliveries, batch size. Returns as RESTORE.
+EXPIRE = (
+    _SHRINKS
+    + """
+local returned = 0
+local ids = redis.call('ZRANGEBYSCORE', leased, '-inf', now, 'LIMIT', 0, ARGV[2])
+for _, id in ipairs(ids) do returned = returned + end_lease(id, tonumber(ARGV[1])) end
+ring()
+return {#ids, returned}
+"""
+)
+
+# ARGV: group_id, reason. Returns "dropped", "consumed" (refused) or "unknown" (nothing to do).
+DROP = (
+    _SHRINKS
+    + """
+local entry = load(ARGV[1])
+if not entry then return 'unknown' end
+if redis.call('ZSCORE', consumed, ARGV[1]) then return 'consumed' end
+forget(ARGV[1], entry)
+count('dropped:' .. ARGV[2], 1)
+ring()
+return 'dropped'
+"""
+)
+
+# ARGV: group_id, reason, ... Returns the number moved to the dead letters; unknown ids are left out.
+BURY = (
+    _SHRINKS
+    + """
+local buried = 0
+for i = 1, #ARGV, 2 do
+  local entry = load(ARGV[i])
+  if entry then
+    bury(ARGV[i], entry, ARGV[i + 1])
+    buried = buried + 1
+  end
+end
+ring()
+return buried
+"""
+)

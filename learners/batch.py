@@ -1,0 +1,125 @@
+"""Packed rows: what one forward and backward pass of the learner reads.
+
+Invariant: sequences lie end to end in [T] token arrays, and everything a loss needs lies in [N]
+arrays with one entry per token that the policy wrote; a token without gradient has no entry, so no
+loss needs a mask. Built by the learner and by warm start from trajectories, examples or probe
+sequences.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cluster.types import Trajectory
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence on its way into a pack: `context` [C], then `completion` [L] and its columns [L]."""
+
+    context: np.ndarray
+    completion: np.ndarray
+    loss_mask: np.ndarray
+    rollout_logprobs: np.ndarray
+    advantages: np.ndarray
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.context) == 0 and self.loss_mask[:1].any():
+            raise ValueError("a sequence must have a context: its first token has no predictor")
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, advantages: np.ndarray) -> "Row":
+        """A trajectory with its credit; it is conditioned on `train_context_tokens` when set."""
+        context = trajectory.train_context_tokens
+        return cls(
+            context=trajectory.context_tokens if context is None else context,
+            completion=trajectory.token_ids,
+            loss_mask=trajectory.loss_mask,
+            rollout_logprobs=trajectory.rollout_logprobs,
+            advantages=advantages,
+            temperature=trajectory.temperature,
+        )
+
+    @classmethod
+    def plain(cls, context: np.ndarray, completion: np.ndarray) -> "Row":
+        """A sequence whose whole completion counts and that has no rollout behind it."""
+        zeros = np.zeros(len(completion), dtype=np.float32)
+        return cls(context, completion, np.ones(len(completion), dtype=bool), zeros, zeros)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences end to end. T tokens, S sequences, N loss tokens (the ones the policy wrote).
+
+    `loss_index` is the position whose hidden state predicts the loss token `labels`. Two sequences
+    of 3 + 2 and 2 + 1 tokens: T = 8, cu_seqlens = [0, 5, 8], loss_index = [2, 3, 6], N = 3. A pack
+    of no rows holds one token and N = 0, so that its pass runs the same collectives as everyone
+    else's.
+    """
+
+    token_ids: Int[Tensor, " T"]
+    position_ids: Int[Tensor, " T"]
+    cu_seqlens: Int[Tensor, " S+1"]
+    max_length: int
+    loss_index: Int[Tensor, " N"]
+    labels: Int[Tensor, " N"]
+    sequence_ids: Int[Tensor, " N"]
+    temperature: Float[Tensor, " N"]
+    rollout_logprobs: Float[Tensor, " N"]
+    advantages: Float[Tensor, " N"]
+    sequence_loss_tokens: Int[Tensor, " S"]
+    num_tokens: int
+    num_sequences: int  # with at least one loss token
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return len(self.labels)
+
+    @classmethod
+    def pack(cls, rows: list[Row], device: torch.device | None = None) -> "MicroBatch":
+        """Lay `rows` end to end on `device`."""
+        num_tokens = sum(len(row.context) + len(row.completion) for row in rows)
+        rows = rows or [Row.plain(np.zeros(1, dtype=np.int32), np.zeros(0, dtype=np.int32))]
+        lengths = [len(row.context) + len(row.completion) for row in rows]
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        written = [np.flatnonzero(row.loss_mask) for row in rows]
+        counts = np.array([len(indices) for indices in written])
+
+        def put(values: np.ndarray, dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.as_tensor(values).to(device=device, dtype=dtype)
+
+        def joined(columns: list[np.ndarray]) -> np.ndarray:
+            return np.concatenate(
+                [column[indices] for column, indices in zip(columns, written, strict=True)]
+            )
+
+        return cls(
+            token_ids=put(
+                np.concatenate([part for row in rows for part in (row.context, row.completion)])
+            ),
+            position_ids=put(np.concatenate([np.arange(length) for length in lengths])),
+            cu_seqlens=put(starts, torch.int32),
+            max_length=max(lengths),
+            loss_index=put(
+                np.concatenate(
+                    [
+                        start + len(row.context) + indices - 1
+                        for start, row, indices in zip(starts[:-1], rows, written, strict=True)
+                    ]
+                )
+            ),
+            labels=put(joined([row.completion for row in rows])),
+            sequence_ids=put(np.repeat(np.arange(len(rows)), counts)),
+            temperature=put(
+                np.repeat(np.array([row.temperature for row in rows]), counts), torch.float32
+            ),
+            rollout_logprobs=put(joined([row.rollout_logprobs for row in rows]), torch.float32),
+            advantages=put(joined([row.advantages for row in rows]), torch.float32),
+            sequence_loss_tokens=put(counts),
+            num_tokens=num_tokens,
+            num_sequences=int((counts > 0).sum()),
+        )

@@ -1,0 +1,218 @@
+"""All ranks of the learner as one object: the driver's handle over one Ray actor per rank.
+
+Invariant: trajectories never pass the driver; it plans from headers, and each rank fetches the
+groups it needs from the replay buffer. All ranks hold their groups before any of them starts a
+collective, so a group that cannot be read raises and moves nothing. After a `StageError` the group
+is shut down and started anew. Called by the controller.
+"""
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from cluster.config import Config
+from cluster.errors import DeadlineError, HoneError, StageError
+from cluster.redis_client import connect
+from cluster.replay_buffer import ReplayBuffer
+from cluster.types import GroupHeader, StepResult, TrajectoryGroup
+from learners.learner import Learner, ScoreRequest
+from learners.packing import PackingPlan, plan_groups
+from learners.warm_start import Example, WarmStartProgress
+
+_WARM_START_CHUNK = 10  # steps between two reports of progress
+
+
+class LearnerRank:
+    """Body of one Ray actor: a `Learner` and its way to the replay buffer."""
+
+    def __init__(
+        self,
+        *,
+        run_id: str,
+        config: Config,
+        policy_dir: Path,
+        buffer_url: str,
+        rank: int,
+        num_threads: int,
+    ) -> None:
+        self._config = config
+        self._policy_dir = policy_dir
+        self._rank = rank
+        self._num_threads = num_threads
+        self._buffer = ReplayBuffer(
+            connect(buffer_url),
+            run_id,
+            capacity_groups=config.buffer.capacity_groups,
+            lease_s=config.buffer.lease_s,
+            max_deliveries=config.buffer.max_deliveries,
+        )
+        self._groups: list[TrajectoryGroup] = []
+
+    def address(self) -> str:
+        """A free "host:port" on this rank's node, for the ranks to meet at."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"{host}:{probe.getsockname()[1]}"
+
+    def start(self, master: str) -> int:
+        """Join the other ranks and load the policy; returns the process id."""
+        self._learner = Learner(
+            config=self._config,
+            policy_dir=self._policy_dir,
+            rank=self._rank,
+            world_size=self._config.learner.world_size,
+            master=master,
+            num_threads=self._num_threads,
+        )
+        return os.getpid()
+
+    def fetch(self, plan: PackingPlan) -> None:
+        """Get the groups of this rank's share of `plan`."""
+        group_ids = plan.group_ids(self._rank)
+        self._groups = self._buffer.fetch(group_ids) if group_ids else []
+
+    def forward_backward(self, plan: PackingPlan) -> None:
+        self._learner.forward_backward(self._groups, plan)
+        self._groups = []
+
+    def optim_step(self) -> StepResult:
+        return self._learner.optim_step()
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray]:
+        return self._learner.score(requests)
+
+    def begin_warm_start(self, examples: Sequence[Example]) -> None:
+        self._warm_start = self._learner.warm_start(examples)
+
+    def advance_warm_start(self, num_steps: int) -> WarmStartProgress | None:
+        """Up to `num_steps` further steps; None when there were none left."""
+        last = None
+        for last in islice(self._warm_start, num_steps):
+            pass
+        return last
+
+    def export_weights(self, path: Path) -> None:
+        self._learner.export_weights(path)
+
+    def save(self, directory: Path) -> None:
+        self._learner.save(directory)
+
+    def load(self, directory: Path) -> int:
+        self._learner.load(directory)
+        return self._learner.policy_version
+
+    def export_hf(self, directory: Path) -> None:
+        self._learner.export_hf(directory)
+
+
+@dataclass(frozen=True)
+class LearnerGroup:
+    """Handle over the ranks `hone/<run_id>/learner/<i>`; every wait ends after `learner.timeout_s`."""
+
+    ranks: list[Any]  # Ray actor handles
+    pids: list[int]
+    microbatch_tokens: int
+    timeout_s: float
+
+    @classmethod
+    async def start(
+        cls,
+        *,
+        run_id: str,
+        config: Config,
+        policy_dir: Path,
+        buffer_url: str,
+        actor_options: dict[str, Any],
+    ) -> "LearnerGroup":
+        """Create one actor per rank with `actor_options` (num_cpus, num_gpus, ...) and load the policy."""
+        num_threads = max(1, int(actor_options.get("num_cpus", 1)))
+        ranks = [
+            ray.remote(LearnerRank)
+            .options(**actor_options, name=f"hone/{run_id}/learner/{rank}")
+            .remote(
+                run_id=run_id,
+                config=config,
+                policy_dir=policy_dir,
+                buffer_url=buffer_url,
+                rank=rank,
+                num_threads=num_threads,
+            )
+            for rank in range(config.learner.world_size)
+        ]
+        group = cls(ranks, [], config.learner.microbatch_tokens, config.learner.timeout_s)
+        try:
+            [master] = await group._gather("address", ranks[:1], ())
+            pids = await group.call("start", master)
+        except BaseException:
+            group.shutdown()
+            raise
+        return cls(ranks, pids, group.microbatch_tokens, group.timeout_s)
+
+    async def forward_backward(self, headers: Sequence[GroupHeader]) -> None:
+        """Accumulate gradients of these groups; raises `WireError`, with nothing moved, if one is lost."""
+        plan = ray.put(plan_groups(headers, len(self.ranks), self.microbatch_tokens))
+        await self.call("fetch", plan)
+        await self.call("forward_backward", plan)
+
+    async def optim_step(self) -> StepResult:
+        return (await self.call("optim_step"))[0]
+
+    async def warm_start(self, examples: Sequence[Example]) -> AsyncIterator[WarmStartProgress]:
+        """Run the supervised stage, reporting every few steps."""
+        await self.call("begin_warm_start", ray.put(list(examples)))
+        while progress := (await self.call("advance_warm_start", _WARM_START_CHUNK))[0]:
+            yield progress
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray]:
+        """Log-probs float32 [L] of each request's tokens after its context, at temperature 1."""
+        return (await self.call("score", list(requests)))[0]
+
+    async def export_weights(self, path: Path) -> None:
+        await self.call("export_weights", path)
+
+    async def save(self, directory: Path) -> None:
+        await self.call("save", directory)
+
+    async def load(self, directory: Path) -> int:
+        """Returns the policy version of the loaded weights."""
+        return (await self.call("load", directory))[0]
+
+    async def export_hf(self, directory: Path) -> None:
+        await self.call("export_hf", directory)
+
+    async def call(self, method: str, *args: Any) -> list[Any]:
+        """`method` of `LearnerRank` on every rank; the results in rank order."""
+        return await self._gather(method, self.ranks, args)
+
+    def shutdown(self) -> None:
+        """End all ranks at once; what was not saved is lost."""
+        for rank in self.ranks:
+            ray.kill(rank)
+
+    async def _gather(self, method: str, ranks: list[Any], args: tuple[Any, ...]) -> list[Any]:
+        calls = [getattr(rank, method).remote(*args) for rank in ranks]
+        try:
+            return await asyncio.wait_for(asyncio.gather(*calls), self.timeout_s)
+        except TimeoutError as error:
+            raise DeadlineError(
+                "learn",
+                f"{method} must end within {self.timeout_s:g} s on all {len(ranks)} ranks "
+                "(learner.timeout_s)",
+            ) from error
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, HoneError):
+                raise cause from error
+            raise StageError("learn", f"{method}: {type(cause).__name__}: {cause}") from error
+        except RayActorError as error:
+            raise StageError("learn", f"a rank died during {method}: {error}") from error

@@ -1,0 +1,110 @@
+"""The policy network: a Hugging Face causal LM that answers with log-probs instead of logits.
+
+Invariant: its value for a token does not depend on the layout (packed or padded) or on the other
+sequences in the micro-batch. `PolicyModel` is the FSDP2 root, so the output head is whole while
+`forward` uses it. Called by the learner, warm start and the weight probe.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from cluster.errors import ConfigError
+from learners.batch import MicroBatch
+from learners.logprobs import token_logprobs
+
+Layout = Literal["packed", "padded"]
+_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+class PolicyModel(nn.Module):
+    """`packed` runs one row of [1, T] (variable-length attention); `padded` runs [S, longest]."""
+
+    def __init__(self, causal_lm: nn.Module, layout: Layout) -> None:
+        super().__init__()
+        self.causal_lm: Any = causal_lm
+        self.layout = layout
+
+    @property
+    def decoder(self) -> Any:
+        return self.causal_lm.base_model
+
+    def forward(self, rows: MicroBatch) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """Log-prob and entropy, float32, of each loss token at its own temperature."""
+        run = self._packed if self.layout == "packed" else self._padded
+        head: Tensor = self.causal_lm.get_output_embeddings().weight
+        return token_logprobs(run(rows), head, rows.labels, rows.temperature)
+
+    def _packed(self, rows: MicroBatch) -> Float[Tensor, "N D"]:
+        output = self.decoder(
+            input_ids=rows.token_ids[None],
+            position_ids=rows.position_ids[None],
+            cu_seq_lens_q=rows.cu_seqlens,
+            cu_seq_lens_k=rows.cu_seqlens,
+            max_length_q=rows.max_length,
+            max_length_k=rows.max_length,
+            use_cache=False,
+        )
+        return output.last_hidden_state[0, rows.loss_index]
+
+    def _padded(self, rows: MicroBatch) -> Float[Tensor, "N D"]:
+        """Padding stands on the right, where causal attention never looks: no mask is needed."""
+        num_rows = len(rows.cu_seqlens) - 1
+        lengths = rows.cu_seqlens.diff()
+        row_starts = torch.arange(num_rows, device=lengths.device) * rows.max_length
+        places = row_starts.repeat_interleave(lengths, output_size=len(rows.token_ids))
+        places = places + rows.position_ids
+        tokens = rows.token_ids.new_zeros(num_rows * rows.max_length)
+        tokens[places] = rows.token_ids
+        output = self.decoder(input_ids=tokens.view(num_rows, rows.max_length), use_cache=False)
+        return output.last_hidden_state.flatten(0, 1)[places[rows.loss_index]]
+
+
+def load_policy(
+    policy_dir: Path, device: torch.device, activation_checkpointing: bool
+) -> PolicyModel:
+    """The policy with float32 weights: packed flash attention where it exists, else padded SDPA."""
+    disable_progress_bar()
+    has_flash = device.type == "cuda" and find_spec("flash_attn") is not None
+    causal_lm = AutoModelForCausalLM.from_pretrained(
+        policy_dir,
+        dtype=torch.float32,
+        attn_implementation="flash_attention_2" if has_flash else "sdpa",
+    ).to(device)
+    _check_head(causal_lm, policy_dir)
+    if activation_checkpointing:
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    # Dropout would part the learner from the engine; training mode is only checkpointing's switch.
+    causal_lm.train(activation_checkpointing)
+    return PolicyModel(causal_lm, "packed" if has_flash else "padded")
+
+
+def shard(policy: PolicyModel, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+    """FSDP2 over `mesh`, one unit per decoder layer; gradients are reduced in float32."""
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    for layer in policy.decoder.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(policy, mesh=mesh, mp_policy=precision)
+
+
+def _check_head(causal_lm: Any, policy_dir: Path) -> None:
+    """Log-probs are taken from `hidden @ head.T`, so refuse models that do more than that."""
+    text_config = causal_lm.config.get_text_config()
+    transforms = [
+        name for name in _LOGIT_TRANSFORMS if getattr(text_config, name, None) not in (None, 1, 1.0)
+    ]
+    if getattr(causal_lm.get_output_embeddings(), "bias", None) is not None:
+        transforms.append("a bias on the output head")
+    if transforms or not hasattr(causal_lm.base_model, "layers"):
+        what = ", ".join(transforms) or f"{type(causal_lm.base_model).__name__} without .layers"
+        raise ConfigError(
+            f"policy: {policy_dir} must be a decoder with `layers` and a plain linear head, got {what}"
+        )
