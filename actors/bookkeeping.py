@@ -8,6 +8,7 @@ so every call runs in a thread.
 import asyncio
 import os
 import time
+from dataclasses import dataclass
 
 from actors.curriculum import Curriculum
 from cluster.checkpoint_store import CheckpointStore
@@ -28,6 +29,15 @@ from cluster.types import (
 from learners.group import LearnerGroup
 
 NUM_SHOWN_GROUPS = 2
+TOO_OLD = "too_old"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Leased groups, and the ids of those that were dropped for their age instead."""
+
+    headers: list[GroupHeader]
+    too_old: list[str]
 
 
 class Bookkeeping:
@@ -73,22 +83,29 @@ class Bookkeeping:
         await asyncio.to_thread(self._buffer.acknowledge, state.step)
         return await asyncio.to_thread(self._buffer.restore, state.step)
 
-    async def claim(self, max_groups: int, wait_s: float) -> list[GroupHeader]:
-        """Lease up to `max_groups` groups that are young enough; waits at most `wait_s`."""
+    async def claim(self, max_groups: int, wait_s: float) -> Claim:
+        """Lease up to `max_groups` groups; those past the age bound are dropped and named.
+
+        Waits at most `wait_s`. A group can grow too old while others overtake it, so the bound is
+        checked here, at consumption, and not only at admission.
+        """
         await self._renew()
-        return await asyncio.to_thread(
+        headers = await asyncio.to_thread(
             self._buffer.claim,
             max_groups,
             owner=self._owner,
-            min_policy_version=self.policy_version - self._config.rollout.max_policy_age,
+            min_policy_version=0,
             wait_s=wait_s,
         )
+        bound = self.policy_version - self._config.rollout.max_policy_age
+        too_old = [h.group_id for h in headers if h.min_policy_version < bound]
+        for group_id in too_old:
+            await asyncio.to_thread(self._buffer.drop, group_id, TOO_OLD)
+        return Claim([h for h in headers if h.min_policy_version >= bound], too_old)
 
     async def release(self, headers: list[GroupHeader]) -> None:
         """Give leased groups back: their gradients were never applied."""
-        await asyncio.to_thread(
-            self._buffer.release, [h.group_id for h in headers], self._owner
-        )
+        await asyncio.to_thread(self._buffer.release, [h.group_id for h in headers], self._owner)
 
     async def commit(self, headers: list[GroupHeader], result: StepResult) -> list[TrajectoryGroup]:
         """Write down that this step consumed these groups; returns a few of them to look at."""
@@ -102,7 +119,9 @@ class Bookkeeping:
             group_ids=group_ids,
             policy_versions=[header.min_policy_version for header in headers],
             reward_versions={
-                name: sorted({h.reward_versions[name] for h in headers if name in h.reward_versions})
+                name: sorted(
+                    {h.reward_versions[name] for h in headers if name in h.reward_versions}
+                )
                 for name in signals
             },
             num_loss_tokens=sum(header.num_loss_tokens for header in headers),

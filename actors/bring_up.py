@@ -14,7 +14,7 @@ import ray
 
 from actors.curriculum import Curriculum
 from actors.fleet import EventSink, RolloutFleet
-from actors.placement import Placement
+from actors.placement import QUIET_ENV, Placement
 from actors.reward_pool import RewardPool
 from actors.rollout import Sampling
 from actors.stages import within
@@ -24,6 +24,7 @@ from cluster.errors import StageError
 from cluster.run_dir import RunDir
 from cluster.types import Task
 from learners.group import LearnerGroup
+from learners.warm_start import Example
 from rewards.tasksets import load_tasks
 
 CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hone"
@@ -47,7 +48,7 @@ class Parts:
     async def stop(self) -> None:
         """End engines and actors; safe to call once at any time."""
         await self.fleet.stop()
-        await self.learner.shutdown()
+        self.learner.shutdown()
         self.sync.close()
 
 
@@ -65,27 +66,32 @@ async def bring_up(
     train_tasks = await asyncio.to_thread(load_tasks, config.tasks, "train")
     eval_tasks = await asyncio.to_thread(load_tasks, config.tasks, "eval")
     on_phase("starting", "preparing the policy", 10.0)
-    policy_dir, stop_ids = await _prepare(config, train_tasks, run, placement)
-    sampling = Sampling(config.rollout.max_new_tokens, config.rollout.temperature, stop_ids)
+    policy = await _prepare(config, train_tasks, run, is_resumed)
+    sampling = Sampling(
+        config.rollout.max_new_tokens, config.rollout.temperature, [policy.stop_token_id]
+    )
 
     num_workers = config.rollout.workers
     on_phase("starting", f"loading {num_workers} vLLM engine(s) and the learner", ENGINE_START_S)
-    fleet = RolloutFleet(run.name, placement, policy_dir, str(run.path), on_event)
+    fleet = RolloutFleet(run.name, placement, policy.directory, str(run.path), on_event)
     rewards = RewardPool(run.name, placement, buffer_url, str(run.path))
 
     async def start_learner() -> tuple[LearnerGroup, dict[str, float]]:
         learner = await LearnerGroup.start(
             run_id=run.name,
             config=config,
-            policy_dir=policy_dir,
+            policy_dir=policy.directory,
             buffer_url=buffer_url,
             actor_options=placement.learner_options(),
         )
-        if config.warm_start is None or is_resumed:
-            return learner, {}
-        on_phase("warm_start", "supervised warm start, engines loading", ENGINE_START_S)
-        examples = train_tasks[: config.warm_start.examples]
-        return learner, await learner.warm_start(examples)
+        metrics: dict[str, float] = {}
+        if policy.examples:
+            on_phase("warm_start", "supervised warm start, engines loading", ENGINE_START_S)
+            async for progress in learner.warm_start(policy.examples):
+                done = f"step {progress.step} of {progress.steps}, loss {progress.loss:.3f}"
+                on_phase("warm_start", f"{done}, engines loading", ENGINE_START_S)
+                metrics = {"warm_start/loss": progress.loss}
+        return learner, metrics
 
     (learner, warm_metrics), _, _ = await asyncio.gather(
         start_learner(), fleet.start(), rewards.start()
@@ -104,16 +110,24 @@ async def bring_up(
     )
 
 
+@dataclass(frozen=True)
+class PreparedPolicy:
+    """A loadable policy directory, the token that ends a completion, and what to warm it up on."""
+
+    directory: Path
+    stop_token_id: int
+    examples: list[Example]
+
+
 async def _prepare(
-    config: Config, tasks: list[Task], run: RunDir, placement: Placement
-) -> tuple[Path, list[int]]:
-    """The policy directory and the ids that end a completion, made in a process of its own."""
-    options = placement.reward_options() | {"max_restarts": 0}
+    config: Config, tasks: list[Task], run: RunDir, is_resumed: bool
+) -> PreparedPolicy:
+    """Made in a process of its own, which ends and gives its memory back."""
     prepare = ray.remote(_prepare_policy).options(
-        num_cpus=0, runtime_env=options["runtime_env"], max_retries=0
+        num_cpus=0, max_retries=0, max_calls=1, runtime_env={"env_vars": QUIET_ENV}
     )
     return await within(
-        prepare.remote(config, tasks, run.policy),
+        prepare.remote(config, tasks, run.policy, is_resumed),
         stage="policy",
         what="the policy directory",
         deadline_s=config.resources.start_timeout_s,
@@ -121,13 +135,24 @@ async def _prepare(
     )
 
 
-def _prepare_policy(config: Config, tasks: list[Task], out_dir: Path) -> tuple[Path, list[int]]:
+def _prepare_policy(
+    config: Config, tasks: list[Task], out_dir: Path, is_resumed: bool
+) -> PreparedPolicy:
     from learners.policy_dir import prepare
-    from learners.tokenizer import load_tokenizer
+    from learners.tokenizer import encode_completion, load_tokenizer, render
 
-    texts = [m.content for t in tasks for m in t.messages] + [t.solution or t.reference for t in tasks]
+    texts = [m.content for t in tasks for m in t.messages]
+    texts += [t.solution or t.reference for t in tasks]
     policy_dir = prepare(config.policy, texts, CACHE_DIR, out_dir, config.run.seed)
-    eos = load_tokenizer(policy_dir).eos_token_id
-    if not isinstance(eos, int):
+    tokenizer = load_tokenizer(policy_dir)
+    stop = tokenizer.eos_token_id
+    if not isinstance(stop, int):
         raise StageError("policy", f"the tokenizer in {policy_dir} names no end-of-sequence token")
-    return policy_dir, [eos]
+    is_warm = config.warm_start is None or is_resumed
+    chosen = [] if is_warm else tasks[: config.warm_start.examples]
+    examples = [
+        (render(tokenizer, t.messages), encode_completion(tokenizer, t.solution or t.reference))
+        for t in chosen
+        if t.solution or t.reference
+    ]
+    return PreparedPolicy(policy_dir, stop, examples)

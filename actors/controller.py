@@ -12,7 +12,7 @@ group or when it was dropped with a reason. One Ray actor per run, created by `a
 import asyncio
 import time
 
-from actors.bookkeeping import Bookkeeping
+from actors.bookkeeping import TOO_OLD, Bookkeeping
 from actors.bring_up import Parts, bring_up
 from actors.evaluate import evaluate
 from actors.observer import Observer
@@ -60,7 +60,9 @@ class Controller:
             self._observer.event("run_finished", step=self._books.step, outcome=self._outcome)
         except Exception as error:
             self._observer.fail(error)
-            raise error if isinstance(error, HoneError) else StageError("run", repr(error)) from error
+            raise (
+                error if isinstance(error, HoneError) else StageError("run", repr(error))
+            ) from error
         finally:
             if self._parts is not None:
                 await self._parts.stop()
@@ -145,9 +147,14 @@ class Controller:
         known = [reward for reward in summary.rewards if reward is not None]
         parts.curriculum.observe(summary.is_uniform, sum(known) / max(1, len(known)))
         if summary.outcome not in ("added", "duplicate"):
-            self._observer.count_drop(summary.outcome)
-            parts.curriculum.settle([summary.group_id])
-            await self._slots.release(1)
+            await self._drop(parts, [summary.group_id], summary.outcome)
+
+    async def _drop(self, parts: Parts, group_ids: list[str], reason: str) -> None:
+        """These groups will not be trained on: count why, and free their slots."""
+        for _ in group_ids:
+            self._observer.count_drop(reason)
+        parts.curriculum.settle(group_ids)
+        await self._slots.release(len(group_ids))
 
     async def _learn(self, parts: Parts) -> None:
         """Micro-batches start as groups arrive; one optimizer step per `groups_per_step` groups."""
@@ -157,13 +164,14 @@ class Controller:
             while len(headers) < self._config.rollout.groups_per_step:
                 missing = self._config.rollout.groups_per_step - len(headers)
                 with self._stages.wait("learn", "scored groups"):
-                    arrived = await self._books.claim(missing, CLAIM_WAIT_S)
-                headers += arrived
+                    claim = await self._books.claim(missing, CLAIM_WAIT_S)
+                await self._drop(parts, claim.too_old, TOO_OLD)
+                headers += claim.headers
                 if self._stopping.is_set():
                     await self._books.release(headers)
                     return
-                if arrived:
-                    await parts.learner.forward_backward(arrived)
+                if claim.headers:
+                    await parts.learner.forward_backward(claim.headers)
             result = await parts.learner.optim_step()
             shown = await self._books.commit(headers, result)
             parts.curriculum.settle([header.group_id for header in headers])

@@ -25,6 +25,7 @@ from cluster.status import ActorStatus
 
 MAX_RESTARTS = 5
 MAX_TRIES = 3
+MAX_CALLS = 4096  # concurrent calls of one worker's event loop
 logger = logging.getLogger(__name__)
 
 
@@ -126,6 +127,7 @@ class RolloutFleet:
 
     async def _pick(self) -> Worker:
         """The healthy worker with the fewest running groups; waits for one within the start deadline."""
+
         def healthy() -> list[Worker]:
             return [w for w in self.workers if w.state is WorkerState.HEALTHY]
 
@@ -142,10 +144,12 @@ class RolloutFleet:
             return worker
 
     async def _launch(self, worker: Worker) -> None:
-        actor = ray.remote(concurrency_groups={"control": 4, "generate": 4096})(RolloutWorker)
+        actor = ray.remote(RolloutWorker)
         options = self._placement.rollout_options()
         worker.handle = actor.options(
-            name=f"hone/{self._run_id}/rollout/{worker.index}/{worker.num_restarts}", **options
+            name=f"hone/{self._run_id}/rollout/{worker.index}/{worker.num_restarts}",
+            max_concurrency=MAX_CALLS,
+            **options,
         ).remote(worker.index, self._config.rollout.program, self._run_dir)
         worker.state = WorkerState.STARTING
         try:

@@ -31,9 +31,7 @@ class RewardPool:
         self._workers = [
             actor.options(
                 name=f"hone/{run_id}/reward/{i}", max_concurrency=64, **placement.reward_options()
-            ).remote(
-                i, config.rewards.verifiers, run_id, buffer_url, config.buffer, run_dir
-            )
+            ).remote(i, config.rewards.verifiers, run_id, buffer_url, config.buffer, run_dir)
             for i in range(config.rewards.workers)
         ]
         self._turn = itertools.cycle(range(len(self._workers)))

@@ -97,9 +97,7 @@ def summarize(group: TrajectoryGroup, outcome: str) -> GroupSummary:
     """Counts and scores of a scored group."""
     trajectories = group.trajectories
     names = [verdict.name for verdict in trajectories[0].verdicts]
-    scores = {
-        name: [t.verdicts[i].score for t in trajectories] for i, name in enumerate(names)
-    }
+    scores = {name: [t.verdicts[i].score for t in trajectories] for i, name in enumerate(names)}
     decisive = scores[names[0]]
     return GroupSummary(
         group_id=group.group_id,

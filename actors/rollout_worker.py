@@ -1,8 +1,9 @@
 """The rollout actor: one engine, one tokenizer, one program.
 
 Invariant: it never serves weights it cannot name: each trajectory says which policy version wrote each token.
-Created by `actors.fleet`; generation and control run in separate concurrency groups, so a health check or a
-weight update never queues behind long generations.
+Created by `actors.fleet`. All calls share one event loop, because the engine is bound to it (Ray would give each
+concurrency group a loop of its own); the loop never blocks, so a health check or a weight update does not queue
+behind long generations.
 """
 
 import asyncio
@@ -10,7 +11,6 @@ import os
 from typing import Any
 
 import numpy as np
-import ray
 
 from actors.placement import EngineSettings
 from actors.programs import PROGRAMS
@@ -32,41 +32,37 @@ class RolloutWorker:
         self._engine: Any = None
         self._tokenizer: Any = None
 
-    @ray.method(concurrency_group="control")
-    async def start(self, settings: EngineSettings, policy_version: int, init_info: dict[str, Any]) -> int:
+    async def start(
+        self, settings: EngineSettings, policy_version: int, init_info: dict[str, Any]
+    ) -> int:
         """Load the engine (the long part: importing vllm); returns the process id."""
         with boundary("rollout"):
             self._engine, self._tokenizer = await asyncio.to_thread(_load, settings)
             await self._engine.start(policy_version, init_info)
         return os.getpid()
 
-    @ray.method(concurrency_group="generate")
     async def rollout(self, request: RolloutRequest) -> bytes:
         """Produce one group; the encoded `TrajectoryGroup`."""
         with boundary("rollout"):
             io = _EngineIO(self._engine, self._tokenizer, request.sampling)
             return wire.encode(await self._program.run(request, io))
 
-    @ray.method(concurrency_group="control")
     async def load_weights(self, update_info: dict[str, Any], policy_version: int) -> float:
         """Swap weights in flight; returns the pause in seconds."""
         with boundary("sync"):
             return await self._engine.load_weights(update_info, policy_version)
 
-    @ray.method(concurrency_group="control")
     async def score(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
         """Log-probs of each sequence's tokens after the first, by the current weights."""
         with boundary("sync"):
             return await asyncio.gather(*[self._engine.score(s) for s in sequences])
 
-    @ray.method(concurrency_group="control")
     async def ping(self) -> int:
         """The policy version in service; raises when the engine process is gone."""
         if not await self._engine.is_alive():
             raise StageError("rollout", "the vLLM engine process is gone")
         return self._engine.policy_version
 
-    @ray.method(concurrency_group="control")
     async def stop(self) -> None:
         """End the engine process before the actor goes."""
         if self._engine is not None:

@@ -55,9 +55,7 @@ def run(config: Config, *, run_dir: RunDir, resume: bool, address: str) -> int:
         return _conduct(config, run_dir, url, resume, interrupt)
 
 
-def _conduct(
-    config: Config, run_dir: RunDir, url: str, resume: bool, interrupt: list[int]
-) -> int:
+def _conduct(config: Config, run_dir: RunDir, url: str, resume: bool, interrupt: list[int]) -> int:
     """Create the controller and wait for it; the first interrupt asks it to stop, the second leaves."""
     from actors.controller import Controller
 

@@ -21,6 +21,7 @@ from cluster.config import SyncSection
 from cluster.errors import StageError
 from cluster.types import TrajectoryGroup
 from learners.group import LearnerGroup
+from learners.learner import ScoreRequest
 
 KEEP_FILES = 2
 logger = logging.getLogger(__name__)
@@ -82,7 +83,8 @@ class WeightSync:
             path = self._directory / f"policy_{policy_version:08d}.safetensors"
             await self._learner.export_weights(path)
             if self._probes:
-                self._expected = await self._learner.score(self._probes, num_context=1)
+                requests = [ScoreRequest(probe.tolist(), num_context=1) for probe in self._probes]
+                self._expected = await self._learner.score(requests)
             self._published = (path, policy_version)
             workers = self._fleet.serving
             results = await asyncio.gather(*[self._bring_up(w) for w in workers])
@@ -117,7 +119,9 @@ class WeightSync:
         error = 0.0
         for attempt in range(2):
             try:
-                pause_s = await self._call(worker, "load_weights", {"path": str(path)}, policy_version)
+                pause_s = await self._call(
+                    worker, "load_weights", {"path": str(path)}, policy_version
+                )
                 error = await self._probe(worker)
             except (RayActorError, RayTaskError, StageError) as failure:
                 logger.warning("%s was lost in a weight sync: %s", worker.name, failure)

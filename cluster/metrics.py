@@ -53,7 +53,7 @@ class Metrics:
             _BackgroundSink(name, partial(_TRACKERS[name][1], run_dir, run_name))
             for name in trackers
         ]
-        self._gauges = _RayGauges(run_name)
+        self._sinks.append(_BackgroundSink("prometheus", partial(_RayGauges, run_name)))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append the row of `step`; later rows of one step are merged by the reader."""
@@ -61,7 +61,6 @@ class Metrics:
         row = dict(values)
         for sink in self._sinks:
             sink.log(step, row)
-        self._gauges.log(step, row)
 
     def close(self) -> None:
         """Flush the trackers; one that does not end in `CLOSE_TIMEOUT_S` seconds is left behind."""
@@ -177,7 +176,7 @@ _TRACKERS: dict[str, tuple[str, Callable[[RunDir, str], MetricsSink]]] = {
 
 
 class _RayGauges:
-    """Prometheus gauges through Ray where this process has joined it: `hone_reward_mean{run=}`."""
+    """Prometheus gauges where this process has joined Ray, scraped as `ray_hone_reward_mean`."""
 
     def __init__(self, run_name: str) -> None:
         self._run_name = run_name
@@ -192,6 +191,9 @@ class _RayGauges:
             if key not in self._gauges:
                 self._gauges[key] = gauge(prometheus_name(key), description=key, tag_keys=("run",))
             self._gauges[key].set(value, tags={"run": self._run_name})
+
+    def close(self) -> None:
+        self._gauges.clear()
 
 
 def prometheus_name(key: str) -> str:

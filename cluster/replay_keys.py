@@ -1,7 +1,7 @@
 """Every Redis key of a run, spelled here and nowhere else.
 
-Invariant: all keys of a run share the hash tag `{hone:<run_id>}`, so they live in one cluster slot and
-one Lua script may touch them together. Used by `cluster.replay_buffer`.
+Invariant: all keys of a run share the hash tag `{hone:<run_id>}`, so they live in one cluster slot
+and one Lua script may touch them together. Used by `cluster.replay_buffer`.
 """
 
 import re

@@ -1,14 +1,16 @@
 """The Lua scripts of the replay buffer: one script per change that touches more than one key.
 
-Invariant: after any script a group is in exactly one of ready, leased, consumed or finished, an entry,
-header and payload exist for the first three only, and `wake` holds one token while something is ready.
+Invariant: after any script a group is in exactly one of ready, leased, consumed or finished, only
+the first three have an entry, header and payload, and `wake` holds one token while any is ready.
 Called by `cluster.replay_buffer` alone.
 
-KEYS[1..10] of every script are `Keys.state`. Time is the server's. An entry is msgpack of
-`place` (16 digits of arrival number + group_id: FIFO within one priority), `score` (-priority, as text),
-`version`, `size` (payload bytes), `deliveries`, `owner`. Only ADD is refused when Redis is out of memory, so
-a full server can still be drained.
+KEYS[1..10] of every script are `Keys.state`; time is the server's. An entry is msgpack of `place`
+(16 digits of arrival number + group_id: first in first out within one priority), `score`
+(-priority, as text), `version`, `size` (payload bytes), `deliveries` and `owner`. Only ADD is
+refused when Redis is out of memory, so a full server can still be drained.
 """
+
+from enum import StrEnum
 
 _PRELUDE = """
 local ready, leased, consumed, entries, headers, payloads, counters, finished, dead, wake =
@@ -76,11 +78,15 @@ end
 _GROWS = "#!lua" + _PRELUDE
 _SHRINKS = "#!lua flags=allow-oom" + _PRELUDE
 
-# ARGV: group_id, score, version, header, payload, capacity, memory of finished ids (ms).
-# Returns "added", "duplicate" or "full".
-ADD = (
-    _GROWS
-    + """
+
+class Script(StrEnum):
+    """One script per member; its ARGV and what it returns stand above it."""
+
+    # ARGV: group_id, score, version, header, payload, capacity, memory of finished ids (ms).
+    # Returns "added", "duplicate" or "full".
+    ADD = (
+        _GROWS
+        + """
 local id, score, version, header, payload = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 redis.call('ZREMRANGEBYSCORE', finished, '-inf', now - ARGV[7])
 if redis.call('HEXISTS', entries, id) == 1 or redis.call('ZSCORE', finished, id) then
@@ -99,14 +105,15 @@ make_ready(id, {place = string.format('%016d', arrival) .. id, score = score,
 ring()
 return 'added'
 """
-)
+    )
 
-# KEYS[11]: the owner's last claim. ARGV: owner, most groups, lowest version, lease (ms), request id.
-# Drops what is older than the lowest version. The same request id gets the same groups again.
-# Returns group_id, header, group_id, header, ... in priority order; a header may be nil.
-CLAIM = (
-    _SHRINKS
-    + """
+    # KEYS[11]: the owner's last claim.
+    # ARGV: owner, most groups, lowest version, lease (ms), request id.
+    # Drops what is older than the lowest version. The same request id gets the same groups again.
+    # Returns group_id, header, group_id, header, ... in priority order; a header may be nil.
+    CLAIM = (
+        _SHRINKS
+        + """
 local owner, most, lowest = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local lease, request = tonumber(ARGV[4]), ARGV[5]
 local answer = {}
@@ -149,12 +156,12 @@ end
 ring()
 return answer
 """
-)
+    )
 
-# ARGV: owner, lease (ms). Returns the number of leases renewed.
-RENEW = (
-    _SHRINKS
-    + """
+    # ARGV: owner, lease (ms). Returns the number of leases renewed.
+    RENEW = (
+        _SHRINKS
+        + """
 local renewed = 0
 for _, id in ipairs(redis.call('ZRANGE', leased, 0, -1)) do
   if load(id).owner == ARGV[1] then
@@ -164,13 +171,13 @@ for _, id in ipairs(redis.call('ZRANGE', leased, 0, -1)) do
 end
 return renewed
 """
-)
+    )
 
-# ARGV: owner, group_id, ... Gives leases of this owner back; such a delivery does not count.
-# Returns the number of groups made ready.
-RELEASE = (
-    _SHRINKS
-    + """
+    # ARGV: owner, group_id, ... Gives leases of this owner back; such a delivery does not count.
+    # Returns the number of groups made ready.
+    RELEASE = (
+        _SHRINKS
+        + """
 local released = 0
 for i = 2, #ARGV do
   local id = ARGV[i]
@@ -184,13 +191,13 @@ end
 ring()
 return released
 """
-)
+    )
 
-# ARGV: step, group_id, ... All or nothing; repeating it with the same step changes nothing.
-# Returns group_id, reason, ... of those that stand in the way, or an empty list.
-CONSUME = (
-    _SHRINKS
-    + """
+    # ARGV: step, group_id, ... All or nothing; repeating it with the same step changes nothing.
+    # Returns group_id, reason, ... of those that stand in the way, or an empty list.
+    CONSUME = (
+        _SHRINKS
+        + """
 local conflicts, entering = {}, {}
 for i = 2, #ARGV do
   local id = ARGV[i]
@@ -214,24 +221,25 @@ end
 ring()
 return conflicts
 """
-)
+    )
 
-# ARGV: durable step, batch size. Returns the number of groups deleted; fewer than a batch means done.
-ACKNOWLEDGE = (
-    _SHRINKS
-    + """
+    # ARGV: durable step, batch size.
+    # Returns the number of groups deleted; fewer than a batch means done.
+    ACKNOWLEDGE = (
+        _SHRINKS
+        + """
 local ids = redis.call('ZRANGEBYSCORE', consumed, '-inf', ARGV[1], 'LIMIT', 0, ARGV[2])
 for _, id in ipairs(ids) do forget(id, load(id)) end
 count('acknowledged', #ids)
 return #ids
 """
-)
+    )
 
-# ARGV: durable step, most deliveries, batch size.
-# Returns groups looked at, groups made ready; none looked at means done.
-RESTORE = (
-    _SHRINKS
-    + """
+    # ARGV: durable step, most deliveries, batch size.
+    # Returns groups looked at, groups made ready; none looked at means done.
+    RESTORE = (
+        _SHRINKS
+        + """
 local seen, returned = 0, 0
 local undone = redis.call('ZRANGEBYSCORE', consumed, '(' .. ARGV[1], '+inf', 'LIMIT', 0, ARGV[3])
 for _, id in ipairs(undone) do
@@ -244,24 +252,24 @@ end
 ring()
 return {seen, returned}
 """
-)
+    )
 
-# ARGV: most deliveries, batch size. Returns as RESTORE.
-EXPIRE = (
-    _SHRINKS
-    + """
+    # ARGV: most deliveries, batch size. Returns as RESTORE.
+    EXPIRE = (
+        _SHRINKS
+        + """
 local returned = 0
 local ids = redis.call('ZRANGEBYSCORE', leased, '-inf', now, 'LIMIT', 0, ARGV[2])
 for _, id in ipairs(ids) do returned = returned + end_lease(id, tonumber(ARGV[1])) end
 ring()
 return {#ids, returned}
 """
-)
+    )
 
-# ARGV: group_id, reason. Returns "dropped", "consumed" (refused) or "unknown" (nothing to do).
-DROP = (
-    _SHRINKS
-    + """
+    # ARGV: group_id, reason. Returns "dropped", "consumed" (refused) or "unknown" (nothing to do).
+    DROP = (
+        _SHRINKS
+        + """
 local entry = load(ARGV[1])
 if not entry then return 'unknown' end
 if redis.call('ZSCORE', consumed, ARGV[1]) then return 'consumed' end
@@ -270,12 +278,13 @@ count('dropped:' .. ARGV[2], 1)
 ring()
 return 'dropped'
 """
-)
+    )
 
-# ARGV: group_id, reason, ... Returns the number moved to the dead letters; unknown ids are left out.
-BURY = (
-    _SHRINKS
-    + """
+    # ARGV: group_id, reason, ... Unknown ids are left out.
+    # Returns the number moved to the dead letters.
+    BURY = (
+        _SHRINKS
+        + """
 local buried = 0
 for i = 1, #ARGV, 2 do
   local entry = load(ARGV[i])
@@ -287,4 +296,4 @@ end
 ring()
 return buried
 """
-)
+    )

@@ -2,9 +2,10 @@
 
 Invariant: sequences lie end to end in [T] token arrays, and everything a loss needs lies in [N]
 arrays with one entry per token that the policy wrote; a token without gradient has no entry, so no
-loss needs a mask. Built by the learner and by warm start from trajectories, examples or probe
-sequences.
+loss needs a mask. Built by the learner and warm start from trajectories, examples and probes.
 """
+
+# ruff: noqa: F722 (shapes in annotations)
 
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from cluster.types import Trajectory
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence on its way into a pack: `context` [C], then `completion` [L] and its columns [L]."""
+    """One sequence on its way into a pack: `context` [C], `completion` [L], its columns [L]."""
 
     context: np.ndarray
     completion: np.ndarray

@@ -1,5 +1,4 @@
-"""Learner state on disk: sharded checkpoints to go on from, and Hugging Face directories to use
-elsewhere.
+"""Learner state on disk: sharded checkpoints to go on from, Hugging Face directories to use.
 
 Invariant: what is saved is enough to repeat the next step exactly: weights, AdamW moments, step
 counters and each rank's RNG. The world size may change between save and load. All functions are
@@ -12,8 +11,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from cluster.errors import ConfigError
@@ -35,7 +35,7 @@ def save(
 ) -> None:
     """Write this rank's shards of everything into `directory`."""
     model_state, optimizer_state = get_state_dict(module, optimizer)
-    dcp.save(
+    state_dict_saver.save(
         {
             "model": model_state,
             "optimizer": optimizer_state,
@@ -54,9 +54,9 @@ def load(directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -
     progress = _as_tensor(Progress(0, 0))
     state = {"model": model_state, "optimizer": optimizer_state, "progress": progress}
     rng_key, rng = f"rng_{dist.get_rank()}", torch.get_rng_state()
-    if rng_key in dcp.FileSystemReader(directory).read_metadata().state_dict_metadata:
+    if rng_key in FileSystemReader(directory).read_metadata().state_dict_metadata:
         state[rng_key] = rng
-    dcp.load(state, checkpoint_id=directory)
+    state_dict_loader.load(state, checkpoint_id=directory)
     set_state_dict(
         module, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state
     )
@@ -66,7 +66,7 @@ def load(directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -
 
 
 def export_hf(directory: Path, module: nn.Module, policy_dir: Path, dtype: torch.dtype) -> None:
-    """A directory that `from_pretrained` and vLLM load: current weights, the policy's other files."""
+    """A directory for `from_pretrained` and vLLM: current weights, the policy's other files."""
     is_writer = dist.get_rank() == 0
     if is_writer:
         directory.mkdir(parents=True, exist_ok=True)

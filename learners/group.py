@@ -96,10 +96,8 @@ class LearnerRank:
 
     def advance_warm_start(self, num_steps: int) -> WarmStartProgress | None:
         """Up to `num_steps` further steps; None when there were none left."""
-        last = None
-        for last in islice(self._warm_start, num_steps):
-            pass
-        return last
+        chunk = list(islice(self._warm_start, num_steps))
+        return chunk[-1] if chunk else None
 
     def export_weights(self, path: Path) -> None:
         self._learner.export_weights(path)
@@ -117,7 +115,7 @@ class LearnerRank:
 
 @dataclass(frozen=True)
 class LearnerGroup:
-    """Handle over the ranks `hone/<run_id>/learner/<i>`; every wait ends after `learner.timeout_s`."""
+    """Handle over the ranks `hone/<run_id>/learner/<i>`; waits end after `learner.timeout_s`."""
 
     ranks: list[Any]  # Ray actor handles
     pids: list[int]
@@ -134,7 +132,7 @@ class LearnerGroup:
         buffer_url: str,
         actor_options: dict[str, Any],
     ) -> "LearnerGroup":
-        """Create one actor per rank with `actor_options` (num_cpus, num_gpus, ...) and load the policy."""
+        """One actor per rank with `actor_options` (num_cpus, num_gpus, ...); loads the policy."""
         num_threads = max(1, int(actor_options.get("num_cpus", 1)))
         ranks = [
             ray.remote(LearnerRank)
@@ -159,7 +157,7 @@ class LearnerGroup:
         return cls(ranks, pids, group.microbatch_tokens, group.timeout_s)
 
     async def forward_backward(self, headers: Sequence[GroupHeader]) -> None:
-        """Accumulate gradients of these groups; raises `WireError`, with nothing moved, if one is lost."""
+        """Add the gradients of these groups; if one is lost, raises `WireError` and adds none."""
         plan = ray.put(plan_groups(headers, len(self.ranks), self.microbatch_tokens))
         await self.call("fetch", plan)
         await self.call("forward_backward", plan)

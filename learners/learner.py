@@ -1,5 +1,4 @@
-"""One rank of the learner: gradients from groups as they arrive, one optimizer step when they are
-all in.
+"""One rank of the learner: gradients as groups arrive, one optimizer step when all are in.
 
 Invariant: gradients accumulate unnormalised sums and are divided by global counts once, in
 `optim_step`; so a step equals the full-batch loss, however groups were split over calls,
@@ -13,11 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 
 from cluster.config import Config
 from cluster.errors import ConfigError
@@ -95,9 +96,9 @@ class Learner:
             rows: list[Row] = []
             for ref in microbatch:
                 group, advantages = credited[ref.group_id]
-                credit = advantages[ref.index]
-                if credit is not None:
-                    rows.append(Row.of(group.trajectories[ref.index], credit))
+                trajectory, credit = group.trajectories[ref.index], advantages[ref.index]
+                if credit is not None and trajectory.num_loss_tokens > 0:
+                    rows.append(Row.of(trajectory, credit))
             self._accumulate(MicroBatch.pack(rows, self._device))
         self._busy_s += time.perf_counter() - started
 
@@ -181,6 +182,8 @@ class Learner:
             values = np.split(logprobs.float().cpu().numpy(), ends[:-1])
             for index, value in zip(part, values, strict=True):
                 scores[index] = value
+        # Without a backward pass the root stays gathered, and would miss the next optimizer step.
+        cast(FSDPModule, self._policy).reshard()
         return scores
 
     def warm_start(self, examples: Sequence[Example]) -> Iterator[WarmStartProgress]:

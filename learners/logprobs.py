@@ -5,6 +5,8 @@ float32 (or kept in float64) before temperature and log-sum-exp. The only place 
 states into probabilities; called by `learners.model`.
 """
 
+# ruff: noqa: F722 (shapes in annotations)
+
 from typing import Any
 
 import torch

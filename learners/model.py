@@ -5,6 +5,8 @@ sequences in the micro-batch. `PolicyModel` is the FSDP2 root, so the output hea
 `forward` uses it. Called by the learner, warm start and the weight probe.
 """
 
+# ruff: noqa: F722 (shapes in annotations)
+
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -74,11 +76,12 @@ def load_policy(
     """The policy with float32 weights: packed flash attention where it exists, else padded SDPA."""
     disable_progress_bar()
     has_flash = device.type == "cuda" and find_spec("flash_attn") is not None
-    causal_lm = AutoModelForCausalLM.from_pretrained(
+    causal_lm: Any = AutoModelForCausalLM.from_pretrained(
         policy_dir,
         dtype=torch.float32,
         attn_implementation="flash_attention_2" if has_flash else "sdpa",
-    ).to(device)
+    )
+    causal_lm.to(device)
     _check_head(causal_lm, policy_dir)
     if activation_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -106,5 +109,6 @@ def _check_head(causal_lm: Any, policy_dir: Path) -> None:
     if transforms or not hasattr(causal_lm.base_model, "layers"):
         what = ", ".join(transforms) or f"{type(causal_lm.base_model).__name__} without .layers"
         raise ConfigError(
-            f"policy: {policy_dir} must be a decoder with `layers` and a plain linear head, got {what}"
+            f"policy: {policy_dir} must be a decoder with `layers` and a plain linear head, "
+            f"got {what}"
         )

@@ -5,6 +5,8 @@ loss of a step does not depend on micro-batches, ranks or the order in which gro
 by the learner for each micro-batch, also for empty ones.
 """
 
+# ruff: noqa: F722 (shapes in annotations)
+
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -113,7 +115,7 @@ class PolicyGradient:
             total=self._aggregate(losses, rows),
             metrics={
                 "ratio/importance_mean": importance.sum(),
-                "ratio/clip_fraction": (clipped > plain).sum(),
+                "ratio/clip_fraction": (losses != plain).sum(),
             },
         )
 
@@ -136,13 +138,15 @@ class WeightedLosses:
             )
             for name, loss in section.losses.items()
         }
-        kinds = {name: objective.denominator for name, (_, objective) in self._losses.items()}
+        kinds: dict[str, Denominator] = {
+            name: objective.denominator for name, (_, objective) in self._losses.items()
+        }
         if len(set(kinds.values())) > 1:
             raise ConfigError(
                 "objective.losses: gradients accumulate before the counts are known, so all losses "
                 f"must be divided by the same count; got {kinds}"
             )
-        self.denominator: Denominator = next(iter(kinds.values()))
+        self.denominator = next(iter(kinds.values()))
 
     def sums(
         self,

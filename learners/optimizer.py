@@ -22,7 +22,7 @@ def learning_rate(
     warmup_steps: int,
     total_steps: int,
 ) -> float:
-    """Rate of optimizer step `step` (from 0): linear warm-up to `peak`, then flat or cosine to 10 %."""
+    """Rate of step `step` (from 0): linear warm-up to `peak`, then flat or cosine to 10 %."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if schedule == "constant":
@@ -41,12 +41,13 @@ class ShardedAdamW:
         )
 
     def grad_square(self) -> Tensor:
-        """Sum of squares of this rank's gradient shards, float64; the sum over ranks is |grad|^2."""
+        """Sum of squares of this rank's gradient shards, float64; over all ranks |grad|^2."""
         return torch.stack([g.double().square().sum() for g in self._local_gradients()]).sum()
 
     def step(self, lr: float, grad_scale: float) -> None:
         """Update with `grad_scale * grad`, then clear the gradients."""
-        torch._foreach_mul_(self._local_gradients(), grad_scale)
+        for gradient in self._local_gradients():
+            gradient.mul_(grad_scale)
         for group in self.inner.param_groups:
             group["lr"] = lr
         self.inner.step()

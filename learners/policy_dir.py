@@ -13,12 +13,19 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
 from cluster.config import GgufPolicy, Policy, PretrainedPolicy, TinyPolicy
 from cluster.errors import ConfigError
-from learners.tokenizer import train_tokenizer
+from learners.tokenizer import EOS, PAD, train_tokenizer
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
@@ -56,8 +63,9 @@ def _once(place: Path, write: Callable[[Path], None]) -> Path:
 def _write_tiny(policy: TinyPolicy, texts: Sequence[str], target: Path, seed: int) -> None:
     tokenizer = train_tokenizer(texts, policy.vocab_size)
     tokenizer.save_pretrained(target)
+    vocabulary = tokenizer.get_vocab()
     config = Qwen3Config(
-        vocab_size=len(tokenizer),
+        vocab_size=len(vocabulary),
         hidden_size=policy.hidden_size,
         intermediate_size=-(-policy.hidden_size * 8 // 3 // 64) * 64,
         num_hidden_layers=policy.num_layers,
@@ -67,8 +75,8 @@ def _write_tiny(policy: TinyPolicy, texts: Sequence[str], target: Path, seed: in
         max_position_embeddings=policy.context_length,
         tie_word_embeddings=True,
         use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=vocabulary[PAD],
+        eos_token_id=vocabulary[EOS],
         bos_token_id=None,
     )
     with torch.random.fork_rng(devices=[]):
@@ -88,14 +96,15 @@ def _write_dense(policy: GgufPolicy, target: Path) -> None:
         raise ConfigError(
             f"policy.file: {policy.package!r} has no {policy.file!r} (GGUF files there: {known})"
         )
-    from transformers import GgufConfig  # needs the gguf package only here
-
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file=policy.file,
-        dtype=getattr(torch, policy.dtype),
-        quantization_config=GgufConfig(dequantize=True),
-    )
+    dtype: torch.dtype = getattr(torch, policy.dtype)
+    config = AutoConfig.from_pretrained(folder, gguf_file=policy.file)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    weights = load_gguf_checkpoint(
+        str(folder / policy.file), return_tensors=True, model_to_load=model, torch_dtype=dtype
+    )["tensors"]
+    missing = set(model.load_state_dict(weights, strict=False).missing_keys)
+    if untied := missing - set(model.all_tied_weights_keys):
+        raise ConfigError(f"policy.file: {policy.file!r} must hold all weights, lacks {untied}")
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(folder, gguf_file=policy.file).save_pretrained(target)
 

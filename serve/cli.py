@@ -1,9 +1,10 @@
 """The `hone` command: every way to start, watch and leave a run from a terminal.
 
-Invariant: nothing heavy is imported before a command needs it, and every failure becomes one plain message
-and an exit code: 0 done, 1 the run failed, 2 the user's input, 130 interrupted.
+Invariant: nothing heavy is imported before a command needs it, and every failure becomes one plain
+message and an exit code: 0 done, 1 the run failed, 2 the user's input, 130 interrupted.
 """
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -63,9 +64,9 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Validate a config, test its rewards on gold answers and print the plan. Starts nothing."""
     from cluster import config_file
 
-    print(f"checking {config}", flush=True)
+    print(f"checking {config}: nothing will be started", flush=True)
     _refuse_problems(config_file.load(config, overrides), address="local", show_plan=True)
-    print("ready: nothing was started")
+    print(f"ready: hone train {config}")
 
 
 @app.command()
@@ -84,7 +85,7 @@ def train(
     from cluster import config_file, log
     from cluster.run_dir import RunDir
 
-    name = [f'run.name="{run}"'] if run else []
+    name = [f"run.name={json.dumps(run)}"] if run else []
     settings = config_file.load(config, [*(overrides or []), *name])
     place = RunDir.at(settings.run.dir, settings.run.name, exist_ok=resume)
     is_new = resume and not place.config.exists()
@@ -181,7 +182,7 @@ def _run_to_the_end(config: "Config", run_dir: "RunDir", *, resume: bool, addres
 
 
 def _conclude(run_dir: "RunDir") -> None:
-    """Write the report and say what came of the run; a broken report never hides the run's outcome."""
+    """Write the report and say what came of the run; a broken report is only a warning."""
     from serve import report as run_report
 
     try:

@@ -1,7 +1,7 @@
 """The live view of a run in its own thread: a rich screen on a terminal, plain lines anywhere else.
 
-Invariant: it reads only the run directory, so it cannot disturb the run; an error in it ends the view, never
-the training. Opened by `hone train` around the run.
+Invariant: it reads only the run directory, so it cannot disturb the run; an error in it ends the
+view, never the training. Opened by `hone train` around the run.
 """
 
 import logging

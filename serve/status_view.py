@@ -1,7 +1,7 @@
-"""One screen of a run, drawn from its `RunStatus` alone: used by `hone status` and by the live view.
+"""One screen of a run, drawn from its `RunStatus`: used by `hone status` and the live view.
 
-Invariant: a view is honest: a run that stopped reporting says so, a phase that takes longer than expected
-says so, and text that came from models or users is escaped.
+Invariant: a view is honest: a run that stopped reporting says so, a phase that takes longer than
+expected says so, and text that came from models or users is escaped.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,0 +1,36 @@
+# Every target sets up what it needs; nothing has to be installed by hand.
+PY := .venv/bin/python
+QUICK ?= 0
+
+.PHONY: quickstart test unit check bench show setup lock
+
+quickstart: setup
+	@.venv/bin/hone train deploy/configs/quickstart.yaml --run quickstart-$$(date +%H%M%S)
+
+setup:
+	@scripts/bootstrap
+
+check: setup
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	@.venv/bin/pyright
+	@.venv/bin/lint-imports
+
+unit: setup
+	@$(PY) -m pytest tests/unit
+
+test: check
+	@$(PY) -m pytest tests/unit tests/integration tests/e2e
+
+bench: setup
+	@$(PY) -m benchmarks
+
+show: setup
+	@$(PY) -m benchmarks.show $(AREA) $(if $(filter 1,$(QUICK)),--quick)
+
+lock: setup
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" .venv/bin/uv pip compile pyproject.toml \
+	  --extra cpu --group dev --overrides requirements/overrides-cpu.txt --python-version 3.11 \
+	  --python-platform x86_64-manylinux_2_28 --no-header --no-annotate -q -o requirements/cpu.txt
+	UV_FIND_LINKS= .venv/bin/uv --no-config pip compile pyproject.toml --extra gpu --extra flash \
+	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate -q \
+	  -o requirements/gpu.txt

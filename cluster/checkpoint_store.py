@@ -1,0 +1,188 @@
+"""Checkpoint directories: written aside, made durable, published by one rename.
+
+Invariant: a directory named `step_000010` holding COMPLETE is whole; COMPLETE lists the size and
+crc32 of every other file. A crash at any point leaves the older checkpoints as they were. Written
+by the run loop (the learner ranks fill the directory of `begin`), read on resume and on export.
+
+A checkpoint takes this way:
+    begin -> step_000010.tmp -> ranks write -> commit: state.json, COMPLETE, fsync, rename
+"""
+
+import logging
+import os
+import re
+import shutil
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+
+from cluster.errors import StageError, boundary
+from cluster.types import RunState
+
+_STAGE = "checkpoint"
+_MARKER = "COMPLETE"
+_STATE = "state.json"
+_NAME = re.compile(r"step_(\d{6,})")
+_CHUNK_BYTES = 1 << 20
+
+_log = logging.getLogger(__name__)
+
+
+class _FileSum(msgspec.Struct, frozen=True):
+    size: int
+    crc32: int
+
+
+class CheckpointStore:
+    """The newest `keep` checkpoints under `directory`; one writer.
+
+    Example: `path = store.begin(10)`, the ranks write under `path`, `store.commit(10, state)`.
+    """
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        self._directory = directory
+        self._keep = max(1, keep)
+
+    def begin(self, step: int) -> Path:
+        """An empty directory for the files of `step`; remains of earlier crashes are removed.
+
+        Raises `StageError` unless `step` is after the newest checkpoint.
+        """
+        with boundary(_STAGE):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            newest = max(self.steps(), default=-1)
+            if step <= newest:
+                raise StageError(
+                    _STAGE,
+                    f"a checkpoint must come after the newest one in {self._directory}: "
+                    f"step {step}, newest {newest}",
+                )
+            for remains in self._directory.glob("*.tmp"):
+                shutil.rmtree(remains)
+            path = self._path(step).with_suffix(".tmp")
+            path.mkdir()
+            return path
+
+    def commit(self, step: int, state: RunState) -> Path:
+        """Publish what the ranks wrote since `begin(step)`; durable on return.
+
+        Then removes all but the newest `keep` (run.keep_checkpoints). Raises `StageError` when
+        `begin` was not called, the state is of another step, or the disk refuses.
+        """
+        target = self._path(step)
+        source = target.with_suffix(".tmp")
+        if state.step != step or not source.is_dir():
+            raise StageError(
+                _STAGE,
+                f"commit({step}) must follow begin({step}) with a state of that step, got one of "
+                f"step {state.step}; {source} exists: {source.is_dir()}",
+            )
+        with boundary(_STAGE):
+            (source / _STATE).write_bytes(msgspec.json.encode(state))
+            sums = _sums(source, should_sync=True)
+            marker = source / _MARKER
+            marker.write_bytes(msgspec.json.encode(sums))
+            _sync(marker)
+            for folder in [p for p in source.rglob("*") if p.is_dir()]:
+                _sync(folder)
+            _sync(source)
+            source.rename(target)
+            _sync(self._directory)
+            for old in self.steps()[: -self._keep]:
+                self._remove(self._path(old))
+        return target
+
+    def latest(self) -> tuple[Path, RunState] | None:
+        """The newest whole checkpoint and its state; None where there is none.
+
+        Every byte is checked. A damaged one is logged and renamed `*.corrupt`.
+        """
+        for step in reversed(self._published()):
+            path = self._path(step)
+            try:
+                return path, _verified_state(path)
+            except (ValueError, FileNotFoundError) as error:
+                self._quarantine(path, error)
+        return None
+
+    def all(self) -> list[tuple[Path, RunState]]:
+        """Whole checkpoints, oldest first, every byte checked. Changes nothing on disk."""
+        whole: list[tuple[Path, RunState]] = []
+        for step in self.steps():
+            try:
+                whole.append((self._path(step), _verified_state(self._path(step))))
+            except (ValueError, FileNotFoundError) as error:
+                _log.error("checkpoint %s is damaged: %s", self._path(step), error)
+        return whole
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first; looks no further than COMPLETE."""
+        return [step for step in self._published() if (self._path(step) / _MARKER).is_file()]
+
+    def _published(self) -> list[int]:
+        if not self._directory.is_dir():
+            return []
+        matches = (_NAME.fullmatch(entry.name) for entry in self._directory.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def _path(self, step: int) -> Path:
+        return self._directory / f"step_{step:06d}"
+
+    def _remove(self, path: Path) -> None:
+        """Rename first, so that a half-deleted directory never looks published."""
+        doomed = path.with_suffix(".tmp")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+    def _quarantine(self, path: Path, error: Exception) -> None:
+        target = path.with_suffix(".corrupt")
+        number = 1
+        while target.exists():
+            number += 1
+            target = path.with_suffix(f".corrupt{number}")
+        try:
+            path.rename(target)
+        except FileNotFoundError:
+            return  # retention removed it while it was being read
+        _log.error("checkpoint %s is damaged, moved to %s: %s", path, target.name, error)
+
+
+def _verified_state(path: Path) -> RunState:
+    """The state of the checkpoint at `path`; raises `ValueError` naming the damaged file."""
+    expected = msgspec.json.decode((path / _MARKER).read_bytes(), type=dict[str, _FileSum])
+    found = _sums(path, should_sync=False)
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"{name} must match {_MARKER}: {expected.get(name)}, got {found.get(name)}"
+            )
+    return msgspec.json.decode((path / _STATE).read_bytes(), type=RunState)
+
+
+def _sums(root: Path, *, should_sync: bool) -> dict[str, _FileSum]:
+    """Size and crc32 of every file under `root` but COMPLETE, by relative path; in parallel."""
+    files = sorted(p for p in root.rglob("*") if p.is_file() and p != root / _MARKER)
+
+    def sum_file(path: Path) -> _FileSum:
+        if should_sync:
+            _sync(path)
+        size = crc32 = 0
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                size += len(chunk)
+                crc32 = zlib.crc32(chunk, crc32)
+        return _FileSum(size, crc32)
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        names = [path.relative_to(root).as_posix() for path in files]
+        return dict(zip(names, pool.map(sum_file, files), strict=True))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

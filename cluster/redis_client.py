@@ -1,0 +1,148 @@
+"""The connection to Redis: made once per process, checked at the start, retried for a bounded time.
+
+Invariant: a client that `connect` returned talks to a server of version 7.0 or newer, and none of
+its calls blocks or retries without end. Called by every process that touches the replay buffer.
+"""
+
+# pyright: reportUnknownMemberType=false
+
+import logging
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import redis
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.retry import Retry
+
+from cluster.errors import BufferFullError, BufferUnavailableError, ConfigError
+
+_OLDEST = (7, 0)
+_SOCKET_TIMEOUT_S = 5.0
+_FIRST_PAUSE_S = 0.02
+_LONGEST_PAUSE_S = 1.0
+
+Answer = TypeVar("Answer")
+_log = logging.getLogger(__name__)
+
+
+class _BoundedRetry(Retry):
+    """Retries lost connections for `retry_s` with jittered pauses; never a bad password."""
+
+    def __init__(self, retry_s: float) -> None:
+        super().__init__(ExponentialWithJitterBackoff(_LONGEST_PAUSE_S, _FIRST_PAUSE_S), retries=-1)
+        self._retry_s = retry_s
+
+    def call_with_retry(
+        self,
+        do: Callable[[], Answer],
+        fail: Callable[..., Any],
+        is_retryable: Callable[[Exception], bool] | None = None,
+        with_failure_count: bool = False,
+    ) -> Answer:
+        deadline = time.monotonic() + self._retry_s
+        failures = 0
+        while True:
+            try:
+                return do()
+            except self._supported_errors as error:
+                if isinstance(error, redis.AuthenticationError) or (
+                    is_retryable is not None and not is_retryable(error)
+                ):
+                    raise
+                failures += 1
+                fail(*((error, failures) if with_failure_count else (error,)))
+                remaining_s = deadline - time.monotonic()
+                if remaining_s <= 0:
+                    raise
+                time.sleep(min(self._backoff.compute(failures), remaining_s))
+
+
+def connect(url: str, *, retry_s: float = 10.0) -> redis.Redis:
+    """A thread-safe client for `url`; calls retry a lost connection for about `retry_s` seconds.
+
+    Raises `ConfigError`, naming `buffer.url` with the password hidden, when the server cannot be
+    reached within `retry_s`, refuses the password or is older than 7.0. Warns when the server may
+    lose or evict groups.
+    """
+    shown = redacted(url)
+    try:
+        client = redis.Redis.from_url(
+            url,
+            retry=_BoundedRetry(retry_s),
+            socket_timeout=_SOCKET_TIMEOUT_S,
+            socket_connect_timeout=_SOCKET_TIMEOUT_S,
+            protocol=2,
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"buffer.url must look like redis://:password@host:port/0, got {shown}"
+        ) from error
+    started = time.monotonic()
+    try:
+        facts: dict[str, Any] = client.info()
+    except redis.RedisError as error:
+        client.close()
+        waited_s = time.monotonic() - started
+        raise ConfigError(
+            f"buffer.url must name a Redis or Valkey server that answers: {shown} did not, tried "
+            f"INFO for {waited_s:.1f} s: {type(error).__name__}: {error}"
+        ) from error
+    _check(facts, shown)
+    return client
+
+
+def redacted(url: str) -> str:
+    """`url` with its password, and any settings behind `?`, replaced by `***`."""
+    try:
+        parts = urlsplit(url)
+        place = parts.netloc.rpartition("@")[2]
+    except ValueError:
+        return "a malformed URL"
+    user = f"{parts.username or ''}:***@" if "@" in parts.netloc else ""
+    settings = "?***" if parts.query else ""
+    return f"{parts.scheme}://{user}{place}{parts.path}{settings}"
+
+
+@contextmanager
+def translated_errors(action: str) -> Generator[None]:
+    """Redis's errors as Hone's: out of memory is back-pressure, no answer is unavailability."""
+    try:
+        yield
+    except redis.OutOfMemoryError as error:
+        raise BufferFullError(
+            f"{action}: Redis must have memory left, raise its maxmemory or lower "
+            f"buffer.capacity_groups: {error}"
+        ) from error
+    except (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError) as error:
+        raise BufferUnavailableError(
+            f"{action}: the server at buffer.url must answer within the retry budget: {error}"
+        ) from error
+    except redis.ResponseError as error:
+        if not str(error).startswith("MISCONF"):
+            raise
+        raise BufferUnavailableError(
+            f"{action}: Redis must be able to write its disk: {error}"
+        ) from error
+
+
+def _check(facts: dict[str, Any], shown: str) -> None:
+    version = str(facts["redis_version"])
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+        raise ConfigError(f"buffer.url: {shown} must be version 7.0 or newer, got {version}")
+    policy = facts.get("maxmemory_policy")
+    if policy != "noeviction":
+        _log.warning(
+            "%s may evict trajectories: maxmemory-policy is %s, "
+            "set it with CONFIG SET maxmemory-policy noeviction",
+            shown,
+            policy,
+        )
+    if not facts.get("aof_enabled"):
+        _log.warning(
+            "%s loses the replay buffer when it restarts: the AOF is off, "
+            "turn it on with CONFIG SET appendonly yes",
+            shown,
+        )

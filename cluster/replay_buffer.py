@@ -1,0 +1,275 @@
+"""The replay buffer: scored trajectory groups between reward workers and learner, kept in Redis.
+
+Invariant: every group that was added is in exactly one place: ready, leased, consumed (its payload
+kept until a durable checkpoint covers the step), or finished (acknowledged, dropped with a reason,
+dead-lettered). Called by reward workers (`add`) and the learner side (all else), from any thread.
+
+```
+ add -> ready -> claim -> leased -> consume -> consumed -> acknowledge -> gone
+          ^---- release, expire ------'   ^--- restore ---'
+```
+"""
+
+# pyright: reportUnknownMemberType=false
+
+import logging
+import math
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any, cast
+
+import redis
+
+from cluster import wire
+from cluster.errors import BufferFullError, StageError, WireError
+from cluster.redis_client import translated_errors
+from cluster.replay_keys import Keys
+from cluster.replay_records import AddResult, BufferStats, DeadLetter
+from cluster.replay_scripts import Script
+from cluster.types import GroupHeader, TrajectoryGroup
+
+_STAGE = "replay buffer"
+_REMEMBER_FINISHED_MS = 24 * 3600 * 1000
+_BATCH = 256  # groups that one script call moves, so that the server stays responsive
+_FETCH_BATCH = 16
+_WAIT_SLICE_S = 1.0  # bounds the delay when a woken waiter died before it claimed
+
+_log = logging.getLogger(__name__)
+
+
+class ReplayBuffer:
+    """The buffer of one run. Capacity counts ready and leased groups.
+
+    Example: `buffer.add(group); [header] = buffer.claim(1, owner="learner/0", min_policy_version=0,
+    wait_s=5.0); buffer.consume([header.group_id], step=1); buffer.acknowledge(1)`.
+    Every method raises `BufferUnavailableError` when Redis does not answer.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        run_id: str,
+        *,
+        capacity_groups: int,
+        lease_s: float,
+        max_deliveries: int,
+    ) -> None:
+        self._client = client
+        self._keys = Keys(run_id)
+        self._scripts = {script: client.register_script(script) for script in Script}
+        self._capacity_groups = capacity_groups
+        self._lease_ms = max(1, round(lease_s * 1000))
+        self._max_deliveries = max_deliveries
+
+    def add(self, group: TrajectoryGroup) -> AddResult:
+        """Make `group` ready, unless its id is in the buffer or left it in the last 24 hours.
+
+        Raises `BufferFullError` at capacity, and `WireError` when the priority is not finite.
+        """
+        if not math.isfinite(group.priority):
+            raise WireError(f"priority of {group.group_id} must be finite, got {group.priority}")
+        answer = self._run(
+            Script.ADD,
+            group.group_id,
+            repr(-group.priority),
+            group.min_policy_version,
+            wire.encode(GroupHeader.of(group)),
+            wire.encode(group),
+            self._capacity_groups,
+            _REMEMBER_FINISHED_MS,
+        )
+        if answer == b"full":
+            raise BufferFullError(
+                f"ready and leased groups must stay below {self._capacity_groups} "
+                "(buffer.capacity_groups): add again when the learner has consumed some"
+            )
+        return AddResult(answer.decode())
+
+    def claim(
+        self, max_groups: int, *, owner: str, min_policy_version: int, wait_s: float
+    ) -> list[GroupHeader]:
+        """Lease up to `max_groups` groups to `owner`: higher priority first, then first come.
+
+        Groups sampled below `min_policy_version` are dropped as "too_old", groups with a damaged
+        header go to the dead letters. Waits up to `wait_s` while nothing is ready.
+        """
+        deadline = time.monotonic() + wait_s
+        while True:
+            headers = self._claim_ready(max_groups, owner, min_policy_version)
+            remaining_s = deadline - time.monotonic()
+            if headers or remaining_s <= 0 or max_groups <= 0:
+                return headers
+            with translated_errors("claim"):
+                timeout_s = min(max(remaining_s, 0.01), _WAIT_SLICE_S)  # 0 would be for ever
+                self._client.blpop([self._keys.wake], timeout=timeout_s)
+
+    def fetch(self, group_ids: Sequence[str]) -> list[TrajectoryGroup]:
+        """The groups in the order of `group_ids`.
+
+        Raises `WireError` naming the ids that are damaged (now dead letters) or not in the buffer.
+        """
+        groups: list[TrajectoryGroup] = []
+        faults: dict[str, str] = {}
+        for start in range(0, len(group_ids), _FETCH_BATCH):
+            batch = list(group_ids[start : start + _FETCH_BATCH])
+            with translated_errors("fetch"):
+                payloads = cast(list[bytes | None], self._client.hmget(self._keys.payloads, batch))
+            for group_id, payload in zip(batch, payloads, strict=True):
+                try:
+                    groups.append(_decode(group_id, payload))
+                except WireError as error:
+                    faults[group_id] = str(error)
+        if faults:
+            self._bury(faults)
+            reasons = "; ".join(f"{group_id}: {reason}" for group_id, reason in faults.items())
+            raise WireError(f"groups must be in the buffer and undamaged: {reasons}")
+        return groups
+
+    def renew(self, owner: str) -> int:
+        """Extend all leases of `owner` to `lease_s` from now; returns how many there are."""
+        return self._run(Script.RENEW, owner, self._lease_ms)
+
+    def release(self, group_ids: Sequence[str], owner: str) -> int:
+        """Give leases of `owner` back, uncounted as deliveries; returns how many it held."""
+        return self._run(Script.RELEASE, owner, *group_ids)
+
+    def consume(self, group_ids: Sequence[str], *, step: int) -> None:
+        """Record that optimizer step `step` used these groups. All or nothing; repeatable.
+
+        A group whose lease ran out is taken back from ready: it has moved the weights. Call before
+        the checkpoint of `step` is committed. Raises `StageError` when another step has consumed
+        one of them, or the buffer does not hold it.
+        """
+        answer = self._run(Script.CONSUME, step, *group_ids)
+        if answer:
+            texts = [item.decode() for item in answer]
+            conflicts = (f"{g} is {r}" for g, r in zip(texts[::2], texts[1::2], strict=True))
+            raise StageError(
+                _STAGE,
+                f"step {step} must consume groups that it alone holds (a lease not renewed ends "
+                f"after buffer.lease_s = {self._lease_ms / 1000:g}): {'; '.join(conflicts)}",
+            )
+
+    def acknowledge(self, durable_step: int) -> int:
+        """Delete the groups that steps up to `durable_step` consumed; returns how many."""
+        total = 0
+        while True:
+            deleted = self._run(Script.ACKNOWLEDGE, durable_step, _BATCH)
+            total += deleted
+            if deleted < _BATCH:
+                return total
+
+    def restore(self, durable_step: int) -> int:
+        """After a crash: undo the steps after `durable_step` and end all leases.
+
+        Returns how many groups are ready again. `acknowledge(durable_step)` completes the recovery.
+        """
+        return self._return_all(Script.RESTORE, durable_step, self._max_deliveries)
+
+    def expire(self) -> int:
+        """End leases that ran out; returns how many groups are ready again.
+
+        A group delivered more than `max_deliveries` times goes to the dead letters instead.
+        """
+        return self._return_all(Script.EXPIRE, self._max_deliveries)
+
+    def drop(self, group_id: str, reason: str) -> None:
+        """Remove a ready or leased group, counted under `reason`; an unknown group is no error.
+
+        Raises `StageError` for a consumed group: it has moved the weights.
+        """
+        if self._run(Script.DROP, group_id, reason) == b"consumed":
+            raise StageError(_STAGE, f"{group_id} must not be dropped: a step has consumed it")
+
+    def stats(self) -> BufferStats:
+        """All counts at one instant."""
+        keys = self._keys
+        with translated_errors("stats"), self._client.pipeline(transaction=True) as pipeline:
+            for key in (keys.ready, keys.leased, keys.consumed):
+                pipeline.zcard(key)
+            pipeline.hgetall(keys.counters)
+            ready, leased, consumed, raw = pipeline.execute()
+        counters: dict[str, int] = {name.decode(): int(value) for name, value in raw.items()}
+        return BufferStats(
+            ready=ready,
+            leased=leased,
+            consumed=consumed,
+            added=counters.get("added", 0),
+            duplicates=counters.get("duplicates", 0),
+            acknowledged=counters.get("acknowledged", 0),
+            dropped={
+                name.removeprefix("dropped:"): value
+                for name, value in counters.items()
+                if name.startswith("dropped:")
+            },
+            dead_lettered=counters.get("dead_lettered", 0),
+            payload_bytes=counters.get("payload_bytes", 0),
+        )
+
+    def dead_letters(self, limit: int) -> list[DeadLetter]:
+        """The newest `limit` dead letters, newest first."""
+        with translated_errors("dead_letters"):
+            rows = cast(
+                list[tuple[bytes, dict[bytes, bytes]]],
+                self._client.xrevrange(self._keys.dead, count=limit),
+            )
+        return [
+            DeadLetter(
+                group_id=row[b"group_id"].decode(),
+                reason=row[b"reason"].decode(),
+                deliveries=int(row[b"deliveries"]),
+                died_at=int(entry_id.split(b"-")[0]) / 1000,
+                payload=row[b"payload"],
+            )
+            for entry_id, row in rows
+        ]
+
+    def _claim_ready(
+        self, max_groups: int, owner: str, min_policy_version: int
+    ) -> list[GroupHeader]:
+        answer = self._run(
+            Script.CLAIM,
+            owner,
+            max_groups,
+            min_policy_version,
+            self._lease_ms,
+            uuid.uuid4().hex,
+            extra_key=self._keys.last_claim(owner),
+        )
+        headers: list[GroupHeader] = []
+        faults: dict[str, str] = {}
+        for group_id, header in zip(answer[::2], answer[1::2], strict=True):
+            try:
+                headers.append(wire.decode(header or b"", GroupHeader))
+            except WireError as error:
+                faults[group_id.decode()] = f"header: {error}"
+        if faults:
+            self._bury(faults)
+        return headers
+
+    def _bury(self, faults: dict[str, str]) -> None:
+        _log.error("groups to the dead letters: %s", faults)
+        self._run(Script.BURY, *(part for fault in faults.items() for part in fault))
+
+    def _return_all(self, script: Script, *arguments: int) -> int:
+        total = 0
+        while True:
+            num_seen, num_ready = self._run(script, *arguments, _BATCH)
+            total += num_ready
+            if num_seen == 0:
+                return total
+
+    def _run(self, script: Script, *arguments: str | bytes | float, extra_key: str = "") -> Any:
+        keys = [*self._keys.state, extra_key] if extra_key else self._keys.state
+        with translated_errors(script.name.lower()):
+            return self._scripts[script](keys=keys, args=arguments)
+
+
+def _decode(group_id: str, payload: bytes | None) -> TrajectoryGroup:
+    if payload is None:
+        raise WireError("no payload in the buffer")
+    group = wire.decode(payload, TrajectoryGroup)
+    if group.group_id != group_id:
+        raise WireError(f"payload is of group {group.group_id}")
+    return group

@@ -1,0 +1,50 @@
+"""The verifier protocol: what scores a group, and what it may use while it does.
+
+Invariant: a verifier answers with one `Verdict` per trajectory, in order; what it could not check
+has `score=None`. By convention 1 is the best score, so the gold answer earns 1 from every rewarded
+signal. Implemented by the modules of this package and by users' plug-ins; called by
+`rewards.rubric` only.
+"""
+
+from typing import Protocol, runtime_checkable
+
+from cluster.types import TrajectoryGroup, Verdict
+
+
+class VerifierIO(Protocol):
+    """What the rubric lends to a verifier for one group."""
+
+    timeout_s: float  # for the whole group, not counting the start of worker processes
+
+    async def run_isolated(
+        self, function: str, *args: object, timeout_s: float | None = None
+    ) -> object:
+        """Run `"module:function"` with plain data in a worker process that is killed when it hangs.
+
+        Arguments and result are what msgpack carries (str, numbers, bool, None, lists, dicts). One
+        call may run `timeout_s` seconds (default: half of the group's). Raises `CheckTimeout` or
+        `CheckCrashed` of `rewards.isolation`.
+        """
+        ...
+
+
+class Verifier(Protocol):
+    """Scores whole groups, so that it can compare siblings. It must not block the event loop.
+
+    Example, a verifier that pays for the word "because":
+
+        class Because:
+            async def score(self, group: TrajectoryGroup, io: VerifierIO) -> list[Verdict]:
+                return [Verdict(score=float("because" in t.text)) for t in group.trajectories]
+    """
+
+    async def score(self, group: TrajectoryGroup, io: VerifierIO) -> list[Verdict]:
+        """One verdict per trajectory, in order; `name`, version and latency are stamped later."""
+        ...
+
+
+@runtime_checkable
+class HasExample(Protocol):
+    """A verifier that shows what a well-formed completion looks like, for the self-checks."""
+
+    example: str  # "{answer}" stands for the gold answer; "" for no particular form

@@ -1,0 +1,236 @@
+"""The rubric: runs all verifiers on a group and turns their verdicts into rewards.
+
+Invariant: a verifier that raises, hangs or answers nonsense abstains for the whole group with
+`error` set; a reward is known only when every weighted verdict is. Every verdict carries its
+signal's name and version. Owned by a reward worker (`actors.reward_worker`) and by the self-checks;
+one instance per process is enough.
+"""
+
+import asyncio
+import hashlib
+import importlib.util
+import inspect
+import json
+import math
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import msgspec
+
+from cluster.config import VerifierConfig
+from cluster.errors import HoneError, boundary
+from cluster.types import Trajectory, TrajectoryGroup, TrajectoryStatus, Verdict
+from rewards.base import HasExample, Verifier
+from rewards.isolation import IsolatedPool
+from rewards.registry import build_verifier, resolve_verifier
+
+_FUNCTION_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True)
+class _Signal:
+    name: str
+    weight: float
+    timeout_s: float
+    version: str
+    verifier: Verifier
+
+
+class Rubric:
+    """Named verifiers with weights; the reward is the weighted sum of their scores.
+
+    Example: signals `correct` (weight 1, score 1.0) and `format` (weight 0.2, score 0.5) give 1.1;
+    were `format` to abstain, the reward would be None, with weight 0 it would be 1.0.
+    """
+
+    def __init__(self, verifiers: dict[str, VerifierConfig]) -> None:
+        """Build every verifier. Raises `ConfigError` naming the knob."""
+        self._signals = [
+            _Signal(
+                name=name,
+                weight=config.weight,
+                timeout_s=config.timeout_s,
+                version=reward_version(name, config),
+                verifier=build_verifier(name, config),
+            )
+            for name, config in verifiers.items()
+        ]
+        self._pool = IsolatedPool()
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Signal to `reward_version`: changes when the verifier's code or settings change."""
+        return {signal.name: signal.version for signal in self._signals}
+
+    @property
+    def full_reward(self) -> float:
+        """What a flawless completion earns: 1 from each rewarded signal, 0 from each penalty."""
+        return sum(max(0.0, signal.weight) for signal in self._signals)
+
+    @property
+    def examples(self) -> list[str]:
+        """Forms that the verifiers accept, with `{answer}` where the answer goes."""
+        verifiers = [signal.verifier for signal in self._signals]
+        return [v.example for v in verifiers if isinstance(v, HasExample) and v.example]
+
+    async def score(self, group: TrajectoryGroup) -> TrajectoryGroup:
+        """The group with verdicts, rewards and reward versions; the given one is left as it is."""
+        columns = await asyncio.gather(*(self._ask(signal, group) for signal in self._signals))
+        trajectories = [
+            msgspec.structs.replace(t, verdicts=verdicts, reward=self._reward(verdicts))
+            for t, verdicts in zip(
+                group.trajectories, map(list, zip(*columns, strict=True)), strict=True
+            )
+        ]
+        return msgspec.structs.replace(
+            group, trajectories=trajectories, reward_versions=self.versions
+        )
+
+    async def close(self) -> None:
+        """End the worker processes."""
+        await asyncio.to_thread(self._pool.close)
+
+    def _reward(self, verdicts: list[Verdict]) -> float | None:
+        total, is_rewarded = 0.0, False
+        for signal, verdict in zip(self._signals, verdicts, strict=True):
+            if signal.weight == 0.0:
+                continue
+            if verdict.score is None:
+                return None
+            total, is_rewarded = total + signal.weight * verdict.score, True
+        return total if is_rewarded else None
+
+    async def _ask(self, signal: _Signal, group: TrajectoryGroup) -> list[Verdict]:
+        """Stamped verdicts of one verifier, whatever it does."""
+        started = time.perf_counter()
+        try:
+            with boundary(f"rewards.verifiers.{signal.name}"):
+                verdicts = await self._score_in_time(signal, group)
+        except HoneError as error:
+            verdicts = [Verdict(score=None, error=str(error)) for _ in group.trajectories]
+        latency_s = time.perf_counter() - started
+        return [
+            msgspec.structs.replace(
+                verdict,
+                name=signal.name,
+                reward_version=signal.version,
+                latency_s=latency_s,
+            )
+            for verdict in verdicts
+        ]
+
+    async def _score_in_time(self, signal: _Signal, group: TrajectoryGroup) -> list[Verdict]:
+        try:
+            async with asyncio.timeout(signal.timeout_s) as clock:
+                io = GroupIO(self._pool, signal.timeout_s, clock)
+                verdicts = await signal.verifier.score(group, io)
+        except TimeoutError:
+            raise HoneError(
+                f"no verdicts in {signal.timeout_s:g} s (rewards.verifiers.{signal.name}.timeout_s)"
+            ) from None
+        if len(verdicts) != len(group.trajectories):
+            raise HoneError(
+                f"must give one verdict per trajectory: {len(verdicts)} verdicts, "
+                f"{len(group.trajectories)} trajectories"
+            )
+        return [_admit(v, t) for v, t in zip(verdicts, group.trajectories, strict=True)]
+
+
+class GroupIO:
+    """`VerifierIO` for one verifier and one group, which run against `clock`."""
+
+    def __init__(self, pool: IsolatedPool, timeout_s: float, clock: asyncio.Timeout) -> None:
+        self.timeout_s = timeout_s
+        self._pool = pool
+        self._clock = clock
+        self._left_s = timeout_s
+        self._num_waiting = 0
+
+    async def run_isolated(
+        self, function: str, *args: object, timeout_s: float | None = None
+    ) -> object:
+        """See `VerifierIO`. The clock stands still until a worker is ready."""
+        limit_s = self.timeout_s / 2 if timeout_s is None else min(timeout_s, self.timeout_s)
+        is_running = False
+
+        def running() -> None:
+            nonlocal is_running
+            if not is_running:
+                is_running = True
+                self._start_clock()
+
+        self._stop_clock()
+        try:
+            return await self._pool.run(function, *args, timeout_s=limit_s, on_running=running)
+        finally:
+            running()
+
+    def _stop_clock(self) -> None:
+        self._num_waiting += 1
+        if self._num_waiting == 1 and not self._clock.expired():
+            self._left_s = (self._clock.when() or 0.0) - asyncio.get_running_loop().time()
+            self._clock.reschedule(None)
+
+    def _start_clock(self) -> None:
+        self._num_waiting -= 1
+        if self._num_waiting == 0 and not self._clock.expired():
+            self._clock.reschedule(asyncio.get_running_loop().time() + self._left_s)
+
+
+def _admit(verdict: Verdict, trajectory: Trajectory) -> Verdict:
+    """The verdict, or an abstention where the score is none or the rollout had failed."""
+    if trajectory.status is TrajectoryStatus.ERROR:
+        return Verdict(score=None, error="the rollout failed, there is nothing to check")
+    if verdict.score is not None and not math.isfinite(verdict.score):
+        return Verdict(score=None, error=f"the score must be finite, got {verdict.score}")
+    return msgspec.structs.replace(
+        verdict, score=None if verdict.score is None else float(verdict.score)
+    )
+
+
+def reward_version(name: str, config: VerifierConfig) -> str:
+    """Eight hex digits over the settings and the source of the verifier's module.
+
+    The source includes the modules of the same top-level package that it uses. Weight and time
+    limit are no part of it: they do not change a score.
+    """
+    target = resolve_verifier(name, config)
+    digest = hashlib.sha256(json.dumps([config.use, config.settings], default=str).encode())
+    sources: dict[str, str] = {}
+    _collect_sources(target.__module__, sources)
+    for module_name in sorted(sources):
+        digest.update(sources[module_name].encode())
+    return digest.hexdigest()[:8]
+
+
+def _collect_sources(name: str, sources: dict[str, str]) -> None:
+    module = sys.modules.get(name)
+    sources[name] = _source_of(name, module)
+    for value in list(vars(module).values()) if module else []:
+        used = _module_of(value)
+        if used.partition(".")[0] == name.partition(".")[0] and used not in sources:
+            _collect_sources(used, sources)
+
+
+def _source_of(name: str, module: ModuleType | None) -> str:
+    try:
+        if module is not None:
+            return inspect.getsource(module)
+        spec = importlib.util.find_spec(name)
+        return Path(spec.origin).read_text() if spec and spec.origin else ""
+    except (OSError, TypeError, ImportError, ValueError):
+        return ""  # built in or typed into a prompt: only its name can count
+
+
+def _module_of(value: object) -> str:
+    """The module that a global is, comes from, or names as `"module:function"`."""
+    if isinstance(value, ModuleType):
+        return value.__name__
+    if isinstance(value, str):
+        return value.partition(":")[0] if _FUNCTION_PATH.fullmatch(value) else ""
+    home = getattr(value, "__module__", None)
+    return home if isinstance(home, str) else ""

@@ -1,0 +1,195 @@
+"""What can be known to be wrong before an actor starts; `hone check` and `hone train` run it.
+
+Invariant: nothing of a run is started or written; all problems are found in one pass, each one line
+that names its config key. `build` is the only entry.
+"""
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cluster import metrics, plugins, redis_client
+from cluster.config import Config
+from cluster.embedded_redis import server_program
+from cluster.errors import ConfigError, HoneError, boundary
+from cluster.types import Task
+from serve import plan
+
+GOLD_TASKS = 8
+JUNK_TASKS = 16
+REWARDS_DEADLINE_S = 120.0
+BUFFER_RETRY_S = 2.0
+LONGEST_PROMPTS = 500  # by characters; only these are tokenized
+
+Announce = Callable[[str], None]
+
+
+@dataclass
+class CheckReport:
+    """`problems` forbid a start, `warnings` do not; `plan` has rows (name, value)."""
+
+    problems: list[str] = field(default_factory=list[str])
+    warnings: list[str] = field(default_factory=list[str])
+    plan: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+
+    @contextmanager
+    def collect(self, stage: str) -> Generator[None]:
+        """Turn any failure of the block into problem lines and go on."""
+        try:
+            with boundary(stage):
+                yield
+        except HoneError as error:
+            self.problems += str(error).splitlines()
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompt lengths in tokens of the longest tasks, and the size of the policy."""
+
+    longest: int
+    num_too_long: int
+    num_parameters: int
+
+
+def build(config: Config, *, address: str, announce: Announce) -> CheckReport:
+    """Check `config` for a start on the Ray cluster `address`; `announce` gets progress lines."""
+    report = CheckReport()
+    _build_plugins(config, report)
+    with report.collect("trackers"):
+        metrics.require_trackers(list(config.run.trackers))
+    with report.collect("resources"):
+        _check_resources(config, address, report)
+    with report.collect("buffer"):
+        _check_buffer(config, address)
+    tasks: dict[str, list[Task]] = {}
+    for split in ("train", "eval"):
+        with report.collect(f"tasks.{split}"):
+            tasks[split] = _load_tasks(config, split)
+            announce(f"  {len(tasks[split])} {split} tasks")
+    prompts = None
+    if tasks.get("train"):
+        with report.collect("policy"):
+            announce(f"  preparing the {config.policy.type} policy and its tokenizer")
+            prompts = _measure_prompts(config, tasks["train"])
+            _check_prompts(config, prompts)
+        with report.collect("rewards"):
+            announce(f"  rewarding {GOLD_TASKS} gold answers and some junk")
+            _check_rewards(config, tasks["train"], report)
+    if not report.problems and prompts is not None:
+        sizes = {split: len(found) for split, found in tasks.items()}
+        report.plan = plan.rows(config, sizes, prompts.longest, prompts.num_parameters)
+    return report
+
+
+def _build_plugins(config: Config, report: CheckReport) -> None:
+    from actors.programs import PROGRAMS
+    from learners.credit import build_credit
+    from learners.objectives import WeightedLosses
+
+    program = config.rollout.program
+    with report.collect("rollout.program"):
+        plugins.build(program.use, program.settings, PROGRAMS, "rollout.program")
+    with report.collect("objective.credit"):
+        build_credit(config.objective.credit)
+    with report.collect("objective.losses"):
+        WeightedLosses(config.objective)
+
+
+def _check_resources(config: Config, address: str, report: CheckReport) -> None:
+    from actors.placement import Placement
+
+    placement = Placement.of(config)
+    if placement.is_gpu and shutil.which("nvidia-smi") is None and address == "local":
+        raise ConfigError("resources.accelerator: gpu, but this machine has no NVIDIA driver")
+    available = plan.available_cpus(config)
+    if address == "local" and placement.total_cpus > available:
+        report.warnings.append(
+            f"rollout.workers ({config.rollout.workers}) and learner.world_size "
+            f"({config.learner.world_size}) share {available} CPUs: they will slow each other down"
+        )
+
+
+def _check_buffer(config: Config, address: str) -> None:
+    if config.buffer.url is None:
+        if address != "local":
+            raise ConfigError(
+                f"buffer.url: required with --address {address}, "
+                "so that every node reaches the same Redis"
+            )
+        server_program()
+    else:
+        redis_client.connect(config.buffer.url, retry_s=BUFFER_RETRY_S).close()
+
+
+def _load_tasks(config: Config, split: str) -> list[Task]:
+    from rewards.tasksets import load_tasks
+
+    tasks = load_tasks(config.tasks, "train" if split == "train" else "eval")
+    if not tasks:
+        raise ConfigError(f"tasks.{split}: must hold at least one task, got none")
+    return tasks
+
+
+def _measure_prompts(config: Config, tasks: list[Task]) -> Prompts:
+    """Prepare the policy as a run would (a tiny one in a temporary place) and tokenize prompts."""
+    from actors.bring_up import CACHE_DIR
+    from learners.policy_dir import prepare
+    from learners.tokenizer import load_tokenizer, render
+
+    texts = [m.content for t in tasks for m in t.messages]
+    texts += [task.solution or task.reference for task in tasks]
+    by_length = sorted(tasks, key=lambda t: -sum(len(m.content) for m in t.messages))
+    with tempfile.TemporaryDirectory(prefix="hone-check-") as place:
+        out_dir = Path(place) / "policy"
+        policy_dir = prepare(config.policy, texts, CACHE_DIR, out_dir, config.run.seed)
+        tokenizer = load_tokenizer(policy_dir)
+        lengths = [len(render(tokenizer, t.messages)) for t in by_length[:LONGEST_PROMPTS]]
+        return Prompts(
+            longest=max(lengths),
+            num_too_long=sum(length > _prompt_room(config) for length in lengths),
+            num_parameters=plan.num_parameters(policy_dir),
+        )
+
+
+def _check_prompts(config: Config, prompts: Prompts) -> None:
+    if prompts.num_too_long:
+        raise ConfigError(
+            f"policy.context_length: {prompts.num_too_long} prompt(s) of tasks.train exceed "
+            f"{_prompt_room(config)} tokens (policy.context_length - rollout.max_new_tokens); "
+            f"the longest has {prompts.longest}"
+        )
+
+
+def _prompt_room(config: Config) -> int:
+    return config.policy.context_length - config.rollout.max_new_tokens
+
+
+def _check_rewards(config: Config, tasks: list[Task], report: CheckReport) -> None:
+    from rewards.rubric import Rubric
+    from rewards.self_check import gold_check, junk_probe
+
+    async def probe() -> None:
+        rubric = Rubric(config.rewards.verifiers)
+        try:
+            async with asyncio.timeout(REWARDS_DEADLINE_S):
+                report.problems += [
+                    f"rewards.verifiers: {line}"
+                    for line in await gold_check(rubric, tasks, GOLD_TASKS)
+                ]
+                report.warnings += [
+                    f"rewards.verifiers: {finding}"
+                    for finding in await junk_probe(rubric, tasks[:JUNK_TASKS])
+                ]
+        except TimeoutError:
+            raise ConfigError(
+                f"rewards.verifiers: checking {GOLD_TASKS} gold answers must end in "
+                f"{REWARDS_DEADLINE_S:.0f} s"
+            ) from None
+        finally:
+            await rubric.close()
+
+    asyncio.run(probe())

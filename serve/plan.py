@@ -1,0 +1,90 @@
+"""What a run will use, as rows a person can judge: actors, CPUs and GPUs, memory, capacity, tokens.
+
+Invariant: the numbers come from `actors.placement` and the config, the same sources that the run
+uses; memory is an estimate and says what it leaves out. Called by `serve.check`.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from actors.placement import Placement
+from cluster.config import Config
+
+GIB = 1024**3
+# The learner keeps float32 weights and gradients and two AdamW moments; ranks share them.
+LEARNER_BYTES_PER_PARAMETER = 16
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def rows(
+    config: Config, num_tasks: Mapping[str, int], longest_prompt: int, num_parameters: int
+) -> list[tuple[str, str]]:
+    """Rows (name, value) of the plan."""
+    placement = Placement.of(config)
+    rollout, learner = config.rollout, config.learner
+    per_step = rollout.groups_per_step * rollout.group_size
+    most = per_step * (rollout.max_new_tokens + longest_prompt)
+    sampled = per_step * rollout.max_new_tokens
+    devices = f"{placement.total_gpus} GPUs, " if placement.is_gpu else ""
+    return [
+        ("policy", f"{config.policy.type}, {num_parameters / 1e6:,.1f} M parameters"),
+        ("tasks", ", ".join(f"{count} {split}" for split, count in num_tasks.items())),
+        ("steps", f"{config.run.steps}, evaluation every {config.eval.every}"),
+        (
+            "actors",
+            f"{rollout.workers} rollout, {config.rewards.workers} reward, "
+            f"{learner.world_size} learner, 1 controller",
+        ),
+        ("devices", f"{devices}{placement.total_cpus} CPUs of {available_cpus(config)}"),
+        ("learner memory", _learner_memory(config, num_parameters)),
+        ("engine memory", _engine_memory(config, placement, num_parameters)),
+        (
+            "batch",
+            f"{rollout.groups_per_step} groups x {rollout.group_size} = {per_step} trajectories, "
+            f"at most {sampled:,} sampled and {most:,} trained tokens a step",
+        ),
+        ("longest prompt", f"{longest_prompt} of {config.policy.context_length} tokens"),
+        (
+            "capacity",
+            f"{config.max_groups_in_flight} groups in flight (policy age at most "
+            f"{rollout.max_policy_age}), buffer holds {config.buffer.capacity_groups}",
+        ),
+        ("weight sync", placement.weight_backend),
+    ]
+
+
+def available_cpus(config: Config) -> int:
+    """CPUs that a local Ray offers: `resources.cpus`, or all cores."""
+    return config.resources.cpus or os.cpu_count() or 1
+
+
+def num_parameters(policy_dir: Path) -> int:
+    """Parameters of the safetensors files in a policy directory, from their headers."""
+    total = 0
+    for path in policy_dir.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        total += sum(
+            math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"
+        )
+    return total
+
+
+def _learner_memory(config: Config, num_parameters: int) -> str:
+    world_size = config.learner.world_size
+    gib = num_parameters * LEARNER_BYTES_PER_PARAMETER / world_size / GIB
+    return f"about {gib:.2f} GiB a rank for weights, gradients and AdamW, plus activations"
+
+
+def _engine_memory(config: Config, placement: Placement, num_parameters: int) -> str:
+    rollout = config.rollout
+    if placement.is_gpu:
+        return f"{rollout.gpu_memory_fraction:.0%} of each GPU of {rollout.workers} worker(s)"
+    weights = num_parameters * _BYTES[config.policy.dtype] / GIB
+    return (
+        f"about {weights:.2f} GiB weights + {rollout.kv_cache_gib:g} GiB KV cache "
+        f"for each of {rollout.workers} worker(s), plus the runtime"
+    )

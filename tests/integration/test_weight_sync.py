@@ -1,0 +1,157 @@
+"""Weights from a real FSDP2 learner to a real vLLM engine through real Ray actors, and the probe.
+
+One engine serves the whole module: its start dominates the time.
+"""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from ray import cloudpickle
+
+from actors.fleet import RolloutFleet, WorkerState
+from actors.placement import Placement
+from actors.rollout import RolloutRequest, Sampling
+from actors.weight_sync import WeightSync
+from cluster import wire
+from cluster.config import Config
+from cluster.errors import StageError
+from cluster.types import Message, Task, TrajectoryGroup
+from learners.group import LearnerGroup
+from learners.learner import ScoreRequest
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import test modules
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+TASK = Task(task_id="t", taskset="demo", messages=[Message(role="user", content="1 + 2 =")])
+
+
+class Parts:
+    def __init__(self, learner: LearnerGroup, fleet: RolloutFleet, sync: WeightSync) -> None:
+        self.learner, self.fleet, self.sync = learner, fleet, sync
+        self.events: list[tuple[str, dict[str, Any]]] = []
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def parts(
+    tiny_config: Config, tiny_policy_dir: Path, redis_url: str, local_ray: None,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Parts]:  # fmt: skip
+    run_dir = tmp_path_factory.mktemp("run")
+    placement = Placement.of(tiny_config)
+    events: list[tuple[str, dict[str, Any]]] = []
+
+    def on_event(kind: str, **fields: Any) -> None:
+        events.append((kind, fields))
+
+    fleet = RolloutFleet("sync-test", placement, tiny_policy_dir, str(run_dir), on_event)
+    learner, _ = await asyncio.gather(
+        LearnerGroup.start(
+            run_id="sync-test", config=tiny_config, policy_dir=tiny_policy_dir,
+            buffer_url=redis_url, actor_options=placement.learner_options(),
+        ),
+        fleet.start(),
+    )  # fmt: skip
+    sync = WeightSync(tiny_config.sync, learner, fleet, run_dir / "weights", on_event)
+    parts = Parts(learner, fleet, sync)
+    parts.events = events
+    yield parts
+    await fleet.stop()
+    learner.shutdown()
+
+
+def request(group_id: str, max_new_tokens: int = 8, seed: int = 1) -> RolloutRequest:
+    return RolloutRequest(group_id, TASK, 4, Sampling(max_new_tokens, 1.0, [1], seed))
+
+
+async def rollout(parts: Parts, asked: RolloutRequest) -> TrajectoryGroup:
+    return wire.decode(await (await parts.fleet.rollout(asked)), TrajectoryGroup)
+
+
+async def move_weights(parts: Parts, policy_version: int) -> None:
+    """Change the learner's weights for real, by the same noise on every rank count."""
+    for rank in parts.learner.ranks:
+        await rank.__ray_call__.remote(_perturb, policy_version)
+
+
+def _perturb(rank: Any, seed: int) -> None:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in rank._learner._policy.parameters():
+            local = parameter.to_local()
+            local.add_(torch.randn(local.shape, generator=generator) * 0.05)
+
+
+async def test_engine_and_learner_agree_before_and_after_a_sync(parts: Parts) -> None:
+    await parts.sync.sync(0)
+    for version in (1, 2):
+        group = await rollout(parts, request(f"before-{version}"))
+        parts.sync.choose_probes([group])
+        await move_weights(parts, version)
+        report = await parts.sync.sync(version)
+        assert report.policy_version == version
+        assert 0 < report.probe_error <= 1e-4
+        assert report.num_engines == 1
+
+
+async def test_rollout_logprobs_are_the_learners_and_versions_are_stamped(parts: Parts) -> None:
+    group = await rollout(parts, request("stamped"))
+    version = parts.fleet.workers[0].policy_version
+    for trajectory in group.trajectories:
+        assert trajectory.version_spans[-1].end == len(trajectory.token_ids)
+        assert trajectory.min_policy_version == version
+        assert trajectory.loss_mask.all()
+        tokens = np.concatenate([trajectory.context_tokens, trajectory.token_ids]).tolist()
+        [learner_logprobs] = await parts.learner.score(
+            [ScoreRequest(tokens, len(trajectory.context_tokens))]
+        )
+        assert np.abs(learner_logprobs - trajectory.rollout_logprobs).max() < 1e-4
+
+
+async def test_equal_seeds_give_equal_completions(parts: Parts) -> None:
+    first, second = [await rollout(parts, request("same", seed=7)) for _ in range(2)]
+    other = await rollout(parts, request("other", seed=8))
+    tokens = [[t.token_ids.tolist() for t in g.trajectories] for g in (first, second, other)]
+    assert tokens[0] == tokens[1] != tokens[2]
+    assert len({tuple(t) for t in tokens[0]}) > 1
+
+
+async def test_requests_in_flight_survive_a_sync_and_report_both_versions(parts: Parts) -> None:
+    asked = RolloutRequest("long", TASK, 4, Sampling(100, 1.0, [], 3))
+    running = asyncio.create_task(rollout(parts, asked))
+    await asyncio.sleep(0.1)
+    await move_weights(parts, 11)
+    await parts.sync.sync(11)
+    group = await asyncio.wait_for(running, 60)
+    versions = {span.policy_version for t in group.trajectories for span in t.version_spans}
+    assert versions == {2, 11}
+    assert all(t.version_spans[-1].end == len(t.token_ids) for t in group.trajectories)
+    assert group.min_policy_version == 2
+
+
+async def test_the_probe_catches_a_stale_output_head(parts: Parts) -> None:
+    """Without the repair vLLM keeps the old prepacked head on CPU: the engine must not serve."""
+    worker = parts.fleet.workers[0]
+    await worker.handle.__ray_call__.remote(_break_head)
+    await move_weights(parts, 12)
+    with pytest.raises(StageError, match="no rollout engine holds policy version 12"):
+        await parts.sync.sync(12)
+    assert worker.state is WorkerState.QUARANTINED
+    [(_, fields)] = [event for event in parts.events if event[0] == "engine_quarantined"]
+    assert fields["probe_error"] > fields["bound"]
+
+
+async def _break_head(worker: Any) -> None:
+    await worker._engine._engine.collective_rpc(_no_repair)
+
+
+def _no_repair(_worker: Any) -> None:
+    from actors import weight_transfer
+
+    weight_transfer.refresh_prepacked_head = lambda model: None

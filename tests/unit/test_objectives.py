@@ -1,0 +1,162 @@
+"""Objectives: published values, aggregation, and the loss that does not depend on micro-batches."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cluster.config import LossConfig, ObjectiveSection
+from cluster.errors import ConfigError
+from learners.batch import MicroBatch, Row
+from learners.objectives import LossTerm, PolicyGradient, WeightedLosses
+
+
+def _rows(advantages: list[list[float]]) -> MicroBatch:
+    """Sequences of one context token whose rollout log-probs are 0."""
+    return MicroBatch.pack(
+        [
+            Row(
+                context=np.zeros(1, dtype=np.int32),
+                completion=np.zeros(len(values), dtype=np.int32),
+                loss_mask=np.ones(len(values), dtype=bool),
+                rollout_logprobs=np.zeros(len(values), dtype=np.float32),
+                advantages=np.array(values, dtype=np.float32),
+            )
+            for values in advantages
+        ]
+    )
+
+
+def _at_ratios(ratios: list[float]) -> Tensor:
+    return torch.tensor(ratios, dtype=torch.float64).log().requires_grad_()
+
+
+def _loss(objective: PolicyGradient, rows: MicroBatch, logprobs: Tensor) -> LossTerm:
+    return objective.loss(rows, logprobs, torch.zeros_like(logprobs))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (1.35, 1.0, -1.28, 0.0),
+        (0.7, -1.0, 0.8, 0.0),
+        (5.0, -1.0, 3.0, 0.0),  # dual clip
+        (1.35, -1.0, 1.35, 1.35),
+        (0.7, 1.0, -0.7, -0.7),
+    ],
+)
+def test_published_clip_values(
+    ratio: float, advantage: float, loss: float, gradient: float
+) -> None:
+    logprobs = _at_ratios([ratio])
+    term = _loss(PolicyGradient(dual_clip=3.0), _rows([[advantage]]), logprobs)
+    term.total.backward()
+    assert term.total.item() == pytest.approx(loss)
+    assert logprobs.grad is not None
+    assert logprobs.grad.item() == pytest.approx(gradient)
+
+
+def test_importance_cap_bounds_the_weight_and_keeps_the_gradient() -> None:
+    logprobs = _at_ratios([5.0, 1.1])
+    objective = PolicyGradient(importance_cap=2.0)
+    term = _loss(objective, _rows([[-1.0, -1.0]]), logprobs)
+    term.total.backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == pytest.approx([2.0, 1.1])
+    assert term.metrics["ratio/importance_mean"].item() == pytest.approx(6.1), "sum, uncapped"
+
+
+@pytest.mark.parametrize(
+    ("objective", "mean"),
+    [
+        (PolicyGradient(), 10 / 6),
+        (PolicyGradient(aggregation="seq_mean_token_mean"), 1.5),
+        (PolicyGradient(aggregation="constant", constant=8), 0.625),
+    ],
+)
+def test_published_aggregation_values(objective: PolicyGradient, mean: float) -> None:
+    rows = _rows(
+        [[-1.0, -1.0], [-2.0, -2.0, -2.0, -2.0]]
+    )  # at ratio 1 the token loss is -advantage
+    total = _loss(objective, rows, _at_ratios([1.0] * 6)).total.item()
+    count = rows.num_loss_tokens if objective.denominator == "tokens" else rows.num_sequences
+    assert total / count == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean"])
+def test_splitting_into_microbatches_changes_nothing(aggregation: str) -> None:
+    """Two tokens of loss 1 and eight of loss 3: exact 2.6; the mean of means would be 2.0."""
+    losses = WeightedLosses(
+        ObjectiveSection(
+            losses={
+                "policy": LossConfig(use="policy_gradient", settings={"aggregation": aggregation})
+            }
+        )
+    )
+    parts = [[[-1.0, -1.0]], [[-3.0] * 8]]
+    sums, counts = 0.0, 0
+    for part in parts:
+        rows = _rows(part)
+        logprobs = _at_ratios([1.0] * rows.num_loss_tokens)
+        sums += losses.sums(rows, logprobs, torch.zeros_like(logprobs))[0].item()
+        counts += rows.num_loss_tokens if losses.denominator == "tokens" else rows.num_sequences
+    assert sums / counts == pytest.approx(2.6 if aggregation == "token_mean" else 2.0)
+
+
+def test_losses_add_up_with_weights_and_mismatch_is_measured() -> None:
+    section = ObjectiveSection(
+        losses={
+            "main": LossConfig(use="policy_gradient"),
+            "other": LossConfig(use="policy_gradient", settings={"clip_high": 0.0}, weight=0.5),
+        }
+    )
+    logprobs = _at_ratios([1.2, 0.9])
+    entropy = torch.tensor([0.4, 0.6])
+    total, sums = WeightedLosses(section).sums(_rows([[1.0, 1.0]]), logprobs, entropy)
+    assert sums["loss/main"].item() == pytest.approx(-2.1)
+    assert sums["loss/other"].item() == pytest.approx(-1.9)
+    assert total.item() == sums["loss/total"].item() == pytest.approx(-2.1 - 0.95)
+    gaps = np.log([1.2, 0.9])
+    assert sums["ratio/mismatch_abs_mean"].item() == pytest.approx(np.abs(gaps).sum())
+    assert sums["ratio/mismatch_kl"].item() == pytest.approx((np.exp(gaps) - 1 - gaps).sum())
+    assert sums["policy/entropy"].item() == pytest.approx(1.0)
+    assert not any(value.requires_grad for value in sums.values())
+
+
+def test_no_tokens_give_zero_with_a_graph() -> None:
+    logprobs = torch.zeros(0, requires_grad=True)
+    total, sums = WeightedLosses(ObjectiveSection()).sums(_rows([]), logprobs, torch.zeros(0))
+    total.backward()
+    assert total.item() == 0.0
+    assert {float(value) for value in sums.values()} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"clip_low": 1.5}, r"clip_low must be in \[0, 1\)"),
+        ({"dual_clip": 0.5}, "dual_clip must be above 1"),
+        ({"importance_cap": 0.5}, "importance_cap must be at least 1"),
+        ({"aggregation": "mean"}, "aggregation must be one of"),
+        ({"aggregation": "constant"}, "constant must be a positive number"),
+        ({"constant": 8}, "constant must be a positive number"),
+        ({"clip_hi": 0.2}, "did you mean 'clip_high'"),
+    ],
+)
+def test_wrong_settings_name_the_knob(settings: dict[str, object], message: str) -> None:
+    section = ObjectiveSection(
+        losses={"policy": LossConfig(use="policy_gradient", settings=settings)}
+    )
+    with pytest.raises(ConfigError, match=rf"objective\.losses\.policy.*{message}"):
+        WeightedLosses(section)
+
+
+def test_losses_with_different_denominators_are_refused() -> None:
+    section = ObjectiveSection(
+        losses={
+            "a": LossConfig(use="policy_gradient"),
+            "b": LossConfig(use="policy_gradient", settings={"aggregation": "seq_mean_token_mean"}),
+        }
+    )
+    with pytest.raises(ConfigError, match="same count"):
+        WeightedLosses(section)

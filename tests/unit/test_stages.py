@@ -1,0 +1,42 @@
+"""Waits are measured, named and bounded."""
+
+import asyncio
+
+import pytest
+
+from actors.stages import Stages, within
+from cluster.errors import DeadlineError
+
+
+async def test_waits_and_busy_time_add_up() -> None:
+    stages = Stages(["learn", "rollout"])
+    stages.drain()
+    with stages.wait("learn", "scored groups"):
+        [learn, _] = stages.statuses()
+        assert learn.waiting_for == "scored groups"
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(0.1)
+    waited_s, busy = stages.drain()["learn"]
+    assert waited_s == pytest.approx(0.1, abs=0.03)
+    assert busy == pytest.approx(0.5, abs=0.15)
+
+
+async def test_a_parallel_stage_is_busy_until_its_last_use_ends() -> None:
+    stages = Stages(["rollout"])
+
+    async def use(seconds: float) -> None:
+        with stages.busy("rollout"):
+            await asyncio.sleep(seconds)
+
+    uses = [asyncio.create_task(use(0.02)), asyncio.create_task(use(0.06))]
+    await asyncio.sleep(0.04)
+    assert stages.statuses()[0].waiting_for == ""
+    await asyncio.gather(*uses)
+    assert stages.statuses()[0].waiting_for == "work"
+
+
+async def test_a_deadline_names_what_and_which_knob() -> None:
+    with pytest.raises(DeadlineError, match=r"sync: waited 0 s for an engine \(sync.timeout_s\)"):
+        await within(
+            asyncio.sleep(5), stage="sync", what="an engine", deadline_s=0.05, knob="sync.timeout_s"
+        )

@@ -1,0 +1,84 @@
+"""The tiny policy's tokenizer, rendering, and the prepared policy directory."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from cluster.config import GgufPolicy, PretrainedPolicy, TinyPolicy
+from cluster.errors import ConfigError
+from cluster.types import Message
+from learners.policy_dir import prepare
+from learners.tokenizer import encode_completion, load_tokenizer, render, train_tokenizer
+
+TEXTS = [f"What is {a} plus {b}? The answer is {a + b}." for a in range(30) for b in range(30)]
+TINY = TinyPolicy(type="tiny", hidden_size=32, num_layers=1, num_heads=2, context_length=64)
+
+
+def test_digits_are_tokens_of_their_own_and_any_text_survives() -> None:
+    tokenizer = train_tokenizer(TEXTS, 320)
+    ids = tokenizer.encode("12 plus 2026", add_special_tokens=False)
+    pieces = [tokenizer.decode([i]) for i in ids]
+    assert [p for p in pieces if any(c.isdigit() for c in p)] == ["1", "2", "2", "0", "2", "6"]
+    for text in ("What is 3 plus 4?", "naïve ∑ 漢字 🙂\n\ttabs", ""):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    assert len(tokenizer.encode(TEXTS[0])) < len(TEXTS[0]) / 2, "merges shorten the task texts"
+
+
+def test_a_vocabulary_below_the_bytes_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"policy\.vocab_size must be at least 258.*got 100"):
+        train_tokenizer(TEXTS, 100)
+
+
+def test_the_tiny_directory_loads_renders_and_repeats(tmp_path: Path) -> None:
+    directory = prepare(TINY, TEXTS, tmp_path / "cache", tmp_path / "policy", seed=3)
+    tokenizer = load_tokenizer(directory)
+    messages = [
+        Message(role="system", content="Be brief."),
+        Message(role="user", content="What is 1 plus 1?"),
+    ]
+    context = render(tokenizer, messages)
+    assert tokenizer.decode(context) == "Be brief.\nWhat is 1 plus 1?\n"
+    completion = encode_completion(tokenizer, "2")
+    assert completion[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(completion, skip_special_tokens=True) == "2"
+
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert model.config.tie_word_embeddings
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.head_dim in (32, 64), "head sizes that vLLM has on CPU"
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+
+    again = prepare(TINY, TEXTS, tmp_path / "cache", tmp_path / "again", seed=3)
+    other = prepare(TINY, TEXTS, tmp_path / "cache", tmp_path / "other", seed=4)
+    weights = (directory / "model.safetensors").read_bytes()
+    assert weights == (again / "model.safetensors").read_bytes()
+    assert weights != (other / "model.safetensors").read_bytes()
+    assert (directory / "tokenizer.json").read_bytes() == (again / "tokenizer.json").read_bytes()
+
+
+def test_prepare_keeps_what_is_there(tmp_path: Path) -> None:
+    directory = prepare(TINY, TEXTS, tmp_path / "cache", tmp_path / "policy", seed=3)
+    before = (directory / "model.safetensors").stat().st_mtime_ns
+    assert prepare(TINY, ["other"], tmp_path / "cache", tmp_path / "policy", seed=9) == directory
+    assert (directory / "model.safetensors").stat().st_mtime_ns == before
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"], "nothing half made is left"
+
+
+def test_a_template_free_tokenizer_renders_one_message_a_line(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(TEXTS, 320)
+    tokenizer.chat_template = None
+    context = render(tokenizer, [Message(role="user", content="a"), Message(role="x", content="b")])
+    assert tokenizer.decode(context) == "a\nb\n"
+
+
+def test_missing_models_name_the_knob(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (PretrainedPolicy(type="pretrained", model=str(tmp_path / "empty")), r"policy\.model"),
+        (GgufPolicy(type="gguf", package="no_such_package", file="a.gguf"), r"policy\.package"),
+        (GgufPolicy(type="gguf", package="json", file="a.gguf"), r"policy\.file.*none"),
+    ]
+    for policy, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            prepare(policy, [], tmp_path / "cache", tmp_path / "policy")
