@@ -69,6 +69,7 @@ class Bookkeeping:
         """Continue from the newest whole checkpoint; returns how many groups came back to the buffer."""
         latest = await asyncio.to_thread(self._store.latest)
         if latest is None:
+            self._ledger.truncate_after(0)
             return await asyncio.to_thread(self._buffer.restore, 0)
         path, state = latest
         if state.config_hash != config_hash(self._config):
@@ -134,7 +135,12 @@ class Bookkeeping:
         return (await asyncio.to_thread(self._buffer.stats)).ready
 
     async def save(self, learner: LearnerGroup, curriculum: Curriculum) -> str:
-        """Make the current step durable, then acknowledge what it consumed; returns the directory."""
+        """Make the current step durable, then acknowledge what it consumed; returns the directory.
+
+        Does nothing when the step is durable already.
+        """
+        if self.step in self._store.steps():
+            return ""
         target = await asyncio.to_thread(self._store.begin, self.step)
         await learner.save(target)
         state = RunState(

@@ -236,7 +236,8 @@ class Controller:
 
     async def _save(self, parts: Parts) -> None:
         path = await self._books.save(parts.learner, parts.curriculum)
-        self._observer.event("checkpoint", step=self._books.step, path=path)
+        if path:
+            self._observer.event("checkpoint", step=self._books.step, path=path)
 
     async def _publish(self) -> None:
         while True:

@@ -44,22 +44,21 @@ def run(config: Config, *, run_dir: RunDir, resume: bool, address: str) -> int:
         raise ConfigError(
             f"buffer.url: required with --address {address}, so that every node reaches the same Redis"
         )
-    log.setup("launcher", str(run_dir.path))
     with ExitStack() as stack:
         interrupt = stack.enter_context(_interrupts())
         _announce(config, run_dir, "starting Redis", 0.5)
-        url = config.buffer.url or _embedded_redis(run_dir, stack)
+        server = None if config.buffer.url else stack.enter_context(EmbeddedRedis(run_dir.redis))
+        url = config.buffer.url or (server.url if server else "")
         _announce(config, run_dir, "starting Ray", 6.0)
         stack.enter_context(_cluster(config, run_dir, address))
         _announce(config, run_dir, "starting the controller", 4.0)
-        return _conduct(config, run_dir, url, resume, interrupt)
+        return _conduct(config, run_dir, url, resume, interrupt, server)
 
 
 def _conduct(config: Config, run_dir: RunDir, url: str, resume: bool, interrupt: list[int]) -> int:
     """Create the controller and wait for it; the first interrupt asks it to stop, the second leaves."""
     from actors.controller import Controller
 
-    # An explicit worker environment keeps PYTHONPATH additions of the launcher visible everywhere.
     controller: Any = (
         ray.remote(Controller)
         .options(name=f"hone/{run_dir.name}/controller", num_cpus=0, max_concurrency=1000)
@@ -68,6 +67,8 @@ def _conduct(config: Config, run_dir: RunDir, url: str, resume: bool, interrupt:
     finished = controller.run.remote()
     deadline: float | None = None
     while not ray.wait([finished], timeout=POLL_S)[0]:
+        if server is not None:
+            server.start()  # a server that died comes back on the same data and address
         if interrupt and deadline is None:
             deadline = time.monotonic() + STOP_DEADLINE_S
             controller.stop.remote()
@@ -86,13 +87,6 @@ def _conduct(config: Config, run_dir: RunDir, url: str, resume: bool, interrupt:
 def _cause(error: RayTaskError) -> HoneError:
     cause = error.cause
     return cause if isinstance(cause, HoneError) else StageError("run", str(cause))
-
-
-def _embedded_redis(run_dir: RunDir, stack: ExitStack) -> str:
-    server = EmbeddedRedis(run_dir.redis)
-    url = server.start()
-    stack.callback(server.stop)
-    return url
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
@@ -58,8 +59,11 @@ class VllmEngine:
             seed=sampling.seed,
             logprobs=0,
             detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
         output = await self._run(context, parameters)
+        if len(output.outputs) != n:
+            raise StageError("rollout", f"asked {n} completions, got {len(output.outputs)}")
         return [self._completion(part) for part in output.outputs]
 
     async def score(self, token_ids: np.ndarray) -> np.ndarray:

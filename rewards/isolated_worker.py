@@ -17,6 +17,8 @@ from typing import BinaryIO
 
 import msgspec
 
+from cluster.errors import HoneError, boundary
+
 PR_SET_PDEATHSIG = 1
 FILE_MIB = 64
 
@@ -56,18 +58,20 @@ def main(memory_mib: int, parent_pid: int) -> None:
 
 def _import(call: Call) -> Reply:
     try:
-        _function(call.function)
-    except Exception as error:
-        return Reply(error=f"cannot import {call.function!r}: {type(error).__name__}: {error}")
+        with boundary(f"{call.function}: cannot import"):
+            _function(call.function)
+    except HoneError as error:
+        return Reply(error=str(error))
     return Reply(ready=True)
 
 
 def _run(call: Call) -> Reply:
     _limit_cpu(call.cpu_s)
     try:
-        return Reply(value=_function(call.function)(*call.args))
-    except (Exception, SystemExit) as error:
-        return Reply(error=f"{type(error).__name__}: {error}")
+        with boundary(call.function):
+            return Reply(value=_function(call.function)(*call.args))
+    except (HoneError, SystemExit) as error:
+        return Reply(error=str(error) or f"{call.function}: exit")
 
 
 def _function(path: str) -> Callable[..., object]:
@@ -79,7 +83,9 @@ def _encode(reply: Reply) -> bytes:
     try:
         return msgspec.msgpack.encode(reply)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        return msgspec.msgpack.encode(Reply(error=f"the result cannot travel: {error}"))
+        return msgspec.msgpack.encode(
+            Reply(error=f"the result of a check must be plain data: {error}")
+        )
 
 
 def _die_with(parent_pid: int) -> None:

@@ -112,7 +112,7 @@ class IsolatedPool:
         else:
             self._idle.append(worker)
         if reply.error:
-            raise CheckCrashed(f"{function}: {reply.error}")
+            raise CheckCrashed(reply.error)
         return reply.value
 
     def _take(self, function: str) -> "_Worker":

@@ -1,7 +1,8 @@
 r"""Equality of two answers by computer algebra: math-verify, which reads LaTeX and asks sympy.
 
-Invariant: runs in an isolated worker only, because a short text can keep sympy busy for hours and no
-timeout of the library works outside a main thread. Called by `rewards.math_verifier` by its path.
+Invariant: runs in an isolated worker only, because a short text can keep sympy busy for hours and
+no timeout of the library works outside a main thread. Called by `rewards.math_verifier` by its
+path.
 """
 
 import importlib

@@ -147,8 +147,10 @@ async def test_the_probe_catches_a_stale_output_head(parts: Parts) -> None:
     assert fields["probe_error"] > fields["bound"]
 
 
-async def _break_head(worker: Any) -> None:
-    await worker._engine._engine.collective_rpc(_no_repair)
+def _break_head(worker: Any) -> None:
+    engine = worker._engine._engine
+    loop = engine.output_handler.get_loop()
+    worker.fault = asyncio.run_coroutine_threadsafe(engine.collective_rpc(_no_repair), loop)
 
 
 def _no_repair(_worker: Any) -> None:
