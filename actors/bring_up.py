@@ -123,8 +123,8 @@ async def _prepare(
     config: Config, tasks: list[Task], run: RunDir, is_resumed: bool
 ) -> PreparedPolicy:
     """Made in a process of its own, which ends and gives its memory back."""
-    prepare = ray.remote(_prepare_policy).options(
-        num_cpus=0, max_retries=0, max_calls=1, runtime_env={"env_vars": QUIET_ENV}
+    prepare = ray.remote(max_calls=1, max_retries=0)(_prepare_policy).options(
+        num_cpus=0, runtime_env={"env_vars": QUIET_ENV}
     )
     return await within(
         prepare.remote(config, tasks, run.policy, is_resumed),

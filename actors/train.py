@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from actors.placement import QUIET_ENV, Placement
-from cluster import log, status
+from cluster import status
 from cluster.config import Config
 from cluster.embedded_redis import EmbeddedRedis
 from cluster.errors import ConfigError, HoneError, StageError
@@ -55,7 +55,14 @@ def run(config: Config, *, run_dir: RunDir, resume: bool, address: str) -> int:
         return _conduct(config, run_dir, url, resume, interrupt, server)
 
 
-def _conduct(config: Config, run_dir: RunDir, url: str, resume: bool, interrupt: list[int]) -> int:
+def _conduct(
+    config: Config,
+    run_dir: RunDir,
+    url: str,
+    resume: bool,
+    interrupt: list[int],
+    server: EmbeddedRedis | None,
+) -> int:
     """Create the controller and wait for it; the first interrupt asks it to stop, the second leaves."""
     from actors.controller import Controller
 

@@ -19,6 +19,7 @@ _NUMBER_AT_END = re.compile(
 )
 _HEDGE = re.compile(r"[\s$]*(?:[,;/]|or|and|[,;]\s*(?:or|and))[\s$]*")
 _NAME = re.compile(r"\s*[A-Za-z](?:\([A-Za-z]\))?\s*")
+_LABEL = re.compile(r"^[A-Za-z][A-Za-z ]{0,30}:\s+")
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 
 _CHARACTERS = str.maketrans(
@@ -110,7 +111,7 @@ def _marked(tail: str) -> str | None:
 
 
 def _bare(tail: str) -> str | None:
-    answer = tail.strip()
+    answer = _LABEL.sub("", tail.strip())
     if not answer or len(answer) > 64 or "\n" in answer:
         return None
     left, equals, right = answer.rpartition("=")

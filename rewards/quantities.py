@@ -22,14 +22,16 @@ _QUANTITY = re.compile(
     rf"|(?P<decimal>{_DIGITS}(?:\.\d*)?|\.\d+)"
     rf"(?:[eE](?P<exponent>[-+]?\d{{1,3}})|"
     rf" ?\\(?:times|cdot) ?10 ?\^ ?(?:(?P<ten>\d)|\{{(?P<power>[-+]?\d{{1,3}})\}}))?"
-    rf")(?P<unit> ?%| ?[A-Za-z][A-Za-z ]{{0,40}}(?:\^[23])?)?"
+    rf")(?P<unit> ?%| ?[A-Za-z][A-Za-z /]{{0,40}}(?:\^[23])?)?"
 )
-_SHORT_UNITS = re.compile(r"%|[msglhnjwvkcf]|[ckm]m|[km]g|m[li]|[kmg]b|[ap]m|ft|in|lb|oz|hr")
+_SHORT_UNITS = re.compile(r"%|[msglhnjwvkcf]|[ckm]m|[km]g|m[li]|[kmg]b|[ap]m|ft|in|lb|oz|hr|/")
 _NOT_UNITS = {"sqrt", "sin", "cos", "tan", "log", "exp", "mod", "and", "for", "not", "lim", "inf"}
 _WORD = re.compile(r"\(?([A-Za-z][A-Za-z' -]*)\)?")
 _RATIO = re.compile(r"\d+(?: ?: ?\d+)+")
 
 _UNEVALUATED = re.compile(r"[\d)}] ?(?:[-+*]|\\times|\\cdot) ?[\d({\\]")
+_KNOWN_NAME = re.compile(r"\\[A-Za-z]+|sqrt|pi|sin|cos|tan|log|ln|exp|[eEiI]")
+_VARIABLE = re.compile(r"[A-Za-z:]")
 _SEVERAL = re.compile(r"[,;]|\b(?:or|and)\b")
 
 
@@ -68,7 +70,9 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 def _unit(text: str, is_apart: bool) -> str | None:
     """The unit in its compared form; None where the letters are variables or functions."""
-    words = text.lower().replace("^2", " squared").replace("^3", " cubed").split()
+    words = (
+        text.lower().replace("^2", " squared").replace("^3", " cubed").replace("/", " / ").split()
+    )
     for word in words:
         is_short = len(word) < 3
         if word in _NOT_UNITS or (is_short and not _SHORT_UNITS.fullmatch(word)):
@@ -90,8 +94,8 @@ def compare(gold: str, answer: str) -> bool | None:
 
     Numbers compare exactly (1/3 is not 0.333). A unit counts when both have one; a percentage of an
     answer counts as a hundredth unless the gold answer is one. Words and ratios compare as text.
-    Where a number is asked for, a list or an unevaluated sum or product (the problem repeated) is
-    wrong; powers, roots and fractions go on to algebra.
+    Where a number is asked for, a list, a variable (x/x is 1), or an unevaluated sum or product (the
+    problem repeated) is wrong; powers, roots and fractions go on to algebra.
     """
     if is_same_text(gold, answer):
         return True
@@ -100,6 +104,8 @@ def compare(gold: str, answer: str) -> bool | None:
     if "=" not in answer:
         gold = _ASSIGNMENT.sub("", gold)
     numbers = parse_quantity(gold), parse_quantity(answer)
+    if numbers[0] and "=" in answer:
+        return compare(gold, answer.rpartition("=")[2].strip())
     if numbers[0] and numbers[1]:
         return _is_same_quantity(numbers[0], numbers[1])
     words = _WORD.fullmatch(gold), _WORD.fullmatch(answer)
@@ -109,9 +115,15 @@ def compare(gold: str, answer: str) -> bool | None:
         return False
     if _RATIO.fullmatch(gold) or (numbers[0] and _RATIO.fullmatch(answer)):
         return False
-    if numbers[0] and (_SEVERAL.search(answer) or _UNEVALUATED.search(answer)):
+    if numbers[0] and not _is_one_value(answer):
         return False
     return None
+
+
+def _is_one_value(answer: str) -> bool:
+    if _SEVERAL.search(answer) or _UNEVALUATED.search(answer):
+        return False
+    return not _VARIABLE.search(_KNOWN_NAME.sub("", answer))
 
 
 def _is_same_quantity(gold: Quantity, answer: Quantity) -> bool:
