@@ -17,6 +17,8 @@ from pydantic import BaseModel, ValidationError
 from cluster.config import Config
 from cluster.errors import ConfigError
 
+# Sections that a resumed run may change: they do not shape what is learnt.
+BOOKKEEPING = {"run", "resources", "buffer", "eval"}
 _OVERRIDE = re.compile(r"^[A-Za-z_][\w.]*=")
 
 
@@ -55,7 +57,7 @@ def dump(config: Config) -> str:
 
 def config_hash(config: Config) -> str:
     """Hash of everything that shapes learning; name, length and bookkeeping of the run are left out."""
-    values = config.model_dump(mode="json", exclude={"run", "resources", "buffer", "eval"})
+    values = config.model_dump(mode="json", exclude=BOOKKEEPING)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-r"""Answers as text: find the final one, give it one spelling, refuse what cannot be checked.
+"""Answers as text: find the final one, give it one spelling, refuse what cannot be checked.
 
 Invariant: pure functions that take time linear in their input, whatever a model wrote, and never
 evaluate it. One answer counts, the last; a list where one value is asked for is no answer.

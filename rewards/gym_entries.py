@@ -31,8 +31,8 @@ class GymEntry(NamedTuple):
 
 
 def encode_entry(entry: GymEntry) -> str:
-    """JSON text for `Task.entry`."""
-    return json.dumps([entry.dataset, entry.config, _mark_tuples(entry.item)])
+    """JSON text for `Task.entry`; a number that JSON does not know (a Fraction) becomes text."""
+    return json.dumps([entry.dataset, entry.config, _mark_tuples(entry.item)], default=str)
 
 
 def decode_entry(text: str) -> GymEntry:

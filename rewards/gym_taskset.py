@@ -1,4 +1,4 @@
-r"""Tasks of reasoning_gym's generators, and the verifier that asks their own scorers.
+"""Tasks of reasoning_gym's generators, and the verifier that asks their own scorers.
 
 Invariant: every task carries, as JSON, what its scorer needs in another process; a dataset whose
 scorer runs the model's answer as code or pays for junk is refused. Used as `reasoning_gym` in

@@ -1,4 +1,4 @@
-r"""The math verifier: is the final answer of a completion equal to the reference?
+"""The math verifier: is the final answer of a completion equal to the reference?
 
 Invariant: a missing, wrong or uncheckable answer scores 0.0; a check that timed out or crashed
 abstains. Plain numbers and words are decided in this process in microseconds; everything else goes
@@ -65,4 +65,5 @@ class MathVerifier:
 def gold_answer(reference: str) -> str:
     """The normalised answer in a reference: after `####`, in the last box, or all of it."""
     after_mark = reference.rpartition("####")[2]
-    return normalise(last_box(after_mark) or after_mark)
+    box = last_box(after_mark)
+    return normalise(after_mark if box is None else box)

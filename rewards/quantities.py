@@ -1,4 +1,4 @@
-r"""Exact comparison of answers as text: numbers, units, percentages, ratios and words; no algebra.
+"""Exact comparison of answers as text: numbers, units, percentages, ratios and words; no algebra.
 
 Invariant: pure, exact (rational numbers, no rounding), linear in the input. "Cannot tell" is a
 third value, which `rewards.math_verifier` hands on to a computer algebra system in a worker
@@ -94,8 +94,8 @@ def compare(gold: str, answer: str) -> bool | None:
 
     Numbers compare exactly (1/3 is not 0.333). A unit counts when both have one; a percentage of an
     answer counts as a hundredth unless the gold answer is one. Words and ratios compare as text.
-    Where a number is asked for, a list, a variable (x/x is 1), or an unevaluated sum or product (the
-    problem repeated) is wrong; powers, roots and fractions go on to algebra.
+    Where a number is asked for, a list, a variable (x/x is 1), or an unevaluated sum or product
+    (the problem repeated) is wrong; powers, roots and fractions go on to algebra.
     """
     if is_same_text(gold, answer):
         return True
@@ -105,7 +105,8 @@ def compare(gold: str, answer: str) -> bool | None:
         gold = _ASSIGNMENT.sub("", gold)
     numbers = parse_quantity(gold), parse_quantity(answer)
     if numbers[0] and "=" in answer:
-        return compare(gold, answer.rpartition("=")[2].strip())
+        left, _, right = answer.rpartition("=")
+        return False if _SEVERAL.search(left) else compare(gold, right.strip())
     if numbers[0] and numbers[1]:
         return _is_same_quantity(numbers[0], numbers[1])
     words = _WORD.fullmatch(gold), _WORD.fullmatch(answer)

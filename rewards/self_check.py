@@ -90,7 +90,7 @@ async def _rejection(rubric: Rubric, task: Task) -> str:
     where = f"task {task.task_id} ({_start(task)!r})"
     if not texts:
         return f"{where}: has neither a reference nor a solution"
-    scored = await rubric.score(_group(task, texts))
+    scored = await rubric.score(group_of(task, texts))
     best = max(scored.trajectories, key=lambda t: float("-inf") if t.reward is None else t.reward)
     if _is_full(rubric, best):
         return ""
@@ -108,7 +108,7 @@ async def _paid_junk(rubric: Rubric, task: Task, other: str) -> dict[str, bool]:
     wrong = {name: text for name, text in candidates.items() if not _is_right(task, text)}
     forms = {name: _forms(rubric, text) for name, text in wrong.items()}
     texts = list(dict.fromkeys(text for group in forms.values() for text in group))
-    scored = await rubric.score(_group(task, texts))
+    scored = await rubric.score(group_of(task, texts))
     paid = {t.text for t in scored.trajectories if _is_full(rubric, t)}
     return {name: not paid.isdisjoint(group) for name, group in forms.items()}
 
@@ -129,7 +129,7 @@ def _start(task: Task) -> str:
     return task.messages[-1].content[:60] if task.messages else ""
 
 
-def _group(task: Task, texts: list[str]) -> TrajectoryGroup:
+def group_of(task: Task, texts: list[str]) -> TrajectoryGroup:
     """A group of completions with these texts and one token each."""
     group_id = f"check-{task.task_id}"
     return TrajectoryGroup(

@@ -1,4 +1,4 @@
-r"""Equality of two answers by computer algebra: math-verify, which reads LaTeX and asks sympy.
+"""Equality of two answers by computer algebra: math-verify, which reads LaTeX and asks sympy.
 
 Invariant: runs in an isolated worker only, because a short text can keep sympy busy for hours and
 no timeout of the library works outside a main thread. Called by `rewards.math_verifier` by its

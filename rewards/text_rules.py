@@ -71,8 +71,8 @@ class LengthVerifier:
 
     def _verdict(self, num_tokens: int) -> Verdict:
         left = self._max_tokens - num_tokens
-        score = float(left >= 0) if left <= 0 or not self._soft_tokens else left / self._soft_tokens
-        return Verdict(score=min(1.0, score), evidence=f"{num_tokens} tokens")
+        score = left / self._soft_tokens if self._soft_tokens else float(left >= 0)
+        return Verdict(score=min(1.0, max(0.0, score)), evidence=f"{num_tokens} tokens")
 
 
 class RepetitionVerifier:

@@ -20,27 +20,32 @@ _FUNCTION_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def reward_version(name: str, config: VerifierConfig) -> str:
-    """Eight hex digits over the settings and the source of the verifier's module.
+    """Eight hex digits over the settings of a verifier and the source that it is made of.
 
-    The source includes the modules of the same top-level package that it uses. Weight and time
-    limit are no part of it: they do not change a score.
+    Weight and time limit are no part of it: they do not change a score.
     """
     target = resolve_verifier(name, config)
     digest = hashlib.sha256(json.dumps([config.use, config.settings], default=str).encode())
-    sources: dict[str, str] = {}
-    _collect_sources(target.__module__, sources)
-    for module_name in sorted(sources):
-        digest.update(sources[module_name].encode())
+    for module_name, source in sorted(sources_of(target.__module__).items()):
+        digest.update(f"{module_name}\n{source}".encode())
     return digest.hexdigest()[:8]
 
 
-def _collect_sources(name: str, sources: dict[str, str]) -> None:
-    module = sys.modules.get(name)
-    sources[name] = _source_of(name, module)
-    for value in list(vars(module).values()) if module else []:
-        used = _module_of(value)
-        if used.partition(".")[0] == name.partition(".")[0] and used not in sources:
-            _collect_sources(used, sources)
+def sources_of(name: str) -> dict[str, str]:
+    """Source by module: `name` and what it uses of its own top-level package, directly or not.
+
+    A module that is named only in a `"module:function"` string, to run in a worker, counts too.
+    """
+    sources: dict[str, str] = {}
+    pending = [name]
+    while pending:
+        current = pending.pop()
+        module = sys.modules.get(current)
+        sources[current] = _source_of(current, module)
+        used = {_module_of(value) for value in vars(module).values()} if module else set[str]()
+        package = name.partition(".")[0]
+        pending += [m for m in used if m.partition(".")[0] == package and m not in sources]
+    return sources
 
 
 def _source_of(name: str, module: ModuleType | None) -> str:

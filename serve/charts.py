@@ -15,7 +15,7 @@ from markupsafe import Markup
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 400.0, 230.0
-LEFT, RIGHT, TOP, BOTTOM = 50.0, 14.0, 26.0, 34.0
+LEFT, RIGHT, TOP, BOTTOM = 54.0, 14.0, 26.0, 34.0
 MAX_POINTS = 240
 MAX_MARKED_POINTS = 40
 NUM_COLOURS = 6
@@ -98,7 +98,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A short form for axis labels and tables: `0.052`, `12`, `1.2k`, `3e-05`."""
+    """A short form for axis labels and tables: `0.052`, `12`, `12.3k`, `3e-5`."""
     size = abs(value)
     if size >= 1e6:
         return f"{value / 1e6:.3g}M"
@@ -106,7 +106,7 @@ def number(value: float) -> str:
         return f"{value / 1e3:.3g}k"
     if size >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.3g}"
+    return f"{value:.3g}".replace("e-0", "e-")
 
 
 def _frame(chart: Chart, series: Sequence[Series], tops: Sequence[float]) -> _Frame:
@@ -116,7 +116,7 @@ def _frame(chart: Chart, series: Sequence[Series], tops: Sequence[float]) -> _Fr
     low, high = chart.bounds or (min(ys), max(ys))
     if high - low < 1e-12:
         margin = abs(high) * 0.1 or 1.0
-        low, high = low - margin, high + margin
+        low, high = (0.0 if low >= 0 else low - margin), high + margin
     elif chart.bounds is None:
         margin = (high - low) * 0.06
         low = 0.0 if low >= 0 else low - margin

@@ -1,7 +1,7 @@
 """What can be known to be wrong before an actor starts; `hone check` and `hone train` run it.
 
 Invariant: nothing of a run is started or written; all problems are found in one pass, each one line
-that names its config key. `build` is the only entry.
+that names its config key.
 """
 
 import asyncio
@@ -11,11 +11,13 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
-from cluster import metrics, plugins, redis_client
+from cluster import config_file, metrics, plugins, redis_client
 from cluster.config import Config
 from cluster.embedded_redis import server_program
 from cluster.errors import ConfigError, HoneError, boundary
+from cluster.run_dir import RunDir
 from cluster.types import Task
 from serve import plan
 
@@ -43,12 +45,12 @@ class CheckReport:
             with boundary(stage):
                 yield
         except HoneError as error:
-            self.problems += str(error).splitlines()
+            self.problems += [line for line in str(error).splitlines() if line not in self.problems]
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompt lengths in tokens of the longest tasks, and the size of the policy."""
+    """Lengths in tokens of the longest prompts, and the size of the policy."""
 
     longest: int
     num_too_long: int
@@ -83,6 +85,40 @@ def build(config: Config, *, address: str, announce: Announce) -> CheckReport:
         sizes = {split: len(found) for split, found in tasks.items()}
         report.plan = plan.rows(config, sizes, prompts.longest, prompts.num_parameters)
     return report
+
+
+def refuse_changes(config: Config, run_dir: RunDir) -> None:
+    """Raise `ConfigError` naming each key that shapes learning and differs from the run so far.
+
+    A run without a checkpoint has nothing that a change could contradict.
+    """
+    if not any(run_dir.checkpoints.glob("step_*/COMPLETE")):
+        return
+    before, now = (_leaves(c) for c in (config_file.load(run_dir.config), config))
+    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
+    if changed:
+        raise ConfigError(
+            "\n".join(
+                f"{key}: a resumed run must keep {before.get(key)!r}, got {now.get(key)!r}; "
+                "start a new one with `--run NEW`"
+                for key in changed
+            )
+        )
+
+
+def _leaves(config: Config) -> dict[str, object]:
+    """Dotted key to value of everything in the configuration hash."""
+    leaves: dict[str, object] = {}
+
+    def walk(prefix: str, value: object) -> None:
+        if isinstance(value, dict) and value:
+            for key, child in cast(dict[str, object], value).items():
+                walk(f"{prefix}.{key}" if prefix else key, child)
+        else:
+            leaves[prefix] = value
+
+    walk("", config.model_dump(mode="json", exclude=config_file.BOOKKEEPING))
+    return leaves
 
 
 def _build_plugins(config: Config, report: CheckReport) -> None:
@@ -158,9 +194,9 @@ def _measure_prompts(config: Config, tasks: list[Task]) -> Prompts:
 def _check_prompts(config: Config, prompts: Prompts) -> None:
     if prompts.num_too_long:
         raise ConfigError(
-            f"policy.context_length: {prompts.num_too_long} prompt(s) of tasks.train exceed "
-            f"{_prompt_room(config)} tokens (policy.context_length - rollout.max_new_tokens); "
-            f"the longest has {prompts.longest}"
+            f"policy.context_length: prompts must leave room for rollout.max_new_tokens, so have "
+            f"at most {_prompt_room(config)} tokens; {prompts.num_too_long} or more of tasks.train "
+            f"have more, the longest {prompts.longest}"
         )
 
 

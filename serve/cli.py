@@ -5,6 +5,7 @@ message and an exit code: 0 done, 1 the run failed, 2 the user's input, 130 inte
 """
 
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -66,7 +67,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
 
     print(f"checking {config}: nothing will be started", flush=True)
     _refuse_problems(config_file.load(config, overrides), address="local", show_plan=True)
-    print(f"ready: hone train {config}")
+    print(f"ready: hone train {shlex.join([str(config), *(overrides or [])])}")
 
 
 @app.command()
@@ -91,6 +92,10 @@ def train(
     is_new = resume and not place.config.exists()
     note = " (nothing to resume there, starting from the beginning)" if is_new else ""
     print(f"run {place.name}: {config} -> {place.path}{note}", flush=True)
+    from serve import check as run_check  # takes a second: the line above comes first
+
+    if place.config.exists():
+        run_check.refuse_changes(settings, place)
     _refuse_problems(settings, address=address, show_plan=False)
     run_dir = RunDir.create(
         settings.run.dir, settings.run.name, config_file.dump(settings), exist_ok=resume

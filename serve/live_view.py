@@ -83,9 +83,10 @@ class LiveView:
             is_last = self._ended.wait(POLL_S)
             lines = [_plain(row) for row in self._new_rows()]
             if status := self._status():
-                phase = f"{status.phase} {status.phase_detail}"
-                is_silent = time.monotonic() - said_at > STILL_HERE_S
-                if phase != last_phase or (is_silent and not lines and not is_last):
+                phase = status_view.phase_name(status)
+                if phase != last_phase:
+                    lines.append(phase + _expectation(status))
+                elif time.monotonic() - said_at > STILL_HERE_S and not lines:
                     lines.append(status_view.phase_line(status, time.time()))
                 last_phase = phase
             for line in lines:
@@ -102,6 +103,11 @@ class LiveView:
         known = [{k: v for k, v in row.items() if v is not None} for row in rows]
         self._metrics = [*self._metrics, *known][-100:]
         return known
+
+
+def _expectation(status: run_status.RunStatus) -> str:
+    seconds = status.phase_expected_s
+    return f" (about {status_view.duration(seconds)})" if seconds >= 1 else ""
 
 
 def _plain(row: dict[str, float]) -> str:

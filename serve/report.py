@@ -39,6 +39,7 @@ class ChartSpec:
     spread: str = ""  # key of a standard deviation around the first series
     is_annotated: bool = False
     bounds: tuple[float, float] | None = None
+    min_series: int = 1
 
 
 CHARTS = (
@@ -50,7 +51,7 @@ CHARTS = (
         is_annotated=True,
         bounds=(0.0, 1.0),
     ),
-    ChartSpec("Reward by signal", "mean score", {"reward/*": ""}),
+    ChartSpec("Reward by signal", "mean score", {"reward/*": ""}, min_series=2),
     ChartSpec(
         "Entropy",
         "nats per token",
@@ -58,7 +59,8 @@ CHARTS = (
     ),
     ChartSpec("Engine-learner gap", "mean |log-prob difference|", {"ratio/mismatch_abs_mean": ""}),
     ChartSpec("Engine-learner KL", "nats per token", {"ratio/mismatch_kl": ""}),
-    ChartSpec("Loss", "per denominator", {"loss/*": ""}),
+    ChartSpec("Loss", "sum of weighted objectives", {"loss/total": ""}),
+    ChartSpec("Loss by objective", "before weighting", {"loss/*": ""}, min_series=2),
     ChartSpec("Gradient norm", "before clipping", {"grad/norm": ""}),
     ChartSpec("Policy age", "steps", {"policy_age/mean": "mean", "policy_age/max": "max"}),
     ChartSpec(
@@ -176,11 +178,12 @@ def build_charts(metrics: Rows) -> list[Chart]:
     known = {key for row in metrics for key in row}
     built: list[Chart] = []
     for spec in CHARTS:
-        series = [
+        named = [
             Series(label or spec.title, *_points(metrics, key, spec))
             for key, label in _expand(spec.labels, known)
         ]
-        if series:
+        series = [one for one in named if one.points]
+        if len(series) >= spec.min_series:
             built.append(
                 Chart(spec.title, spec.unit, series, spec.kind, spec.is_annotated, spec.bounds)
             )
@@ -225,16 +228,15 @@ def _window(num_rows: int) -> int:
 
 
 def _expand(labels: Mapping[str, str], known: set[str]) -> list[tuple[str, str]]:
-    """(key, label) of the keys that the run has; `reward/*` means each `reward/NAME/mean`."""
+    """(key, label) of the keys that the run has; stars leave totals out."""
     found: list[tuple[str, str]] = []
     for key, label in labels.items():
         if key == "reward/*":
-            signals = sorted(k for k in known if _SIGNAL.fullmatch(k))
-            found += [(k, k.split("/")[1]) for k in signals]
+            found += [(k, k.split("/")[1]) for k in sorted(known) if _SIGNAL.fullmatch(k)]
         elif key.endswith("*"):
-            found += [
-                (k, k.removeprefix(key[:-1])) for k in sorted(known) if k.startswith(key[:-1])
-            ]
+            begin = key[:-1]
+            parts = sorted(k.removeprefix(begin) for k in known if k.startswith(begin))
+            found += [(begin + part, part) for part in parts if part != "total"]
         elif key in known:
             found.append((key, label))
     return found
@@ -243,7 +245,8 @@ def _expand(labels: Mapping[str, str], known: set[str]) -> list[tuple[str, str]]
 def _points(
     metrics: Rows, key: str, spec: ChartSpec
 ) -> tuple[list[tuple[float, float]], list[tuple[float, float, float]]]:
-    rows = [row for row in metrics if key in row]
+    """Points and band of a key. Step 0 comes before training: only evaluations count there."""
+    rows = [row for row in metrics if key in row and (row["step"] > 0 or key.startswith("eval/"))]
     spread = spec.spread
     band = [
         (row["step"], row[key] - row[spread], row[key] + row[spread])

@@ -24,9 +24,10 @@ _STATE_STYLES = {"healthy": "green", "quarantined": "yellow", "dead": "red", "st
 def render(status: RunStatus, *, now: float, step_s: float | None) -> RenderableType:
     """The screen at unix time `now`; `step_s` is the recent duration of a step, for the ETA."""
     parts: list[RenderableType] = [_header(status, now), _progress(status, step_s), _curves(status)]
-    if status.stages:
+    is_live = status.phase not in ENDED
+    if is_live and status.stages:
         parts += [Text(), _stages(status)]
-    if status.actors:
+    if is_live and status.actors:
         parts += [Text(), _actors(status)]
     if status.last_events:
         parts += [Text(), *(Text(f"  {escape(e)}", "dim") for e in status.last_events[-5:])]
@@ -36,8 +37,8 @@ def render(status: RunStatus, *, now: float, step_s: float | None) -> Renderable
 
 
 def phase_line(status: RunStatus, now: float) -> str:
-    """`starting: loading engine 1/1, 12 s of about 60 s`."""
-    text = status.phase + (f": {escape(status.phase_detail)}" if status.phase_detail else "")
+    """`starting: loading engine 1/1, 12 s of about 1m 00s`."""
+    text = phase_name(status)
     if status.phase in ENDED or not status.phase_started_at:
         return text
     elapsed = max(0.0, now - status.phase_started_at)
@@ -47,6 +48,11 @@ def phase_line(status: RunStatus, now: float) -> str:
         usual = duration(status.phase_expected_s)
         return f"{text}, {duration(elapsed)}, longer than the usual {usual}"
     return f"{text}, {duration(elapsed)} of about {duration(status.phase_expected_s)}"
+
+
+def phase_name(status: RunStatus) -> str:
+    """`starting: loading engine 1/1`."""
+    return status.phase + (f": {escape(status.phase_detail)}" if status.phase_detail else "")
 
 
 def sparkline(values: Sequence[float], width: int = 32) -> str:

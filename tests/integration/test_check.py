@@ -1,0 +1,124 @@
+"""`hone check` on real tasks, tokenizers and rewards: what it accepts, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster import config_file
+from cluster.config import Config
+from cluster.errors import ConfigError
+from cluster.run_dir import RunDir
+from serve import check
+
+
+@pytest.fixture
+def tasks_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tasks.jsonl"
+    rows = [{"prompt": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(20, 60)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture
+def config_file_path(tmp_path: Path, tasks_file: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"""
+policy: {{type: tiny, hidden_size: 64, num_layers: 2, num_heads: 2, context_length: 64}}
+tasks: {{train: {{use: file, settings: {{path: {tasks_file}}}}}}}
+rollout: {{group_size: 4, groups_per_step: 4, max_new_tokens: 16}}
+rewards: {{verifiers: {{correct: {{use: math}}}}}}
+resources: {{accelerator: cpu}}
+"""
+    )
+    return path
+
+
+def examine(path: Path, *overrides: str, address: str = "local") -> check.CheckReport:
+    config: Config = config_file.load(path, list(overrides))
+    return check.build(config, address=address, announce=lambda line: None)
+
+
+def test_a_sound_config_has_a_plan_and_leaves_nothing(
+    config_file_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    report = examine(config_file_path)
+    assert report.problems == []
+    plan = dict(report.plan)
+    assert "36 train, 4 eval" in plan["tasks"]
+    assert "4 groups x 4 = 16 trajectories" in plan["batch"]
+    assert "8 groups in flight" in plan["capacity"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_every_problem_is_found_in_one_pass(config_file_path: Path):
+    report = examine(
+        config_file_path,
+        "rollout.program.use=single_trun",
+        "objective.credit.use=grop",
+        "objective.losses={p: {use: policy_gradient, settings: {clip: 1}}}",
+        "run.trackers=[mlflow]",
+        "buffer.url=redis://:secret@127.0.0.1:1/0",
+        "rewards.verifiers.correct.use=mth",
+        "policy.context_length=20",
+    )
+    starts = [
+        "rollout.program: ",
+        "objective.credit: ",
+        "objective.losses.p.settings.clip: ",
+        "run.trackers: ",
+        "buffer.url ",
+        "policy.context_length: ",
+        "rewards.verifiers.correct",
+    ]
+    assert len(report.problems) == len(starts)
+    for start in starts:
+        assert any(problem.startswith(start) for problem in report.problems), start
+    assert "secret" not in "".join(report.problems)
+    assert report.plan == []
+
+
+def test_rewards_that_refuse_the_gold_answer_are_a_problem(config_file_path: Path):
+    report = examine(
+        config_file_path,
+        "rewards.verifiers.correct.use=format",
+        "rewards.verifiers.correct.settings={pattern: 'never written'}",
+    )
+    assert len(report.problems) == check.GOLD_TASKS
+    assert all("the gold answer" in problem for problem in report.problems)
+
+
+def test_rewards_that_pay_for_junk_are_a_warning(config_file_path: Path):
+    report = examine(
+        config_file_path,
+        "rewards.verifiers.correct.use=format",
+        "rewards.verifiers.correct.settings={pattern: '.*'}",
+    )
+    assert report.problems == []
+    assert any("earns the full reward on 100%" in warning for warning in report.warnings)
+
+
+def test_a_resumed_run_keeps_what_shapes_learning(config_file_path: Path, tmp_path: Path):
+    before = config_file.load(config_file_path)
+    run = RunDir.create(tmp_path, "demo", config_file.dump(before), exist_ok=False)
+    changed = config_file.load(
+        config_file_path, ["learner.lr=0.5", "run.steps=7", "warm_start.steps=3"]
+    )
+    check.refuse_changes(changed, run)  # no checkpoint yet
+    (run.checkpoints / "step_000001").mkdir()
+    (run.checkpoints / "step_000001" / "COMPLETE").touch()
+    check.refuse_changes(before, run)
+    check.refuse_changes(config_file.load(config_file_path, ["run.steps=7"]), run)
+    with pytest.raises(ConfigError) as caught:
+        check.refuse_changes(changed, run)
+    assert "learner.lr: a resumed run must keep 1e-06, got 0.5" in str(caught.value)
+    assert "warm_start" in str(caught.value)
+    assert "run.steps" not in str(caught.value)
+
+
+def test_a_cluster_needs_a_redis_that_all_nodes_reach(config_file_path: Path):
+    report = examine(config_file_path, address="auto")
+    assert [p for p in report.problems if p.startswith("buffer.url: required with --address auto")]

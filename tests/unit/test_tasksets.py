@@ -1,0 +1,163 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from cluster.config import Plugin, TasksSection
+from cluster.errors import ConfigError
+from cluster.types import Task
+from rewards.tasksets import FileTaskset, load_tasks
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return str(path)
+
+
+def section(path: str, eval_path: str | None = None, **values: Any) -> TasksSection:
+    def plugin(at: str) -> Plugin:
+        return Plugin(use="file", settings={"path": at})
+
+    return TasksSection(train=plugin(path), eval=plugin(eval_path) if eval_path else None, **values)
+
+
+def sums(count: int, start: int = 0) -> list[dict[str, Any]]:
+    return [{"prompt": f"{i} + 1 =", "answer": i + 1} for i in range(start, start + count)]
+
+
+FULL_ROW = {
+    "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2 ="}],
+    "answer": "4",
+    "hints": ["It is even.", "It is 2 * 2."],
+    "solution": "2 + 2 = 4",
+    "tests": ["assert f() == 4"],
+    "tags": ["sum"],
+    "id": 17,
+    "source": "ignored",
+}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_row_with_every_column_becomes_a_task(tmp_path: Path, suffix: str):
+    path = tmp_path / f"sums.{suffix}"
+    if suffix == "jsonl":
+        write(path, [FULL_ROW])
+    else:
+        parquet.write_table(pa.Table.from_pylist([FULL_ROW]), path)
+    (task,) = FileTaskset(str(path)).load()
+    assert [m.role for m in task.messages] == ["system", "user"]
+    assert (task.reference, task.solution) == ("4", "2 + 2 = 4")
+    assert task.hints == FULL_ROW["hints"]
+    assert task.tags == ["sum", "id:17"]
+    assert json.loads(task.entry) == {"tests": ["assert f() == 4"]}
+    assert task.taskset == "sums"
+
+
+def test_columns_may_be_renamed_and_numbers_are_references(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", [{"question": "1 + 1 =", "result": 2}])
+    (task,) = FileTaskset(path, prompt="question", answer="result").load()
+    assert (task.messages[0].content, task.reference) == ("1 + 1 =", "2")
+
+
+def test_the_id_is_the_content(tmp_path: Path):
+    first = FileTaskset(write(tmp_path / "a.jsonl", sums(2))).load()
+    again = FileTaskset(write(tmp_path / "b.jsonl", sums(2))).load()
+    assert [t.task_id for t in first] == [t.task_id for t in again]
+    assert first[0].task_id != first[1].task_id
+
+
+def test_every_bad_line_is_named_with_its_column(tmp_path: Path):
+    rows = [
+        sums(1)[0],
+        {"prompt": "x"},
+        {"answer": 1},
+        {"prompt": 5, "answer": 1},
+        {"prompt": "x", "answer": {"a": 1}},
+        {"prompt": "x", "answer": 1, "hints": "one"},
+        {"prompt": [{"role": "user"}], "answer": 1},
+        "{not json",
+        "[1]",
+    ]
+    path = write(tmp_path / "bad.jsonl", rows)
+    with pytest.raises(ConfigError) as error:
+        FileTaskset(path).load()
+    lines = str(error.value).splitlines()
+    assert [line.split(":")[1] for line in lines] == [str(n) for n in range(2, 10)]
+    columns = ["answer", "prompt", "prompt", "answer", "hints", "prompt"]
+    for line, column in zip(lines, columns, strict=False):
+        assert line.startswith(f"{path}:")
+        assert f"column {column!r}" in line
+
+
+def test_long_lists_of_problems_are_cut(tmp_path: Path):
+    path = write(tmp_path / "bad.jsonl", [{"prompt": "x"}] * 30)
+    with pytest.raises(ConfigError, match="and 20 more"):
+        FileTaskset(path).load()
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl", "tasks.csv"])
+def test_unusable_paths_blame_the_setting(tmp_path: Path, name: str):
+    (tmp_path / "tasks.csv").write_text("a,b\n")
+    with pytest.raises(ConfigError, match=r"tasks\.train: path"):
+        load_tasks(section(str(tmp_path / name)), "train")
+
+
+def test_a_tail_is_held_out_and_never_trained_on(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", sums(50))
+    train, held_out = (load_tasks(section(path), split) for split in ("train", "eval"))
+    assert (len(train), len(held_out)) == (45, 5)
+    assert not ids(train) & ids(held_out)
+
+
+def test_the_held_out_tail_has_a_limit(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", sums(3000))
+    assert len(load_tasks(section(path), "eval")) == 200
+
+
+def test_overlap_with_eval_is_dropped_from_train(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    same_prompt_other_answer = [{"prompt": "3 + 1 = ", "answer": "four"}]
+    train_path = write(tmp_path / "a.jsonl", sums(20) + same_prompt_other_answer)
+    eval_path = write(tmp_path / "b.jsonl", sums(10))
+    with caplog.at_level("INFO"):
+        train = load_tasks(section(train_path, eval_path), "train")
+    assert {t.messages[0].content for t in train} == {f"{i} + 1 =" for i in range(10, 20)}
+    assert "11 tasks dropped" in caplog.text
+    assert len(load_tasks(section(train_path, eval_path), "eval")) == 10
+
+
+def test_duplicates_are_dropped(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", sums(10) + sums(10))
+    eval_path = write(tmp_path / "b.jsonl", sums(1, start=99))
+    assert len(load_tasks(section(path, eval_path), "train")) == 10
+
+
+@pytest.mark.parametrize("rows", [[], sums(1)])
+def test_too_few_tasks_are_refused(tmp_path: Path, rows: list[Any]):
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(ConfigError, match=r"tasks\.train: must hold at least"):
+        load_tasks(section(path), "train")
+
+
+def test_nothing_left_to_train_on_is_refused(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", sums(5))
+    with pytest.raises(ConfigError, match="none is left"):
+        load_tasks(section(path, path), "train")
+
+
+def test_the_system_prompt_comes_first_unless_a_task_has_its_own(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", [*sums(9), FULL_ROW])
+    both = section(path, system_prompt="Think.")
+    train, (own,) = load_tasks(both, "train"), load_tasks(both, "eval")
+    assert [(m.role, m.content) for m in train[0].messages] == [
+        ("system", "Think."),
+        ("user", "0 + 1 ="),
+    ]
+    assert [m.content for m in own.messages] == ["Be brief.", "2 + 2 ="]
+    assert ids(train) == ids(load_tasks(section(path), "train"))
+
+
+def ids(tasks: list[Task]) -> set[str]:
+    return {task.task_id for task in tasks}
