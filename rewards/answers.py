@@ -76,9 +76,15 @@ def last_line(text: str) -> str:
     return text.rstrip().rpartition("\n")[2].strip()
 
 
+def after_thinking(text: str) -> str:
+    """What follows `</think>`; "" where the thinking did not end, all of a text without any."""
+    _, end, rest = text.rpartition("</think>")
+    return "" if not end and "<think>" in text else rest
+
+
 def final_part(text: str) -> str:
     """What follows the thinking, at most the last `TAIL_CHARS` characters."""
-    return text[-TAIL_CHARS:].rpartition("</think>")[2]
+    return after_thinking(text)[-TAIL_CHARS:]
 
 
 def extract_answer(text: str, require_boxed: bool) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from cluster.errors import ConfigError, HoneError
 from cluster.types import Message, Task, TrajectoryGroup, Verdict
-from rewards.answers import final_part, last_box, last_line, last_tag
+from rewards.answers import after_thinking, final_part, last_box, last_line, last_tag
 from rewards.base import VerifierIO
 from rewards.gym_entries import EVALUATED, GymEntry, encode_entry, is_plain_expression
 from rewards.tasksets import task_id
@@ -200,7 +200,7 @@ class TasksetVerifier:
 
 
 def _all(text: str) -> str:
-    return text.rpartition("</think>")[2].strip()
+    return after_thinking(text).strip()
 
 
 def _boxed(text: str) -> str | None:

@@ -26,7 +26,7 @@ from rewards.isolated_worker import Call, Reply, frame
 
 START_TIMEOUT_S = 60.0  # a worker's start and the import of its function
 KILL_TIMEOUT_S = 10.0
-MEMORY_MIB = 4096
+MEMORY_MIB = 2048  # of address space
 MAX_CALLS = 2000  # then the worker is replaced, so that leaks stay small
 MAX_FRAME = 16 << 20
 _replies = msgspec.msgpack.Decoder(Reply)
@@ -47,7 +47,7 @@ def default_num_workers() -> int:
 class IsolatedPool:
     """Worker processes made as calls need them, at most `num_workers`.
 
-    Example: `await pool.run("rewards.math_verifier:is_equal", "1/2", "0.5", timeout_s=2.0)`.
+    Example: `await pool.run("rewards.symbolic:is_equal", "1/2", "0.5", timeout_s=2.0)`.
     """
 
     def __init__(self, num_workers: int | None = None, memory_mib: int = MEMORY_MIB) -> None:

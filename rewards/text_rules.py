@@ -19,10 +19,10 @@ PATTERN_TIMEOUT_S = 0.05  # for one completion
 class FormatVerifier:
     r"""Scores 1.0 where a completion matches a regular expression, else 0.0.
 
-    The dot matches newlines. `example` shows a completion in the right form, with `{answer}` where
-    the answer goes; the gold self-check uses it. A search that backtracks beyond
-    `PATTERN_TIMEOUT_S` abstains. Example: `pattern="<think>.*</think>.*",
-    example="<think>...</think>{answer}"`.
+    Blanks around the completion do not count; the dot matches newlines. `example` shows a
+    completion in the right form, with `{answer}` where the answer goes; the gold self-check uses
+    it. A search that backtracks beyond `PATTERN_TIMEOUT_S` abstains. Example:
+    `pattern="<think>.*</think>.*", example="<think>...</think>{answer}"`.
     """
 
     def __init__(

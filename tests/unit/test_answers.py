@@ -26,6 +26,7 @@ from rewards.quantities import compare, parse_quantity
         (r"the value is 7, \boxed{3", None),
         (r"\boxed{}", None),
         ("<think>so 5</think>6", "6"),
+        (r"<think>so \boxed{5}, but then", None),
         ("the total is $1,234.50", "1,234.50"),
         ("yes", "yes"),
         ("y = 2x + 1", "y = 2x + 1"),
