@@ -1,8 +1,8 @@
 """What must survive: step counter, replay buffer position, ledger and checkpoints.
 
-Invariant: a group leaves the buffer for good only when a durable checkpoint contains the step that consumed it
-(exactly once with respect to the surviving weights). Owned by the controller; the buffer client is synchronous,
-so every call runs in a thread.
+Invariant: a group leaves the buffer for good only when a durable checkpoint contains the step
+that consumed it (exactly once with respect to the surviving weights). Owned by the controller;
+the buffer client is synchronous, so every call runs in a thread.
 """
 
 import asyncio
@@ -66,7 +66,9 @@ class Bookkeeping:
         return None if latest is None else latest[1].step
 
     async def restore(self, learner: LearnerGroup, curriculum: Curriculum) -> int:
-        """Continue from the newest whole checkpoint; returns how many groups came back to the buffer."""
+        """Continue from the newest whole checkpoint; returns how many groups came back to the
+        buffer.
+        """
         latest = await asyncio.to_thread(self._store.latest)
         if latest is None:
             self._ledger.truncate_after(0)

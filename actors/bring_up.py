@@ -1,7 +1,8 @@
 """From a config to running parts: tasks, policy directory, learner group, engines, reward workers.
 
-Invariant: when `bring_up` returns, every part is alive and idle; when it raises, the error names the stage. The
-slow parts start side by side: engines load while the learner warms the policy up. Called by the controller.
+Invariant: when `bring_up` returns, every part is alive and idle; when it raises, the error names
+the stage. The slow parts start side by side: engines load while the learner warms the policy up.
+Called by the controller.
 """
 
 import asyncio

@@ -4,9 +4,10 @@
       ^                                                                │
       └──────────────── slots come back when engines hold the weights ─┘
 
-Invariant: a slot is taken per admitted group and given back once, after the sync of the step that consumed the
-group or when it was dropped with a reason. One Ray actor per run, created by `actors.train`; anything with an
-`if` about policy lives in staleness, curriculum, fleet or weight_sync.
+Invariant: a slot is taken per admitted group and given back once, after the sync of the step that
+consumed the group or when it was dropped with a reason. One Ray actor per run, created by
+`actors.train`; anything with an `if` about policy lives in staleness, curriculum, fleet or
+weight_sync.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
 """Which task comes next, and what the results say about the tasks.
 
-Invariant: the order of tasks depends only on the seed and the number drawn, and a draw is pending until its
-group was consumed or dropped: a resumed run draws the pending ones again, then goes on where it stopped. Every
-pass over the taskset is a new permutation. Called by the controller.
+Invariant: the order of tasks depends only on the seed and the number drawn, and a draw is pending
+until its group was consumed or dropped: a resumed run draws the pending ones again, then goes on
+where it stopped. Every pass over the taskset is a new permutation. Called by the controller.
 """
 
 import random

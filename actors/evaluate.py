@@ -1,7 +1,8 @@
 """Held-out evaluation: pass@1 and pass@k of the current policy, by the same engines and verifiers.
 
-Invariant: evaluation tasks are never trained on, sampled with fixed seeds, and scored by the rubric's first
-verifier; an abstained verdict is left out, not counted as a failure. Called by the controller and `hone eval`.
+Invariant: evaluation tasks are never trained on, sampled with fixed seeds, and scored by the
+rubric's first verifier; an abstained verdict is left out, not counted as a failure. Called by the
+controller and `hone eval`.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
 """The fleet of rollout actors: who is healthy, who gets the next group, who is replaced.
 
-Invariant: a worker receives work only in state HEALTHY, which it enters only after it loaded the current
-weights and passed the probe. A dead worker's groups are produced again elsewhere; a replacement starts STALE.
-Used by the controller and by `actors.weight_sync`.
+Invariant: a worker receives work only in state HEALTHY, which it enters only after it loaded the
+current weights and passed the probe. A dead worker's groups are produced again elsewhere; a
+replacement starts STALE. Used by the controller and by `actors.weight_sync`.
 """
 
 import asyncio
@@ -126,7 +126,9 @@ class RolloutFleet:
             ray.kill(handle)
 
     async def _pick(self) -> Worker:
-        """The healthy worker with the fewest running groups; waits for one within the start deadline."""
+        """The healthy worker with the fewest running groups; waits for one within the start
+        deadline.
+        """
 
         def healthy() -> list[Worker]:
             return [w for w in self.workers if w.state is WorkerState.HEALTHY]

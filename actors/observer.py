@@ -1,7 +1,7 @@
 """What a person sees of a run: phase, metrics, events, samples, status file, watchdog.
 
-Invariant: watching never changes the run: nothing here is awaited by the loop for longer than a file write, and
-a tracker that fails is dropped by `cluster.metrics`. Owned by the controller.
+Invariant: watching never changes the run: nothing here is awaited by the loop for longer than a
+file write, and a tracker that fails is dropped by `cluster.metrics`. Owned by the controller.
 """
 
 import logging

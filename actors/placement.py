@@ -1,7 +1,8 @@
-"""What each actor gets: CPUs, GPUs, environment and engine settings, derived from the config in one place.
+"""What each actor gets: CPUs, GPUs, environment and engine settings, derived from the config in
+one place.
 
-Invariant: `Placement.of(config)` decides CPU or GPU once; nobody else asks. Called by the launcher, the fleet
-and `hone check`, which prints the same numbers that the run will use.
+Invariant: `Placement.of(config)` decides CPU or GPU once; nobody else asks. Called by the
+launcher, the fleet and `hone check`, which prints the same numbers that the run will use.
 """
 
 import os
@@ -24,7 +25,9 @@ QUIET_ENV = {
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What a vLLM engine needs to start. `kv_cache_gib` counts on CPU, `gpu_memory_fraction` on GPU."""
+    """What a vLLM engine needs to start. `kv_cache_gib` counts on CPU, `gpu_memory_fraction` on
+    GPU.
+    """
 
     policy_dir: Path
     dtype: str

@@ -1,7 +1,7 @@
 """Built-in rollout programs (P2): how a task becomes a group of trajectories.
 
-Invariant: a program only talks to the policy through `RolloutIO`, so it runs on any engine. Selected by
-`rollout.program.use`, run inside a rollout worker.
+Invariant: a program only talks to the policy through `RolloutIO`, so it runs on any engine.
+Selected by `rollout.program.use`, run inside a rollout worker.
 """
 
 import time

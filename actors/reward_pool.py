@@ -1,7 +1,9 @@
-"""The pool of reward actors as the controller sees it: calls with deadlines, spread over the workers.
+"""The pool of reward actors as the controller sees it: calls with deadlines, spread over the
+workers.
 
-Invariant: a call either returns a summary or raises a `StageError` that names the stage; a crashed worker is
-restarted by Ray and the call tried again elsewhere, which is safe because adding a group twice is a no-op.
+Invariant: a call either returns a summary or raises a `StageError` that names the stage; a
+crashed worker is restarted by Ray and the call tried again elsewhere, which is safe because
+adding a group twice is a no-op.
 """
 
 import asyncio
@@ -48,7 +50,9 @@ class RewardPool:
         )
 
     async def score_and_add(self, group: Any) -> GroupSummary:
-        """`group` is the encoded group or an object reference to it, which never passes through here."""
+        """`group` is the encoded group or an object reference to it, which never passes through
+        here.
+        """
         return await self._call(
             "score_and_add", group, self._config.tasks.skip_uniform, self._config.rollout.timeout_s
         )

@@ -1,7 +1,8 @@
 """The reward actor: scores whole groups with the rubric and puts them into the replay buffer.
 
-Invariant: a group enters the buffer once, frozen, with every verdict stamped by its reward version; an abstained
-trajectory has no reward rather than a zero. Created by `actors.reward_pool`.
+Invariant: a group enters the buffer once, frozen, with every verdict stamped by its reward
+version; an abstained trajectory has no reward rather than a zero. Created by
+`actors.reward_pool`.
 """
 
 import asyncio
@@ -71,7 +72,9 @@ class RewardWorker:
     async def score_and_add(
         self, encoded: bytes, skip_uniform: bool, deadline_s: float
     ) -> GroupSummary:
-        """Score, then add to the buffer unless the group can teach nothing; waits while it is full."""
+        """Score, then add to the buffer unless the group can teach nothing; waits while it is
+        full.
+        """
         with boundary("score"):
             group = await self._rubric.score(wire.decode(encoded, TrajectoryGroup))
             if not group.is_trainable:

@@ -1,7 +1,8 @@
 """What a rollout program sees of an engine, and how its segments become trajectories.
 
-Invariant: a trajectory's loss mask is true exactly on the tokens the policy wrote. Called by programs (P2) and
-by the rollout worker; imports no vllm, so programs can be tested and checked anywhere.
+Invariant: a trajectory's loss mask is true exactly on the tokens the policy wrote. Called by
+programs (P2) and by the rollout worker; imports no vllm, so programs can be tested and checked
+anywhere.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 """The rollout actor: one engine, one tokenizer, one program.
 
-Invariant: it never serves weights it cannot name: each trajectory says which policy version wrote each token.
-Created by `actors.fleet`. All calls share one event loop, because the engine is bound to it (Ray would give each
-concurrency group a loop of its own); the loop never blocks, so a health check or a weight update does not queue
-behind long generations.
+Invariant: it never serves weights it cannot name: each trajectory says which policy version wrote
+each token. Created by `actors.fleet`. All calls share one event loop, because the engine is bound
+to it (Ray would give each concurrency group a loop of its own); the loop never blocks, so a
+health check or a weight update does not queue behind long generations.
 """
 
 import asyncio

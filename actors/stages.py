@@ -1,7 +1,7 @@
 """Who waits for what, since when: the source of wait metrics, the live view and the watchdog.
 
-Invariant: a stage is either busy or waits for exactly one named thing. Each loop of the controller wraps its
-waits in `stages.wait(...)`; nobody has to guess why a run stands still.
+Invariant: a stage is either busy or waits for exactly one named thing. Each loop of the
+controller wraps its waits in `stages.wait(...)`; nobody has to guess why a run stands still.
 """
 
 import asyncio

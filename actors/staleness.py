@@ -1,16 +1,18 @@
 """How far rollouts may run ahead of the learner, as a number of slots.
 
-Invariant: at most `capacity` groups are between admission and the moment the engines hold the weights
-they trained. With `capacity = (max_policy_age + 1) * groups_per_step` and groups consumed in the order of
-admission, none is older than `max_policy_age`; one that others overtook can be, so the learner checks
-the age again when it claims. Used by the controller's dispatch loop.
+Invariant: at most `capacity` groups are between admission and the moment the engines hold the
+weights they trained. With `capacity = (max_policy_age + 1) * groups_per_step` and groups consumed
+in the order of admission, none is older than `max_policy_age`; one that others overtook can be,
+so the learner checks the age again when it claims. Used by the controller's dispatch loop.
 """
 
 import asyncio
 
 
 class StalenessPolicy:
-    """Slots for groups. Example: age 0 and 16 groups a step give 16 slots, freed only after each sync."""
+    """Slots for groups. Example: age 0 and 16 groups a step give 16 slots, freed only after each
+    sync.
+    """
 
     def __init__(self, capacity: int) -> None:
         self._free = capacity

@@ -1,7 +1,8 @@
-"""Rollout and reward metrics of a step, from the summaries of every group scored since the last one.
+"""Rollout and reward metrics of a step, from the summaries of every group scored since the last
+one.
 
-Invariant: means are over all scored trajectories, dropped groups included, so skipping uniform groups does not
-flatter the reward curve. Owned by the controller.
+Invariant: means are over all scored trajectories, dropped groups included, so skipping uniform
+groups does not flatter the reward curve. Owned by the controller.
 """
 
 import time

@@ -1,7 +1,8 @@
 """Launch: from a checked config to a finished run, and everything stopped again.
 
-Invariant: whatever happens between start and end (success, failure, Ctrl-C), no process that was started here
-outlives `run`. Called by `hone train`; `python -m actors.train CONFIG` is the entry of a Ray job.
+Invariant: whatever happens between start and end (success, failure, Ctrl-C), no process that was
+started here outlives `run`. Called by `hone train`; `python -m actors.train CONFIG` is the entry
+of a Ray job.
 """
 
 import logging
@@ -37,8 +38,8 @@ logger = logging.getLogger(__name__)
 def run(config: Config, *, run_dir: RunDir, resume: bool, address: str) -> int:
     """Train and wait; 0 when done, 130 when interrupted with the state saved.
 
-    `address` is `local` (a Ray of our own, stopped at the end), `auto`, or the address of a cluster.
-    Raises `ConfigError` before anything started, `StageError` when the run failed.
+    `address` is `local` (a Ray of our own, stopped at the end), `auto`, or the address of a
+    cluster. Raises `ConfigError` before anything started, `StageError` when the run failed.
     """
     if address != "local" and config.buffer.url is None:
         raise ConfigError(
@@ -63,7 +64,9 @@ def _conduct(
     interrupt: list[int],
     server: EmbeddedRedis | None,
 ) -> int:
-    """Create the controller and wait for it; the first interrupt asks it to stop, the second leaves."""
+    """Create the controller and wait for it; the first interrupt asks it to stop, the second
+    leaves.
+    """
     from actors.controller import Controller
 
     controller: Any = (

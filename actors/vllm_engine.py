@@ -1,8 +1,9 @@
 """One vLLM engine: token-in/token-out generation, scoring, and weight updates in flight.
 
-Invariant: every sampled token carries its temperature-scaled log-prob and the policy version that made it, and
-a prefix cached under one version is never read under another (requests are salted with the version). Owned by
-a rollout worker; the only module besides `weight_transfer` that imports vllm.
+Invariant: every sampled token carries its temperature-scaled log-prob and the policy version that
+made it, and a prefix cached under one version is never read under another (requests are salted
+with the version). Owned by a rollout worker; the only module besides `weight_transfer` that
+imports vllm.
 """
 
 import asyncio
@@ -67,7 +68,9 @@ class VllmEngine:
         return [self._completion(part) for part in output.outputs]
 
     async def score(self, token_ids: np.ndarray) -> np.ndarray:
-        """Log-probs [S-1] fp32 at temperature 1 of tokens 1.. of `token_ids` [S]; no cache is read."""
+        """Log-probs [S-1] fp32 at temperature 1 of tokens 1.. of `token_ids` [S]; no cache is
+        read.
+        """
         output = await self._run(
             token_ids, SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
         )

@@ -1,8 +1,9 @@
 """Weights from the learner to the engines, in flight, and the probe that proves they arrived.
 
-Invariant: an engine serves only weights under which it and the learner agree on the log-probs of a few real
-sequences; one that drifts past `sync.probe_bound` is loaded once more, then quarantined and named. Called by the
-controller after each optimizer step and by the fleet for a replaced worker.
+Invariant: an engine serves only weights under which it and the learner agree on the log-probs of
+a few real sequences; one that drifts past `sync.probe_bound` is loaded once more, then
+quarantined and named. Called by the controller after each optimizer step and by the fleet for a
+replaced worker.
 """
 
 import asyncio
@@ -29,7 +30,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SyncReport:
-    """One sync. `probe_error` is the largest mean |engine - learner| log-prob over engines, in nats."""
+    """One sync. `probe_error` is the largest mean |engine - learner| log-prob over engines, in
+    nats.
+    """
 
     policy_version: int
     total_s: float
@@ -46,7 +49,9 @@ class SyncReport:
 
 
 class WeightSync:
-    """Publishes a version as a file, loads it into every serving engine, probes, and only then says so."""
+    """Publishes a version as a file, loads it into every serving engine, probes, and only then
+    says so.
+    """
 
     def __init__(
         self,
@@ -69,7 +74,9 @@ class WeightSync:
         directory.mkdir(parents=True, exist_ok=True)
 
     def choose_probes(self, groups: list[TrajectoryGroup]) -> None:
-        """Take sequences of real trajectories as the next probes; keeps the old ones if there are none."""
+        """Take sequences of real trajectories as the next probes; keeps the old ones if there are
+        none.
+        """
         trajectories = [t for group in groups for t in group.trajectories if len(t.token_ids)]
         step = max(1, len(trajectories) // max(1, self._config.probe_sequences))
         chosen = trajectories[::step][: self._config.probe_sequences]
@@ -77,7 +84,9 @@ class WeightSync:
             self._probes = [np.concatenate([t.context_tokens, t.token_ids]) for t in chosen]
 
     async def sync(self, policy_version: int) -> SyncReport:
-        """Bring every serving engine to `policy_version`; `StageError` when none is left that agrees."""
+        """Bring every serving engine to `policy_version`; `StageError` when none is left that
+        agrees.
+        """
         started = time.monotonic()
         async with self._lock:
             path = self._directory / f"policy_{policy_version:08d}.safetensors"
@@ -113,7 +122,9 @@ class WeightSync:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     async def _bring_up(self, worker: Worker) -> tuple[float, float] | None:
-        """(pause_s, probe error) of a worker that now serves; None when it was lost or quarantined."""
+        """(pause_s, probe error) of a worker that now serves; None when it was lost or
+        quarantined.
+        """
         assert self._published is not None
         path, policy_version = self._published
         error = 0.0

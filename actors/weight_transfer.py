@@ -1,9 +1,11 @@
-"""The vLLM weight-transfer backend for machines without NCCL: engines load a published safetensors file.
+"""The vLLM weight-transfer backend for machines without NCCL: engines load a published
+safetensors file.
 
-Invariant: after `finish_weight_update` every tensor of the engine, the prepacked CPU `lm_head` included,
-equals the published file. Registered in every engine process through the `vllm.general_plugins` entry point
-(see pyproject.toml); the control calls come from `actors.vllm_engine`. The file may lie in shared memory (one
-machine) or on a shared file system (several); a dead engine can never block the publisher.
+Invariant: after `finish_weight_update` every tensor of the engine, the prepacked CPU `lm_head`
+included, equals the published file. Registered in every engine process through the
+`vllm.general_plugins` entry point (see pyproject.toml); the control calls come from
+`actors.vllm_engine`. The file may lie in shared memory (one machine) or on a shared file system
+(several); a dead engine can never block the publisher.
 """
 
 from collections.abc import Iterator
@@ -47,7 +49,9 @@ class SharedFileWeightTransferEngine(
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Load one published file. The base class would synchronize an accelerator, which a CPU lacks."""
+        """Load one published file. The base class would synchronize an accelerator, which a CPU
+        lacks.
+        """
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: SharedFileUpdateInfo) -> None:
@@ -64,8 +68,9 @@ class SharedFileWeightTransferEngine(
 def refresh_prepacked_head(model: torch.nn.Module) -> None:
     """Prepack the output head again after a reload.
 
-    With tied embeddings on CPU the reload leaves `lm_head` with the packed copy of its old weights, and the
-    engine samples from a mixture of new body and old head (log-prob errors of 0.5 to 1 nat).
+    With tied embeddings on CPU the reload leaves `lm_head` with the packed copy of its old
+    weights, and the engine samples from a mixture of new body and old head (log-prob errors of
+    0.5 to 1 nat).
     """
     head = getattr(model, "lm_head", None)
     method = getattr(head, "quant_method", None)

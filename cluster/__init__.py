@@ -1,1 +1,3 @@
-"""Contracts shared by every Hone process: records, config, replay buffer, ledger, metrics. Imports no torch and no vllm."""
+"""Contracts shared by every Hone process: records, config, replay buffer, ledger, metrics. Imports
+no torch and no vllm.
+"""

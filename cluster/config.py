@@ -1,7 +1,8 @@
 """The one configuration of a run: a pydantic model per section, one section per consumer.
 
-Invariant: a `Config` that exists is complete and consistent; no other module repeats a default. Values come
-from a YAML file and `section.key=value` overrides (see `cluster.config_file`). Frozen, unknown keys refused.
+Invariant: a `Config` that exists is complete and consistent; no other module repeats a default.
+Values come from a YAML file and `section.key=value` overrides (see `cluster.config_file`).
+Frozen, unknown keys refused.
 """
 
 from typing import Annotated, Any, Literal
@@ -42,7 +43,9 @@ class PolicyCommon(Section):
 
 
 class TinyPolicy(PolicyCommon):
-    """A small Qwen3-style decoder with a tokenizer trained on the task texts, made by the run itself."""
+    """A small Qwen3-style decoder with a tokenizer trained on the task texts, made by the run
+    itself.
+    """
 
     type: Literal["tiny"]
     hidden_size: Positive = 192
@@ -70,7 +73,9 @@ Policy = Annotated[TinyPolicy | PretrainedPolicy | GgufPolicy, Field(discriminat
 
 
 class WarmStartSection(Section):
-    """Supervised stage before RL, on `solution` (or the reference) of tasks drawn from `tasks.train`."""
+    """Supervised stage before RL, on `solution` (or the reference) of tasks drawn from
+    `tasks.train`.
+    """
 
     examples: Positive = 4096
     steps: Positive = 200

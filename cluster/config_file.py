@@ -1,7 +1,7 @@
 """YAML file plus `section.key=value` overrides to a `Config`, with errors a person can act on.
 
-Invariant: all problems of a file are reported at once, each as one line `key: what is wrong`; unknown keys
-name the nearest valid one.
+Invariant: all problems of a file are reported at once, each as one line `key: what is wrong`;
+unknown keys name the nearest valid one.
 """
 
 import difflib
@@ -56,7 +56,9 @@ def dump(config: Config) -> str:
 
 
 def config_hash(config: Config) -> str:
-    """Hash of everything that shapes learning; name, length and bookkeeping of the run are left out."""
+    """Hash of everything that shapes learning; name, length and bookkeeping of the run are left
+    out.
+    """
     values = config.model_dump(mode="json", exclude=BOOKKEEPING)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

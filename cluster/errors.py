@@ -1,7 +1,8 @@
-"""The one tree of errors. Every message says what must hold, what was found, and which knob changes it.
+"""The one tree of errors. Every message says what must hold, what was found, and which knob
+changes it.
 
-`boundary` is the only place that catches broadly; it turns a foreign exception into the named stage's
-`StageError`. All errors survive pickling, because Ray carries them between processes.
+`boundary` is the only place that catches broadly; it turns a foreign exception into the named
+stage's `StageError`. All errors survive pickling, because Ray carries them between processes.
 """
 
 from collections.abc import Iterator
@@ -36,7 +37,9 @@ class DeadlineError(StageError):
 
 
 class BufferFullError(HoneError):
-    """The replay buffer holds `buffer.capacity_groups` groups: the producer must wait (back-pressure)."""
+    """The replay buffer holds `buffer.capacity_groups` groups: the producer must wait (back-
+    pressure).
+    """
 
 
 class BufferUnavailableError(HoneError):
@@ -53,7 +56,9 @@ class WireError(HoneError, ValueError):
 
 @contextmanager
 def boundary(stage: str) -> Iterator[None]:
-    """Re-raise any foreign exception as `StageError(stage, ...)`; Hone's own errors pass unchanged."""
+    """Re-raise any foreign exception as `StageError(stage, ...)`; Hone's own errors pass
+    unchanged.
+    """
     try:
         yield
     except HoneError:

@@ -1,8 +1,8 @@
 """Plug-ins by name: `"package.module:Name"` or a short alias, with keyword settings.
 
-Invariant: a plug-in is found by its string alone, so every Ray process sees the same one; settings that the
-class does not accept are refused before anything starts. Used by tasksets, programs, verifiers, credit and
-objectives, the extension points of Hone.
+Invariant: a plug-in is found by its string alone, so every Ray process sees the same one;
+settings that the class does not accept are refused before anything starts. Used by tasksets,
+programs, verifiers, credit and objectives, the extension points of Hone.
 """
 
 import difflib
@@ -17,8 +17,9 @@ from cluster.errors import ConfigError
 def resolve(path: str, aliases: Mapping[str, str], knob: str) -> Callable[..., Any]:
     """The class or function that `path` names; `knob` is the config key to blame.
 
-    Example: `resolve("math", {"math": "rewards.math_verifier:MathVerifier"}, "rewards.verifiers.correct.use")`.
-    Raises `ConfigError` when the module or the name does not exist.
+    Example: `resolve("math", {"math": "rewards.math_verifier:MathVerifier"},
+    "rewards.verifiers.correct.use")`. Raises `ConfigError` when the module or the name does not
+    exist.
     """
     full = aliases.get(path, path)
     module_name, _, attribute = full.partition(":")
@@ -64,7 +65,9 @@ def check_settings(target: Callable[..., Any], settings: Mapping[str, Any], knob
 
 
 def build(path: str, settings: Mapping[str, Any], aliases: Mapping[str, str], knob: str) -> Any:
-    """Resolve and construct; the plug-in's own `ConfigError` or `ValueError` is reported under `knob`."""
+    """Resolve and construct; the plug-in's own `ConfigError` or `ValueError` is reported under
+    `knob`.
+    """
     target = resolve(path, aliases, knob)
     check_settings(target, settings, f"{knob}.settings" if settings else knob)
     try:

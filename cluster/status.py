@@ -1,7 +1,8 @@
 """The one-screen state of a run, as a file: `runs/<name>/status.json`, replaced atomically.
 
-Invariant: a reader sees a whole status or none. Written by the controller (and by the launcher before the
-controller exists), read by the live view and by `hone status`, which need nothing but the run directory.
+Invariant: a reader sees a whole status or none. Written by the controller (and by the launcher
+before the controller exists), read by the live view and by `hone status`, which need nothing but
+the run directory.
 """
 
 import os
@@ -13,7 +14,9 @@ FILE_NAME = "status.json"
 
 
 class StageStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One stage of the loop. `waiting_for` is empty while it works; `since_s` is the age of that state."""
+    """One stage of the loop. `waiting_for` is empty while it works; `since_s` is the age of that
+    state.
+    """
 
     name: str  # dispatch, score, learn, sync, eval
     waiting_for: str = ""

@@ -1,8 +1,8 @@
 """Wire records: what travels between processes and into Redis.
 
-Invariant: every per-token array of a `Trajectory` has the same length L, checked on construction, so a
-record that exists is well formed. Arrays are numpy (int32 / float32 / bool) and must not be written to.
-Called by every package; `cluster.wire` turns these records into bytes and back.
+Invariant: every per-token array of a `Trajectory` has the same length L, checked on construction,
+so a record that exists is well formed. Arrays are numpy (int32 / float32 / bool) and must not be
+written to. Called by every package; `cluster.wire` turns these records into bytes and back.
 """
 
 from enum import StrEnum
@@ -30,7 +30,8 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """One problem. `task_id` is a content hash, so the same problem has the same id in every process.
+    """One problem. `task_id` is a content hash, so the same problem has the same id in every
+    process.
 
     `reference` is the gold answer (never rendered into a prompt unless a program asks for it);
     `solution` is a full worked completion for warm start; `hints` go from weakest to strongest;
@@ -57,10 +58,12 @@ class VersionSpan(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """One verifier's word on one trajectory. `score` None means it abstained: a third value, never 0.
+    """One verifier's word on one trajectory. `score` None means it abstained: a third value,
+    never 0.
 
-    A verifier fills `score` and what explains it; the rubric stamps `name` (the signal's name in the
-    config), `reward_version` and `latency_s`. Example: `Verdict(score=1.0, evidence="42 = 42")`.
+    A verifier fills `score` and what explains it; the rubric stamps `name` (the signal's name in
+    the config), `reward_version` and `latency_s`. Example: `Verdict(score=1.0, evidence="42 =
+    42")`.
     """
 
     score: float | None
@@ -74,7 +77,9 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """A run of tokens with one author, as a rollout program produces it. All arrays have shape [S]."""
+    """A run of tokens with one author, as a rollout program produces it. All arrays have shape
+    [S].
+    """
 
     token_ids: np.ndarray  # int32
     logprobs: np.ndarray  # float32; zeros where the policy was not the author
@@ -83,7 +88,8 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
 
 class Trajectory(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """One completion of one task. `context_tokens` [C] is the prompt the policy saw; the rest is [L].
+    """One completion of one task. `context_tokens` [C] is the prompt the policy saw; the rest is
+    [L].
 
     `train_context_tokens`, when set, is what the learner conditions on instead (a stripped hint).
     """

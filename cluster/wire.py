@@ -1,7 +1,8 @@
 """Records to bytes and back: one schema byte, a crc32, then msgpack. Never pickle.
 
-Invariant: `decode(encode(x))` equals x, and bytes that were cut, changed or written by another schema raise
-`WireError` instead of producing a record. Arrays travel as little-endian bytes with their dtype.
+Invariant: `decode(encode(x))` equals x, and bytes that were cut, changed or written by another
+schema raise `WireError` instead of producing a record. Arrays travel as little-endian bytes with
+their dtype.
 """
 
 import zlib
@@ -51,7 +52,9 @@ def encode(record: msgspec.Struct) -> bytes:
 
 
 def decode(data: bytes, kind: type[Record]) -> Record:
-    """The record in `data`; raises `WireError` naming the reason (truncated, schema, checksum, shape)."""
+    """The record in `data`; raises `WireError` naming the reason (truncated, schema, checksum,
+    shape).
+    """
     if len(data) < _HEADER_BYTES:
         raise WireError(f"truncated: {len(data)} bytes")
     if data[0] != SCHEMA:
