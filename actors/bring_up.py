@@ -97,8 +97,7 @@ async def bring_up(
     (learner, warm_metrics), _, _ = await asyncio.gather(
         start_learner(), fleet.start(), rewards.start()
     )
-    shared = Path("/dev/shm") if Path("/dev/shm").is_dir() else run.path
-    weights_dir = shared / f"hone-{run.name}-{os.getpid()}"
+    weights_dir = _shared_memory(run) / f"hone-{run.name}-{os.getpid()}"
     return Parts(
         learner=learner,
         fleet=fleet,
@@ -109,6 +108,12 @@ async def bring_up(
         eval_tasks=eval_tasks,
         warm_start=warm_metrics,
     )
+
+
+def _shared_memory(run: RunDir) -> Path:
+    """Where engines on this machine read weights from: memory, or the run directory without it."""
+    memory = Path("/dev/shm")
+    return memory if memory.is_dir() else run.path
 
 
 @dataclass(frozen=True)
@@ -149,9 +154,9 @@ def _prepare_policy(
     stop = tokenizer.eos_token_id
     if not isinstance(stop, int):
         raise StageError("policy", f"the tokenizer in {policy_dir} names no end-of-sequence token")
-    is_warm = config.warm_start is None or is_resumed
-    chosen = [] if is_warm else tasks[: config.warm_start.examples]
-    examples = [
+    section = None if is_resumed else config.warm_start
+    chosen = [] if section is None else tasks[: section.examples]
+    examples: list[Example] = [
         (render(tokenizer, t.messages), encode_completion(tokenizer, t.solution or t.reference))
         for t in chosen
         if t.solution or t.reference

@@ -79,7 +79,7 @@ class Observer:
             self._recent.append(f"held-out pass@1 {row['eval/pass@1']:.3f} at step {step}")
 
     def samples(self, step: int, groups: list[TrajectoryGroup]) -> None:
-        """Keep the best and the worst trajectory of the first groups, as a person would read them."""
+        """Keep the best and the worst trajectories of these groups, as a person would read them."""
         trajectories = [(g, t) for g in groups for t in g.trajectories if t.reward is not None]
         ranked = sorted(trajectories, key=lambda pair: pair[1].reward or 0.0)
         count = self._config.run.samples_per_step

@@ -95,7 +95,7 @@ class Placement:
             "num_cpus": self.rollout_cpus,
             "num_gpus": self.rollout_gpus,
             "runtime_env": {"env_vars": env},
-            "max_restarts": 0,  # the fleet re-creates a worker: Ray's own restart would skip the sync
+            "max_restarts": 0,  # the fleet re-creates it: Ray's restart would skip the sync
         }
 
     def learner_options(self) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class Stages:
 async def within(
     awaitable: Awaitable[Result], *, stage: str, what: str, deadline_s: float, knob: str
 ) -> Result:
-    """Await with a deadline; over 10 s it logs what it waits for. `DeadlineError` names the knob."""
+    """Await with a deadline; past 10 s it logs what for. `DeadlineError` names the knob."""
 
     async def report() -> None:
         waited = 0.0

@@ -43,7 +43,7 @@ def run(config: Config, *, run_dir: RunDir, resume: bool, address: str) -> int:
     """
     if address != "local" and config.buffer.url is None:
         raise ConfigError(
-            f"buffer.url: required with --address {address}, so that every node reaches the same Redis"
+            f"buffer.url: required with --address {address}, so that all nodes reach the same Redis"
         )
     with ExitStack() as stack:
         interrupt = stack.enter_context(_interrupts())
@@ -179,7 +179,7 @@ def _announce(config: Config, run_dir: RunDir, detail: str, expected_s: float) -
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m actors.train CONFIG [key=value ...]`: train on the Ray cluster this job runs in."""
+    """`python -m actors.train CONFIG [key=value ...]`: train on this job's Ray cluster."""
     from cluster import config_file
 
     if not arguments:

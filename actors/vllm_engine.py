@@ -121,7 +121,7 @@ class VllmEngine:
         token_ids = np.array(output.token_ids, dtype=np.int32)
         assert output.logprobs is not None
         rows = zip(token_ids.tolist(), output.logprobs, strict=True)
-        logprobs = np.array([row[token].logprob for token, row in rows], dtype=np.float32)
+        logprobs = np.array([row[token].logprob for token, row in rows if row], dtype=np.float32)
         spans = [
             VersionSpan(int(span.version), span.start, span.end)
             for span in output.weight_versions or []

@@ -189,7 +189,7 @@ class Config(Section):
         if self.rollout.max_new_tokens >= self.policy.context_length:
             raise ValueError(
                 f"rollout.max_new_tokens ({self.rollout.max_new_tokens}) must be below "
-                f"policy.context_length ({self.policy.context_length}): no room is left for a prompt"
+                f"policy.context_length ({self.policy.context_length}): no room for a prompt"
             )
         if self.learner.microbatch_tokens < self.policy.context_length:
             raise ValueError(
@@ -199,8 +199,8 @@ class Config(Section):
         needed = (self.rollout.max_policy_age + 2) * self.rollout.groups_per_step
         if self.buffer.capacity_groups < needed:
             raise ValueError(
-                f"buffer.capacity_groups ({self.buffer.capacity_groups}) must be at least {needed} = "
-                "(rollout.max_policy_age + 2) * rollout.groups_per_step, or the run would stall"
+                f"buffer.capacity_groups ({self.buffer.capacity_groups}) must be at least {needed} "
+                "= (rollout.max_policy_age + 2) * rollout.groups_per_step, or the run would stall"
             )
         return self
 

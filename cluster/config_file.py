@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -31,11 +31,12 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     if not file.is_file():
         raise ConfigError(f"{file}: no such config file")
     try:
-        values = yaml.safe_load(file.read_text()) or {}
+        loaded: object = yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: must be a mapping of sections, got {type(values).__name__}")
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{file}: must be a mapping of sections, got {type(loaded).__name__}")
+    values = cast(dict[str, Any], loaded)
     for override in overrides or []:
         _apply(values, override)
     return parse(values, str(file))
@@ -72,7 +73,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"override {key}: value {text!r} is not valid YAML") from error
     *parents, leaf = key.split(".")
-    node = values
+    node: Any = values
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):

@@ -5,7 +5,7 @@ changes it.
 stage's `StageError`. All errors survive pickling, because Ray carries them between processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 
@@ -55,7 +55,7 @@ class WireError(HoneError, ValueError):
 
 
 @contextmanager
-def boundary(stage: str) -> Iterator[None]:
+def boundary(stage: str) -> Generator[None]:
     """Re-raise any foreign exception as `StageError(stage, ...)`; Hone's own errors pass
     unchanged.
     """

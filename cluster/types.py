@@ -221,7 +221,7 @@ class CurriculumState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
-    """What a checkpoint must hold besides tensors so that a run goes on as if it had not stopped."""
+    """What a checkpoint must hold besides tensors so that a run goes on as if never stopped."""
 
     run_id: str
     step: int

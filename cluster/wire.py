@@ -6,7 +6,7 @@ their dtype.
 """
 
 import zlib
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -27,9 +27,13 @@ Record = TypeVar("Record")
 
 
 def _encode_array(value: object) -> msgspec.msgpack.Ext:
-    if isinstance(value, np.ndarray) and value.dtype in _CODES:
-        return msgspec.msgpack.Ext(_CODES[value.dtype], np.ascontiguousarray(value).tobytes())
-    raise WireError(f"only int32, float32 and bool arrays travel, got {type(value).__name__}")
+    if isinstance(value, np.ndarray):
+        array = cast(np.ndarray[Any, np.dtype[Any]], value)
+        if array.dtype in _CODES:
+            return msgspec.msgpack.Ext(_CODES[array.dtype], np.ascontiguousarray(array).tobytes())
+    raise WireError(
+        f"only int32, float32 and bool arrays travel, got {type(cast(object, value)).__name__}"
+    )
 
 
 def _decode_array(code: int, data: memoryview) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The rules of the house, held by tests: import direction, file size, config budget, dead fields."""
+"""The rules of the house, held by tests: imports, file size, config budget, dead fields."""
 
 import re
 import subprocess
