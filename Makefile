@@ -22,7 +22,7 @@ test: check
 	@$(PY) -m pytest tests/unit tests/integration tests/e2e
 
 bench: setup
-	@$(PY) -m benchmarks
+	@$(PY) -m benchmarks.replay_buffer
 
 show: setup
 	@$(PY) -m benchmarks.show $(AREA) $(if $(filter 1,$(QUICK)),--quick)

@@ -104,7 +104,7 @@ class Controller:
         await self._save(parts)
 
     async def _begin(self, parts: Parts) -> None:
-        """Back to the last state if there is one; first weights to the engines; first evaluation."""
+        """Back to the last state if there is one; first weights to the engines, first eval."""
         if self._is_resumed:
             num_groups = await self._books.restore(parts.learner, parts.curriculum)
             self._observer.event("restored", step=self._books.step, num_groups=num_groups)

@@ -78,7 +78,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
             raise ConfigError(f"override {key}: {parent!r} is a value, not a section")
-        node = child
+        node = cast(Any, child)
     node[leaf] = value
 
 

@@ -1,0 +1,84 @@
+"""The whole loop as a user runs it: the `hone` command, real Ray, vLLM, Redis and FSDP2."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HONE = Path(sys.executable).parent / "hone"
+QUICKSTART = ROOT / "deploy" / "configs" / "quickstart.yaml"
+SMALL = [
+    "policy.hidden_size=64", "policy.num_layers=2", "policy.num_heads=2", "warm_start.steps=20",
+    "rollout.groups_per_step=4", "rollout.group_size=4", "eval.tasks=8", "eval.every=2",
+    "tasks.skip_uniform=false", "run.checkpoint_every=2",
+]  # fmt: skip
+
+
+def start(cwd: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [HONE, "train", str(QUICKSTART), "--run", "demo", *SMALL, *arguments],
+        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def rows(run: Path, name: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+def processes_of(run: Path) -> list[str]:
+    """Command lines of living processes that mention the run directory."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(run) in line and str(os.getpid()) != entry.parent.name:
+            found.append(line)
+    return found
+
+
+@pytest.mark.timeout(280)
+def test_trains_resumes_and_leaves_a_whole_run_directory(tmp_path: Path) -> None:
+    process = start(tmp_path, "run.steps=2")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    run = tmp_path / "runs" / "demo"
+    metrics = rows(run, "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [0, 1, 2]
+    for row in metrics[1:]:
+        assert float(str(row["ratio/mismatch_abs_mean"])) <= 1e-4
+        assert float(str(row["sync/probe_error"])) <= 1e-4
+        assert row["policy_age/max"] == 0
+    assert "eval/pass@1" in metrics[0]
+    assert "eval/pass@1" in metrics[2]
+    assert [record["step"] for record in rows(run, "ledger.jsonl")] == [1, 2]
+    kinds = {str(event["kind"]) for event in rows(run, "events.jsonl")}
+    assert {"run_started", "sync", "checkpoint", "run_finished"} <= kinds
+    assert (run / "checkpoints" / "step_000002" / "COMPLETE").is_file()
+    assert "<svg" in (run / "report.html").read_text()
+    assert not processes_of(run)
+
+
+@pytest.mark.timeout(280)
+def test_one_interrupt_saves_the_state_and_leaves_no_process(tmp_path: Path) -> None:
+    process = start(tmp_path, "run.steps=100000", "eval.every=100000")
+    run = tmp_path / "runs" / "demo"
+    deadline = time.monotonic() + 150
+    while not (run / "ledger.jsonl").is_file() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1.0)
+    interrupted = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert time.monotonic() - interrupted < 15
+    assert list((run / "checkpoints").glob("step_*/COMPLETE"))
+    assert not processes_of(run)
