@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 QUICK ?= 0
 
-.PHONY: quickstart test unit check bench show setup lock
+.PHONY: quickstart test unit check bench setup lock
 
 quickstart: setup
 	@.venv/bin/hone train deploy/configs/quickstart.yaml --run quickstart-$$(date +%H%M%S)
@@ -23,9 +23,6 @@ test: check
 
 bench: setup
 	@$(PY) -m benchmarks.replay_buffer
-
-show: setup
-	@$(PY) -m benchmarks.show $(AREA) $(if $(filter 1,$(QUICK)),--quick)
 
 lock: setup
 	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" .venv/bin/uv pip compile pyproject.toml \

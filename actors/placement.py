@@ -33,7 +33,6 @@ class EngineSettings:
     dtype: str
     context_length: int
     tensor_parallel_size: int
-    weight_backend: str
     is_gpu: bool
     kv_cache_gib: float
     gpu_memory_fraction: float
@@ -71,12 +70,6 @@ class Placement:
     def total_gpus(self) -> int:
         learner = self.config.learner.world_size if self.is_gpu else 0
         return self.config.rollout.workers * self.rollout_gpus + learner
-
-    @property
-    def weight_backend(self) -> str:
-        """`auto`: NCCL between GPUs, a published file on CPU."""
-        backend = self.config.sync.backend
-        return ("nccl" if self.is_gpu else "shared_file") if backend == "auto" else backend
 
     @property
     def threads_per_process(self) -> int:
@@ -119,7 +112,6 @@ class Placement:
             dtype=config.policy.dtype,
             context_length=config.policy.context_length,
             tensor_parallel_size=config.rollout.tensor_parallel_size,
-            weight_backend=self.weight_backend,
             is_gpu=self.is_gpu,
             kv_cache_gib=config.rollout.kv_cache_gib,
             gpu_memory_fraction=config.rollout.gpu_memory_fraction,

@@ -29,6 +29,7 @@ from cluster.errors import StageError
 from cluster.types import Author, Segment, TrajectoryStatus, VersionSpan
 
 GIB = 2**30
+SHARED_FILE = "shared_file"  # registered by actors.weight_transfer in every engine process
 
 
 class VllmEngine:
@@ -145,7 +146,7 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         "logprobs_mode": "processed_logprobs",
         "enable_prefix_caching": True,
         "disable_log_stats": True,
-        "weight_transfer_config": WeightTransferConfig(backend=settings.weight_backend),
+        "weight_transfer_config": WeightTransferConfig(backend=SHARED_FILE),
     }
     if settings.is_gpu:
         return AsyncEngineArgs(

@@ -149,7 +149,6 @@ class LossConfig(Plugin):
 
 
 class SyncSection(Section):
-    backend: Literal["auto", "shared_file", "nccl", "ipc"] = "auto"
     probe_sequences: Annotated[int, Field(ge=0)] = 4
     probe_bound: PositiveFloat = 0.05  # mean |engine - learner| log-prob that quarantines an engine
     timeout_s: PositiveFloat = 300.0

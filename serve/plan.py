@@ -52,7 +52,7 @@ def rows(
             f"{config.max_groups_in_flight} groups in flight (policy age at most "
             f"{rollout.max_policy_age}), buffer holds {config.buffer.capacity_groups}",
         ),
-        ("weight sync", placement.weight_backend),
+        ("weight sync", "published file, in flight, probed"),
     ]
 
 
