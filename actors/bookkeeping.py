@@ -30,6 +30,7 @@ from learners.group import LearnerGroup
 
 NUM_SHOWN_GROUPS = 2
 TOO_OLD = "too_old"
+SKIPPED = "skipped_step"
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,6 @@ class Bookkeeping:
         self._renewed_at = time.monotonic()
         self.step = 0
         self.policy_version = 0
-
-    def latest_step(self) -> int | None:
-        """Step of the newest whole checkpoint; None when the run has none."""
-        latest = self._store.latest()
-        return None if latest is None else latest[1].step
 
     async def restore(self, learner: LearnerGroup, curriculum: Curriculum) -> int:
         """Continue from the newest whole checkpoint; returns how many groups came back to the
@@ -111,7 +107,15 @@ class Bookkeeping:
         await asyncio.to_thread(self._buffer.release, [h.group_id for h in headers], self._owner)
 
     async def commit(self, headers: list[GroupHeader], result: StepResult) -> list[TrajectoryGroup]:
-        """Write down that this step consumed these groups; returns a few of them to look at."""
+        """Write down what this step consumed; returns a few of the groups to look at.
+
+        A skipped step (its gradient was not finite) moved no weights: its groups are dropped with
+        that reason, and its line of the ledger names none.
+        """
+        if result.policy_version == self.policy_version:
+            for header in headers:
+                await asyncio.to_thread(self._buffer.drop, header.group_id, SKIPPED)
+            headers = []
         self.step, self.policy_version = result.step, result.policy_version
         group_ids = [header.group_id for header in headers]
         await asyncio.to_thread(self._buffer.consume, group_ids, step=result.step)

@@ -97,23 +97,16 @@ async def bring_up(
     (learner, warm_metrics), _, _ = await asyncio.gather(
         start_learner(), fleet.start(), rewards.start()
     )
-    weights_dir = _shared_memory(run) / f"hone-{run.name}-{os.getpid()}"
     return Parts(
         learner=learner,
         fleet=fleet,
         rewards=rewards,
-        sync=WeightSync(config.sync, learner, fleet, weights_dir, on_event),
+        sync=WeightSync(config.sync, learner, fleet, run.weights, on_event),
         curriculum=Curriculum(train_tasks, config.run.seed, sampling, config.rollout.group_size),
         sampling=sampling,
         eval_tasks=eval_tasks,
         warm_start=warm_metrics,
     )
-
-
-def _shared_memory(run: RunDir) -> Path:
-    """Where engines on this machine read weights from: memory, or the run directory without it."""
-    memory = Path("/dev/shm")
-    return memory if memory.is_dir() else run.path
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ weight_sync.
 import asyncio
 import time
 
-from actors.bookkeeping import TOO_OLD, Bookkeeping
+from actors.bookkeeping import SKIPPED, TOO_OLD, Bookkeeping
 from actors.bring_up import Parts, bring_up
 from actors.evaluate import evaluate
 from actors.observer import Observer
@@ -26,6 +26,7 @@ from cluster import log
 from cluster.config import Config
 from cluster.errors import HoneError, StageError
 from cluster.run_dir import RunDir
+from cluster.status import ActorStatus
 from cluster.types import GroupHeader, StepResult
 
 CLAIM_WAIT_S = 0.5
@@ -174,13 +175,18 @@ class Controller:
                 if claim.headers:
                     await parts.learner.forward_backward(claim.headers)
             result = await parts.learner.optim_step()
+            ages = [self._books.policy_version - h.min_policy_version for h in headers]
+            if result.policy_version == self._books.policy_version:
+                self._observer.event("step_skipped", step=result.step, num_groups=len(headers))
+                for _ in headers:
+                    self._observer.count_drop(SKIPPED)
             shown = await self._books.commit(headers, result)
             parts.curriculum.settle([header.group_id for header in headers])
             parts.sync.choose_probes(shown)
             self._observer.samples(result.step, shown)
             with self._stages.wait("learn", "weight sync"):
                 report = await self._sync(parts)
-            await self._close_step(parts, headers, result, report, started)
+            await self._close_step(parts, ages, result, report, started)
 
     async def _sync(self, parts: Parts) -> SyncReport:
         with self._stages.busy("sync"):
@@ -188,15 +194,14 @@ class Controller:
         self._observer.event(
             "sync",
             policy_version=report.policy_version,
-            pause_s=round(report.pause_s, 4),
-            probe_error=report.probe_error,
+            **{name.removeprefix("sync/"): value for name, value in report.metrics().items()},
         )
         return report
 
     async def _close_step(
         self,
         parts: Parts,
-        headers: list[GroupHeader],
+        ages: list[int],
         result: StepResult,
         report: SyncReport,
         started: float,
@@ -204,9 +209,8 @@ class Controller:
         """Free the slots, evaluate, log, save."""
         is_last = result.step >= self._config.run.steps
         if not is_last:
-            await self._slots.release(len(headers))
+            await self._slots.release(len(ages))
         metrics = result.metrics | self._statistics.drain() | report.metrics()
-        ages = [result.policy_version - 1 - header.min_policy_version for header in headers]
         metrics |= {
             "policy_version": result.policy_version,
             "policy_age/mean": sum(ages) / len(ages),
@@ -246,7 +250,16 @@ class Controller:
             await asyncio.sleep(STATUS_EVERY_S)
 
     def _publish_once(self) -> None:
-        actors = []
+        actors: list[ActorStatus] = []
         if self._parts is not None:
-            actors = self._parts.fleet.statuses() + self._parts.rewards.statuses()
+            learners = [
+                ActorStatus(
+                    name=f"learner/{rank}",
+                    state="healthy",
+                    policy_version=self._books.policy_version,
+                    pid=pid,
+                )
+                for rank, pid in enumerate(self._parts.learner.pids)
+            ]
+            actors = self._parts.fleet.statuses() + self._parts.rewards.statuses() + learners
         self._observer.publish(self._books.step, self._books.policy_version, actors)

@@ -29,7 +29,6 @@ class Curriculum:
         self._again: deque[int] = deque()
         self._order: list[int] = []
         self._order_epoch = -1
-        self._is_uniform: deque[bool] = deque(maxlen=WINDOW)
         self._num_uniform_in_a_row = 0
 
     def next(self) -> RolloutRequest:
@@ -62,7 +61,6 @@ class Curriculum:
 
     def observe(self, is_uniform: bool, mean_reward: float) -> None:
         """Count a scored group; `StageError` when nothing but equal rewards has come for long."""
-        self._is_uniform.append(is_uniform)
         self._num_uniform_in_a_row = self._num_uniform_in_a_row + 1 if is_uniform else 0
         if self._num_uniform_in_a_row >= WINDOW * MAX_EMPTY_WINDOWS:
             side = "never" if mean_reward <= 0 else "always"
@@ -72,11 +70,6 @@ class Curriculum:
                 f"{side} rewarded): nothing to learn from; change tasks.train, raise "
                 "rollout.group_size or rollout.temperature, or warm-start longer",
             )
-
-    @property
-    def uniform_fraction(self) -> float:
-        """Share of the last groups whose rewards were all equal."""
-        return sum(self._is_uniform) / len(self._is_uniform) if self._is_uniform else 0.0
 
     def state(self) -> CurriculumState:
         return CurriculumState(num_drawn=self._num_drawn, pending=sorted(self._pending.values()))

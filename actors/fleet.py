@@ -146,6 +146,8 @@ class RolloutFleet:
             return worker
 
     async def _launch(self, worker: Worker) -> None:
+        if worker.handle is not None:
+            ray.kill(worker.handle)  # what is left of the one it replaces
         actor = ray.remote(RolloutWorker)
         options = self._placement.rollout_options()
         worker.handle = actor.options(
@@ -156,7 +158,7 @@ class RolloutFleet:
         worker.state = WorkerState.STARTING
         try:
             worker.pid = await within(
-                worker.handle.start.remote(self._settings, 0, {}),
+                worker.handle.start.remote(self._settings),
                 stage="rollout",
                 what=f"{worker.name} to load its engine",
                 deadline_s=self._config.resources.start_timeout_s,

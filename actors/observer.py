@@ -37,12 +37,16 @@ class Observer:
         self._last: dict[str, float] = {}
         self._recent: deque[str] = deque(maxlen=6)
         self._drops: Counter[str] = Counter()
-        self._stalled: set[str] = set()
+        self._is_stalled = False
         self._error = ""
 
     def phase(self, name: str, detail: str, expected_s: float) -> None:
-        """The run enters a phase that should take `expected_s` (0 = unknown)."""
-        self._phase = (name, detail, expected_s, time.time())
+        """The run is in a phase that should take `expected_s` (0 = unknown).
+
+        A new detail of the same phase leaves its start, and so the countdown, as it was.
+        """
+        is_same = (name, expected_s) == (self._phase[0], self._phase[2])
+        self._phase = (name, detail, expected_s, self._phase[3] if is_same else time.time())
 
     def event(self, kind: str, **fields: str | int | float) -> None:
         self._run.append_event(kind, **fields)
@@ -106,7 +110,7 @@ class Observer:
         stages = self._stages.statuses()
         phase, detail, expected_s, phase_started_at = self._phase
         if phase == "training":
-            self._watch(next(s for s in stages if s.name == "learn").waiting_for, stages)
+            self._watch(stages)
         status.write(
             self._run.path,
             RunStatus(
@@ -137,13 +141,11 @@ class Observer:
     def close(self) -> None:
         self._metrics.close()
 
-    def _watch(self, learner_waits_for: str, stages: list[status.StageStatus]) -> None:
+    def _watch(self, stages: list[status.StageStatus]) -> None:
         """Name the stage that holds the learner up, once per stall."""
         learn = next(s for s in stages if s.name == "learn")
-        if not learner_waits_for or learn.since_s < STALL_AFTER_S:
-            self._stalled.clear()
-            return
-        if "learn" not in self._stalled:
-            self._stalled.add("learn")
+        was_stalled = self._is_stalled
+        self._is_stalled = bool(learn.waiting_for) and learn.since_s >= STALL_AFTER_S
+        if self._is_stalled and not was_stalled:
             held = [f"{s.name}: {s.waiting_for or 'busy'} {s.since_s:.0f} s" for s in stages]
-            self.event("stalled", waiting_for=learner_waits_for, stages="; ".join(held))
+            self.event("stalled", waiting_for=learn.waiting_for, stages="; ".join(held))

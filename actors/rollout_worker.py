@@ -32,13 +32,11 @@ class RolloutWorker:
         self._engine: Any = None
         self._tokenizer: Any = None
 
-    async def start(
-        self, settings: EngineSettings, policy_version: int, init_info: dict[str, Any]
-    ) -> int:
+    async def start(self, settings: EngineSettings) -> int:
         """Load the engine (the long part: importing vllm); returns the process id."""
         with boundary("rollout"):
             self._engine, self._tokenizer = await asyncio.to_thread(_load, settings)
-            await self._engine.start(policy_version, init_info)
+            await self._engine.start()
         return os.getpid()
 
     async def rollout(self, request: RolloutRequest) -> bytes:

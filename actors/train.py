@@ -47,6 +47,7 @@ def run(config: Config, *, run_dir: RunDir, resume: bool, address: str) -> int:
         )
     with ExitStack() as stack:
         interrupt = stack.enter_context(_interrupts())
+        stack.callback(shutil.rmtree, run_dir.weights, ignore_errors=True)
         _announce(config, run_dir, "starting Redis", 0.5)
         server = None if config.buffer.url else stack.enter_context(EmbeddedRedis(run_dir.redis))
         url = config.buffer.url or (server.url if server else "")

@@ -40,12 +40,10 @@ class VllmEngine:
         self._request_ids = 0
         self.policy_version = 0
 
-    async def start(self, policy_version: int, init_info: dict[str, Any]) -> None:
+    async def start(self) -> None:
         """Open the weight transfer and pay the first-batch cost before anyone waits for it."""
-        await self._engine.init_weight_transfer_engine(
-            WeightTransferInitRequest(init_info=init_info)
-        )
-        await self._set_version(policy_version)
+        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest())
+        await self._engine.update_weight_version(str(self.policy_version))
         warm_up = Sampling(max_new_tokens=8, temperature=1.0, stop_token_ids=[], seed=0)
         await self.generate(np.arange(1, 9, dtype=np.int32), 8, warm_up)
         await self.score(np.arange(1, 9, dtype=np.int32))
@@ -95,10 +93,6 @@ class VllmEngine:
 
     def shutdown(self) -> None:
         self._engine.shutdown()
-
-    async def _set_version(self, policy_version: int) -> None:
-        await self._engine.update_weight_version(str(policy_version))
-        self.policy_version = policy_version
 
     async def _run(self, token_ids: np.ndarray, parameters: SamplingParams) -> RequestOutput:
         self._request_ids += 1

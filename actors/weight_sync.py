@@ -31,21 +31,23 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class SyncReport:
     """One sync. `probe_error` is the largest mean |engine - learner| log-prob over engines, in
-    nats.
+    nats; None when there was no sequence to probe with yet.
     """
 
     policy_version: int
     total_s: float
     pause_s: float
-    probe_error: float
+    probe_error: float | None
     num_engines: int
 
     def metrics(self) -> dict[str, float]:
-        return {
-            "sync/total_s": self.total_s,
-            "sync/pause_s": self.pause_s,
-            "sync/probe_error": self.probe_error,
-        }
+        """Metric keys of the contract; a probe that was not made has none."""
+        metrics = {"sync/total_s": self.total_s, "sync/pause_s": self.pause_s}
+        return (
+            metrics
+            if self.probe_error is None
+            else metrics | {"sync/probe_error": self.probe_error}
+        )
 
 
 class WeightSync:
@@ -98,6 +100,9 @@ class WeightSync:
             workers = self._fleet.serving
             results = await asyncio.gather(*[self._bring_up(w) for w in workers])
             self._forget_old()
+        for worker in workers:
+            if worker.state not in (WorkerState.HEALTHY, WorkerState.QUARANTINED):
+                self._fleet.bury(worker)
         await self._fleet.notify()
         done = [result for result in results if result is not None]
         if not done:
@@ -106,7 +111,7 @@ class WeightSync:
             policy_version=policy_version,
             total_s=time.monotonic() - started,
             pause_s=max(pause for pause, _ in done),
-            probe_error=max(error for _, error in done),
+            probe_error=max((e for _, e in done if e is not None), default=None),
             num_engines=len(done),
         )
 
@@ -121,13 +126,14 @@ class WeightSync:
     def close(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    async def _bring_up(self, worker: Worker) -> tuple[float, float] | None:
+    async def _bring_up(self, worker: Worker) -> tuple[float, float | None] | None:
         """(pause_s, probe error) of a worker that now serves; None when it was lost or
         quarantined.
         """
         assert self._published is not None
         path, policy_version = self._published
-        error = 0.0
+        error: float | None = None
+        worker.state = WorkerState.STALE
         for attempt in range(2):
             try:
                 pause_s = await self._call(
@@ -136,9 +142,8 @@ class WeightSync:
                 error = await self._probe(worker)
             except (RayActorError, RayTaskError, StageError) as failure:
                 logger.warning("%s was lost in a weight sync: %s", worker.name, failure)
-                self._fleet.bury(worker)
                 return None
-            if error <= self._config.probe_bound:
+            if error is None or error <= self._config.probe_bound:
                 worker.state = WorkerState.HEALTHY
                 worker.policy_version = policy_version
                 return pause_s, error
@@ -156,10 +161,10 @@ class WeightSync:
         )
         return None
 
-    async def _probe(self, worker: Worker) -> float:
-        """Mean |engine - learner| log-prob over all probe tokens, in nats."""
+    async def _probe(self, worker: Worker) -> float | None:
+        """Mean |engine - learner| log-prob over all probe tokens, in nats; None without probes."""
         if not self._probes:
-            return 0.0
+            return None
         measured = await self._call(worker, "score", self._probes)
         return float(np.abs(np.concatenate(measured) - np.concatenate(self._expected)).mean())
 

@@ -46,10 +46,6 @@ class BufferUnavailableError(HoneError):
     """Redis did not answer within the retry budget."""
 
 
-class FencedError(HoneError):
-    """Another process has taken over this run; the caller holds an older epoch and must stop."""
-
-
 class WireError(HoneError, ValueError):
     """Bytes that claim to be a record are truncated, corrupted, or of another schema."""
 

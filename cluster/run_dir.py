@@ -5,6 +5,7 @@ crash is skipped and never joins the next one. Written by the launcher and the c
 the live view, the report and `hone status`, which need nothing but this directory.
 """
 
+import hashlib
 import logging
 import os
 import re
@@ -66,6 +67,9 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.policy = self.path / "policy"
         self.redis = self.path / "redis"
+        memory = Path("/dev/shm")
+        key = hashlib.sha256(str(self.path.absolute()).encode()).hexdigest()[:12]
+        self.weights = memory / f"hone-{key}" if memory.is_dir() else self.path / "weights"
 
     def __fspath__(self) -> str:
         return str(self.path)

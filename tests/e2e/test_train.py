@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.run_dir import RunDir
+
 ROOT = Path(__file__).parents[2]
 HONE = Path(sys.executable).parent / "hone"
 QUICKSTART = ROOT / "deploy" / "configs" / "quickstart.yaml"
@@ -45,7 +47,7 @@ def processes_of(run: Path) -> list[str]:
     return found
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(420)
 def test_trains_resumes_and_leaves_a_whole_run_directory(tmp_path: Path) -> None:
     process = start(tmp_path, "run.steps=2")
     output, _ = process.communicate(timeout=200)
@@ -65,6 +67,16 @@ def test_trains_resumes_and_leaves_a_whole_run_directory(tmp_path: Path) -> None
     assert (run / "checkpoints" / "step_000002" / "COMPLETE").is_file()
     assert "<svg" in (run / "report.html").read_text()
     assert not processes_of(run)
+    assert not RunDir(run).weights.exists()
+
+    process = start(tmp_path, "run.steps=3", "--resume")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert [record["step"] for record in rows(run, "ledger.jsonl")] == [1, 2, 3]
+    used = [group for record in rows(run, "ledger.jsonl") for group in record["group_ids"]]  # type: ignore[attr-defined]
+    assert len(used) == len(set(used)) == 12
+    restored = [event for event in rows(run, "events.jsonl") if event["kind"] == "restored"]
+    assert [event["step"] for event in restored] == [2]
 
 
 @pytest.mark.timeout(280)

@@ -5,42 +5,21 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 import pytest_asyncio
 
 from cluster.config import VerifierConfig
-from cluster.types import Message, Task, Trajectory, TrajectoryGroup, TrajectoryStatus, Verdict
+from cluster.types import Message, Task, TrajectoryGroup, Verdict
+from rewards import self_check
 from rewards.isolation import IsolatedPool
 from rewards.rubric import Rubric
 
 
 def group_of(reference: str, texts: list[str]) -> TrajectoryGroup:
-    return TrajectoryGroup(
-        group_id="g",
-        task=Task(
-            task_id="t",
-            taskset="x",
-            messages=[Message(role="user", content="?")],
-            reference=reference,
-        ),
-        trajectories=[
-            Trajectory(
-                trajectory_id=f"g-{i}",
-                group_id="g",
-                task_id="t",
-                context_tokens=np.zeros(1, np.int32),
-                token_ids=np.zeros(1, np.int32),
-                loss_mask=np.ones(1, np.bool_),
-                rollout_logprobs=np.zeros(1, np.float32),
-                version_spans=[],
-                status=TrajectoryStatus.COMPLETED,
-                text=text,
-            )
-            for i, text in enumerate(texts)
-        ],
-    )
+    message = Message(role="user", content="?")
+    task = Task(task_id="t", taskset="x", messages=[message], reference=reference)
+    return self_check.group_of(task, texts)
 
 
 async def verdicts(rubric: Rubric, reference: str, *texts: str) -> list[Verdict]:

@@ -51,4 +51,3 @@ def test_nothing_to_learn_from_is_an_error_that_names_the_knobs() -> None:
         draws.observe(is_uniform=True, mean_reward=0.0)
     with pytest.raises(StageError, match=r"never rewarded.*group_size"):
         draws.observe(is_uniform=True, mean_reward=0.0)
-    assert draws.uniform_fraction == 1.0

@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
 
 from cluster import wire
 from cluster.config import VerifierConfig
 from cluster.errors import ConfigError
-from cluster.types import Message, Task, Trajectory, TrajectoryGroup, TrajectoryStatus
+from cluster.types import Message, Task, TrajectoryGroup, TrajectoryStatus
+from rewards import self_check
 from rewards.rubric import Rubric
 from rewards.versions import sources_of
 
@@ -79,30 +79,9 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def group_of(*texts: str, reference: str = "42") -> TrajectoryGroup:
-    return TrajectoryGroup(
-        group_id="g",
-        task=Task(
-            task_id="t",
-            taskset="x",
-            messages=[Message(role="user", content="Say it.")],
-            reference=reference,
-        ),
-        trajectories=[
-            Trajectory(
-                trajectory_id=f"g-{i}",
-                group_id="g",
-                task_id="t",
-                context_tokens=np.zeros(1, np.int32),
-                token_ids=np.zeros(1, np.int32),
-                loss_mask=np.ones(1, np.bool_),
-                rollout_logprobs=np.zeros(1, np.float32),
-                version_spans=[],
-                status=TrajectoryStatus.COMPLETED,
-                text=text,
-            )
-            for i, text in enumerate(texts)
-        ],
-    )
+    message = Message(role="user", content="Say it.")
+    task = Task(task_id="t", taskset="x", messages=[message], reference=reference)
+    return self_check.group_of(task, list(texts))
 
 
 def verifier(name: str, weight: float = 1.0, timeout_s: float = 10.0, **settings: object):
