@@ -7,6 +7,7 @@ Called by the controller.
 
 import asyncio
 import os
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,11 +148,14 @@ def _prepare_policy(
     stop = tokenizer.eos_token_id
     if not isinstance(stop, int):
         raise StageError("policy", f"the tokenizer in {policy_dir} names no end-of-sequence token")
-    section = None if is_resumed else config.warm_start
-    chosen = [] if section is None else tasks[: section.examples]
-    examples: list[Example] = [
-        (render(tokenizer, t.messages), encode_completion(tokenizer, t.solution or t.reference))
-        for t in chosen
-        if t.solution or t.reference
-    ]
+    examples: list[Example] = []
+    if config.warm_start is not None and not is_resumed:
+        rng = random.Random(config.run.seed)
+        for task in tasks[: config.warm_start.examples]:
+            is_direct = rng.random() < config.warm_start.direct_fraction
+            text = task.reference if is_direct or not task.solution else task.solution
+            if text:
+                examples.append(
+                    (render(tokenizer, task.messages), encode_completion(tokenizer, text))
+                )
     return PreparedPolicy(policy_dir, stop, examples)

@@ -29,6 +29,7 @@ from cluster.errors import StageError
 from cluster.types import Author, Segment, TrajectoryStatus, VersionSpan
 
 GIB = 2**30
+MIN_BATCH_TOKENS = 2048
 SHARED_FILE = "shared_file"  # registered by actors.weight_transfer in every engine process
 
 
@@ -154,4 +155,8 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         # One process for scheduler and model: half the start time of the default on CPU.
         distributed_executor_backend=UniProcExecutor,
         kv_cache_memory_bytes=int(settings.kv_cache_gib * GIB),
+        # vLLM rewinds the generator of a seeded request whose prompt it splits over two batches;
+        # CPU generators cannot be rewound, and the engine dies ("does not use offset").
+        enable_chunked_prefill=False,
+        max_num_batched_tokens=max(MIN_BATCH_TOKENS, settings.context_length),
     )

@@ -73,11 +73,14 @@ Policy = Annotated[TinyPolicy | PretrainedPolicy | GgufPolicy, Field(discriminat
 
 
 class WarmStartSection(Section):
-    """Supervised stage before RL, on `solution` (or the reference) of tasks drawn from
-    `tasks.train`.
+    """Supervised stage before RL, on `solution` of tasks drawn from `tasks.train`.
+
+    A share `direct_fraction` of the examples shows the bare reference instead, so that RL starts
+    from a policy that knows both ways to answer.
     """
 
     examples: Positive = 4096
+    direct_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     steps: Positive = 200
     batch_size: Positive = 64
     lr: PositiveFloat = 1e-3

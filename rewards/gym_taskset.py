@@ -40,8 +40,8 @@ class ReasoningGymTaskset:
 
     `config` goes to the dataset (`{min_terms: 2, max_terms: 3}`). The user message is `prompt` with
     `{question}` replaced; `question_regex` keeps its first group of the question only, so that tiny
-    models get short prompts. `solution` is the worked solution, where the dataset has one, and then
-    the answer as `answer_format` writes it. Example: dataset "chain_sum", `question_regex`
+    models get short prompts. `solution` is the worked solution, where one is known, and then the
+    answer as `answer_format` writes it. Example: dataset "chain_sum", `question_regex`
     "problem: (.*)" and `answer_format` `\boxed{{answer}}` give "4 - 1 - 7 =" and `\boxed{-4}`.
     """
 
@@ -112,7 +112,7 @@ class ReasoningGymTaskset:
                 raise ConfigError(f"question_regex does not match the question {question!r}")
             question = found[1]
         messages = [Message(role="user", content=self._prompt.replace("{question}", question))]
-        steps = _worked_steps(metadata.get("answer_cot"))
+        steps = _worked_steps(self._dataset, metadata)
         difficulty = metadata.get("difficulty")
         return Task(
             task_id=task_id(messages, answer),
@@ -141,10 +141,25 @@ def _compile(pattern: str | None) -> re.Pattern[str] | None:
     return compiled
 
 
-def _worked_steps(worked: object) -> list[str]:
-    """The lines of a worked solution without its closing `#### answer`."""
+def _worked_steps(dataset: str, metadata: dict[str, Any]) -> list[str]:
+    """The lines of a worked solution without its closing `#### answer`; none where it is unknown.
+
+    Sums are worked from left to right: "4 - 1 - 7" gives "4 - 1 = 3" and "3 - 7 = -4".
+    """
+    if dataset == "chain_sum":
+        return _sum_steps(metadata["expression"].split())
+    worked = metadata.get("answer_cot")
     lines = worked.splitlines() if isinstance(worked, str) else []
     return [line for line in lines if line.strip() and not line.startswith("####")]
+
+
+def _sum_steps(terms: list[str]) -> list[str]:
+    total, steps = int(terms[0]), list[str]()
+    for sign, number in zip(terms[1::2], terms[2::2], strict=True):
+        result = total + int(number) if sign == "+" else total - int(number)
+        steps.append(f"{total} {sign} {number} = {result}")
+        total = result
+    return steps
 
 
 def _hints(steps: list[str], answer: str) -> list[str]:
