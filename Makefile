@@ -1,11 +1,13 @@
 # Every target sets up what it needs; nothing has to be installed by hand.
 PY := .venv/bin/python
 QUICK ?= 0
+SEED ?= 0
+export QUICK
 
-.PHONY: quickstart test unit check bench setup lock
+.PHONY: quickstart test unit check show bench setup lock
 
 quickstart: setup
-	@.venv/bin/hone train deploy/configs/quickstart.yaml --run quickstart-$$(date +%H%M%S)
+	@.venv/bin/hone train deploy/configs/quickstart.yaml run.seed=$(SEED) --run quickstart-$$(date +%H%M%S)
 
 setup:
 	@scripts/bootstrap
@@ -20,6 +22,9 @@ unit: setup
 
 test: check
 	@$(PY) -m pytest tests/unit tests/integration tests/e2e
+
+show: setup
+	@$(PY) -m benchmarks.show $(AREA)
 
 bench: setup
 	@$(PY) -m benchmarks.replay_buffer

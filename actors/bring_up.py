@@ -8,14 +8,15 @@ Called by the controller.
 import asyncio
 import os
 import random
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
 
 from actors.curriculum import Curriculum
-from actors.fleet import EventSink, RolloutFleet
+from actors.fleet import RolloutFleet
+from actors.observer import Observer
 from actors.placement import QUIET_ENV, Placement
 from actors.reward_pool import RewardPool
 from actors.rollout import Sampling
@@ -31,7 +32,6 @@ from rewards.tasksets import load_tasks
 
 CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hone"
 ENGINE_START_S = 45.0  # on two CPU cores; shown to the user as an estimate
-Phase = Callable[[str, str, float], None]  # phase, detail, expected seconds
 
 
 @dataclass(frozen=True)
@@ -59,23 +59,24 @@ async def bring_up(
     run: RunDir,
     buffer_url: str,
     is_resumed: bool,
-    on_event: EventSink,
-    on_phase: Phase,
+    observer: Observer,
 ) -> Parts:
     """Start all parts of `run`. The policy is warm-started unless the run is resumed."""
     placement = Placement.of(config)
-    on_phase("starting", "reading tasks", 5.0)
+    observer.phase("starting", "reading tasks", 5.0)
     train_tasks = await asyncio.to_thread(load_tasks, config.tasks, "train")
     eval_tasks = await asyncio.to_thread(load_tasks, config.tasks, "eval")
-    on_phase("starting", "preparing the policy", 10.0)
+    observer.phase("starting", "preparing the policy", 10.0)
     policy = await _prepare(config, train_tasks, run, is_resumed)
     sampling = Sampling(
         config.rollout.max_new_tokens, config.rollout.temperature, [policy.stop_token_id]
     )
 
     num_workers = config.rollout.workers
-    on_phase("starting", f"loading {num_workers} vLLM engine(s) and the learner", ENGINE_START_S)
-    fleet = RolloutFleet(run.name, placement, policy.directory, str(run.path), on_event)
+    observer.phase(
+        "starting", f"loading {num_workers} vLLM engine(s) and the learner", ENGINE_START_S
+    )
+    fleet = RolloutFleet(run.name, placement, policy.directory, str(run.path), observer.event)
     rewards = RewardPool(run.name, placement, buffer_url, str(run.path))
 
     async def start_learner() -> tuple[LearnerGroup, dict[str, float]]:
@@ -88,11 +89,16 @@ async def bring_up(
         )
         metrics: dict[str, float] = {}
         if policy.examples:
-            on_phase("warm_start", "supervised warm start, engines loading", ENGINE_START_S)
+            observer.phase("warm_start", "supervised, while engines load", 0.0)
+            started = time.monotonic()
             async for progress in learner.warm_start(policy.examples):
-                done = f"step {progress.step} of {progress.steps}, loss {progress.loss:.3f}"
-                on_phase("warm_start", f"{done}, engines loading", ENGINE_START_S)
+                expected_s = (time.monotonic() - started) * progress.steps / progress.step
+                observer.progress(
+                    f"step {progress.step} of {progress.steps}, loss {progress.loss:.3f}",
+                    max(expected_s, ENGINE_START_S),
+                )
                 metrics = {"warm_start/loss": progress.loss}
+            observer.phase("starting", "waiting for the engines", 0.0)
         return learner, metrics
 
     (learner, warm_metrics), _, _ = await asyncio.gather(
@@ -102,7 +108,7 @@ async def bring_up(
         learner=learner,
         fleet=fleet,
         rewards=rewards,
-        sync=WeightSync(config.sync, learner, fleet, run.weights, on_event),
+        sync=WeightSync(config.sync, learner, fleet, run.weights, observer.event),
         curriculum=Curriculum(train_tasks, config.run.seed, sampling, config.rollout.group_size),
         sampling=sampling,
         eval_tasks=eval_tasks,

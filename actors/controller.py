@@ -91,8 +91,7 @@ class Controller:
                 self._run,
                 self._url,
                 self._is_resumed,
-                self._observer.event,
-                self._observer.phase,
+                self._observer,
             )
         )
         try:

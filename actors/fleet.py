@@ -25,6 +25,7 @@ from cluster.status import ActorStatus
 
 MAX_RESTARTS = 5
 MAX_TRIES = 3
+PING_S = 10.0
 MAX_CALLS = 4096  # concurrent calls of one worker's event loop
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,10 @@ class RolloutFleet:
                 return reference
             except RayActorError:
                 self.bury(worker)
+            except StageError:
+                if await self._serves(worker):
+                    raise  # the task's or the program's fault, which another engine would repeat
+                self.bury(worker)
             finally:
                 worker.num_running -= 1
                 await self.notify()
@@ -144,6 +149,20 @@ class RolloutFleet:
             worker = min(healthy(), key=lambda w: w.num_running)
             worker.num_running += 1
             return worker
+
+    async def _serves(self, worker: Worker) -> bool:
+        """Whether the actor answers and its engine process lives."""
+        try:
+            await within(
+                worker.handle.ping.remote(),
+                stage="rollout",
+                what=f"{worker.name} to answer",
+                deadline_s=PING_S,
+                knob="a fixed bound",
+            )
+        except (RayActorError, StageError):
+            return False
+        return True
 
     async def _launch(self, worker: Worker) -> None:
         if worker.handle is not None:

@@ -41,12 +41,12 @@ class Observer:
         self._error = ""
 
     def phase(self, name: str, detail: str, expected_s: float) -> None:
-        """The run is in a phase that should take `expected_s` (0 = unknown).
+        """The run enters a phase that should take `expected_s` (0 = unknown)."""
+        self._phase = (name, detail, expected_s, time.time())
 
-        A new detail of the same phase leaves its start, and so the countdown, as it was.
-        """
-        is_same = (name, expected_s) == (self._phase[0], self._phase[2])
-        self._phase = (name, detail, expected_s, self._phase[3] if is_same else time.time())
+    def progress(self, detail: str, expected_s: float) -> None:
+        """News of the current phase; `expected_s` counts from its start, as before."""
+        self._phase = (self._phase[0], detail, expected_s, self._phase[3])
 
     def event(self, kind: str, **fields: str | int | float) -> None:
         self._run.append_event(kind, **fields)

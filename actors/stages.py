@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from cluster.errors import DeadlineError
+from ray.exceptions import RayTaskError
+
+from cluster.errors import DeadlineError, HoneError, StageError
 from cluster.status import StageStatus
 
 Result = TypeVar("Result")
@@ -99,7 +101,10 @@ class Stages:
 async def within(
     awaitable: Awaitable[Result], *, stage: str, what: str, deadline_s: float, knob: str
 ) -> Result:
-    """Await with a deadline; past 10 s it logs what for. `DeadlineError` names the knob."""
+    """Await with a deadline; past 10 s it logs what for. `DeadlineError` names the knob.
+
+    An error of ours that an actor raised comes out as it was, without Ray's wrapping.
+    """
 
     async def report() -> None:
         waited = 0.0
@@ -115,5 +120,9 @@ async def within(
         raise DeadlineError(
             stage, f"waited {deadline_s:.0f} s for {what} ({knob}); see the logs of that actor"
         ) from None
+    except RayTaskError as error:
+        if isinstance(error.cause, HoneError):
+            raise error.cause from None
+        raise StageError(stage, f"{what}: {error.cause}") from error
     finally:
         reporter.cancel()

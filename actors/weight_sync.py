@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 
 from actors.fleet import EventSink, RolloutFleet, Worker, WorkerState
 from actors.stages import within
@@ -140,7 +140,7 @@ class WeightSync:
                     worker, "load_weights", {"path": str(path)}, policy_version
                 )
                 error = await self._probe(worker)
-            except (RayActorError, RayTaskError, StageError) as failure:
+            except (RayActorError, StageError) as failure:
                 logger.warning("%s was lost in a weight sync: %s", worker.name, failure)
                 return None
             if error is None or error <= self._config.probe_bound:

@@ -5,11 +5,12 @@ One engine serves the whole module: its start dominates the time.
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import pytest_asyncio
 from ray import cloudpickle
@@ -17,6 +18,7 @@ from ray import cloudpickle
 from actors.fleet import RolloutFleet, WorkerState
 from actors.placement import Placement
 from actors.rollout import RolloutRequest, Sampling
+from actors.vllm_engine import MIN_BATCH_TOKENS
 from actors.weight_sync import WeightSync
 from cluster import wire
 from cluster.config import Config
@@ -88,7 +90,9 @@ def _perturb(rank: Any, seed: int) -> None:
             local.add_(torch.randn(local.shape, generator=generator) * 0.05)
 
 
-async def test_engine_and_learner_agree_before_and_after_a_sync(parts: Parts) -> None:
+async def test_engine_and_learner_agree_before_and_after_a_sync(
+    parts: Parts, record_property: Callable[[str, float], None]
+) -> None:
     await parts.sync.sync(0)
     for version in (1, 2):
         group = await rollout(parts, request(f"before-{version}"))
@@ -96,6 +100,8 @@ async def test_engine_and_learner_agree_before_and_after_a_sync(parts: Parts) ->
         await move_weights(parts, version)
         report = await parts.sync.sync(version)
         assert report.policy_version == version
+        assert report.probe_error is not None
+        record_property("probe_error", report.probe_error)
         assert 0 < report.probe_error <= 1e-4
         assert report.num_engines == 1
 
@@ -133,6 +139,33 @@ async def test_requests_in_flight_survive_a_sync_and_report_both_versions(parts:
     assert versions == {2, 11}
     assert all(t.version_spans[-1].end == len(t.token_ids) for t in group.trajectories)
     assert group.min_policy_version == 2
+
+
+async def test_more_prompts_than_one_batch_holds(parts: Parts) -> None:
+    """Seeded requests whose prompts would be split over two batches used to end the engine."""
+
+    def long_request(i: int) -> RolloutRequest:
+        message = Message(role="user", content=" + ".join(str(i + k) for k in range(20)))
+        task = Task(task_id=f"t{i}", taskset="demo", messages=[message])
+        return RolloutRequest(f"long-{i}", task, 4, Sampling(4, 1.0, [1], i))
+
+    groups = await asyncio.gather(*[rollout(parts, long_request(i)) for i in range(60)])
+    context_tokens = sum(len(g.trajectories[0].context_tokens) for g in groups)
+    assert context_tokens > MIN_BATCH_TOKENS
+    assert parts.fleet.workers[0].num_restarts == 0
+
+
+async def test_a_dead_engine_is_replaced_and_its_group_produced(parts: Parts) -> None:
+    worker = parts.fleet.workers[0]
+    asked = RolloutRequest("killed", TASK, 4, Sampling(100, 1.0, [], 3))
+    running = asyncio.create_task(rollout(parts, asked))
+    await asyncio.sleep(0.1)
+    [engine] = [p for p in psutil.Process(worker.pid).children() if p.cmdline()[1:] != []]
+    engine.kill()
+    group = await asyncio.wait_for(running, 120)
+    assert worker.num_restarts == 1
+    assert worker.state is WorkerState.HEALTHY
+    assert group.min_policy_version == worker.policy_version == 11
 
 
 async def test_the_probe_catches_a_stale_output_head(parts: Parts) -> None:
