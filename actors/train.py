@@ -30,6 +30,7 @@ from cluster.run_dir import RunDir
 from cluster.status import RunStatus
 
 INTERRUPTED = 130
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 STOP_DEADLINE_S = 12.0
 POLL_S = 0.2
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ def run(config: Config, *, run_dir: RunDir, resume: bool, address: str) -> int:
         url = config.buffer.url or (server.url if server else "")
         _announce(config, run_dir, "starting Ray", 6.0)
         stack.enter_context(_cluster(config, run_dir, address))
+        _note_signals(interrupt)  # starting Ray has put its own handlers in place
         _announce(config, run_dir, "starting the controller", 4.0)
         return _conduct(config, run_dir, url, resume, interrupt, server)
 
@@ -148,17 +150,22 @@ def _keep_worker_logs(temporary: Path, target: Path) -> None:
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM instead of raising in the middle of something."""
+    before = {number: signal.getsignal(number) for number in INTERRUPTS}
     seen: list[int] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        seen.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    _note_signals(seen)
     try:
         yield seen
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _note_signals(seen: list[int]) -> None:
+    def note(number: int, _frame: FrameType | None) -> None:
+        seen.append(number)
+
+    for number in INTERRUPTS:
+        signal.signal(number, note)
 
 
 def _announce(config: Config, run_dir: RunDir, detail: str, expected_s: float) -> None:

@@ -212,10 +212,9 @@ def _check_rewards(config: Config, tasks: list[Task], report: CheckReport) -> No
         rubric = Rubric(config.rewards.verifiers)
         try:
             async with asyncio.timeout(REWARDS_DEADLINE_S):
-                report.problems += [
-                    f"rewards.verifiers: {line}"
-                    for line in await gold_check(rubric, tasks, GOLD_TASKS)
-                ]
+                if refused := await gold_check(rubric, tasks, GOLD_TASKS):
+                    others = f" (one of {len(refused)} such tasks)" if len(refused) > 1 else ""
+                    report.problems.append(f"rewards.verifiers: {refused[0]}{others}")
                 report.warnings += [
                     f"rewards.verifiers: {finding}"
                     for finding in await junk_probe(rubric, tasks[:JUNK_TASKS])
