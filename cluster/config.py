@@ -134,6 +134,7 @@ class LearnerSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: PositiveFloat = 1.0
     microbatch_tokens: Positive = 4096
+    minibatches: Positive = 1  # optimizer updates per step, each on its share of the groups
     activation_checkpointing: bool = False
     timeout_s: PositiveFloat = 600.0
 
