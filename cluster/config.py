@@ -199,6 +199,11 @@ class Config(Section):
                 f"learner.microbatch_tokens ({self.learner.microbatch_tokens}) must be at least "
                 f"policy.context_length ({self.policy.context_length}): one trajectory must fit"
             )
+        if self.learner.minibatches > self.rollout.groups_per_step:
+            raise ValueError(
+                f"learner.minibatches ({self.learner.minibatches}) must be at most "
+                f"rollout.groups_per_step ({self.rollout.groups_per_step}): each needs a group"
+            )
         needed = (self.rollout.max_policy_age + 2) * self.rollout.groups_per_step
         if self.buffer.capacity_groups < needed:
             raise ValueError(

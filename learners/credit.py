@@ -20,7 +20,6 @@ CREDITS = {
     "rloo": "learners.credit:LeaveOneOut",
     "reinforce_pp": "learners.credit:BatchNormalized",
     "process": "learners.process_credit:ProcessNormalized",
-    "gae": "learners.gae:GeneralizedAdvantage",
 }
 
 Whitening = Literal["none", "tokens", "sequences"]
