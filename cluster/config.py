@@ -134,6 +134,7 @@ class LearnerSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: PositiveFloat = 1.0
     microbatch_tokens: Positive = 4096
+    minibatches: Positive = 1  # optimizer updates per step, each on its share of the groups
     activation_checkpointing: bool = False
     timeout_s: PositiveFloat = 600.0
 
@@ -197,6 +198,11 @@ class Config(Section):
             raise ValueError(
                 f"learner.microbatch_tokens ({self.learner.microbatch_tokens}) must be at least "
                 f"policy.context_length ({self.policy.context_length}): one trajectory must fit"
+            )
+        if self.learner.minibatches > self.rollout.groups_per_step:
+            raise ValueError(
+                f"learner.minibatches ({self.learner.minibatches}) must be at most "
+                f"rollout.groups_per_step ({self.rollout.groups_per_step}): each needs a group"
             )
         needed = (self.rollout.max_policy_age + 2) * self.rollout.groups_per_step
         if self.buffer.capacity_groups < needed:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cluster.types import Trajectory
@@ -27,15 +27,22 @@ class Row:
     rollout_logprobs: np.ndarray
     advantages: np.ndarray
     temperature: float = 1.0
+    policy_age: np.ndarray | None = None  # [L] versions between sampling and now; None is 0
+    is_guided: bool = False  # sampled from another context than the one trained on
 
     def __post_init__(self) -> None:
         if len(self.context) == 0 and self.loss_mask[:1].any():
             raise ValueError("a sequence must have a context: its first token has no predictor")
 
     @classmethod
-    def of(cls, trajectory: Trajectory, advantages: np.ndarray) -> "Row":
-        """A trajectory with its credit; it is conditioned on `train_context_tokens` when set."""
+    def of(cls, trajectory: Trajectory, advantages: np.ndarray, policy_version: int = 0) -> "Row":
+        """A trajectory with its credit, about to train weights `policy_version`; it is conditioned
+        on `train_context_tokens` when set.
+        """
         context = trajectory.train_context_tokens
+        age = np.zeros(len(trajectory.token_ids), dtype=np.float32)
+        for span in trajectory.version_spans:
+            age[span.start : span.end] = max(0, policy_version - span.policy_version)
         return cls(
             context=trajectory.context_tokens if context is None else context,
             completion=trajectory.token_ids,
@@ -43,6 +50,8 @@ class Row:
             rollout_logprobs=trajectory.rollout_logprobs,
             advantages=advantages,
             temperature=trajectory.temperature,
+            policy_age=age,
+            is_guided=context is not None,
         )
 
     @classmethod
@@ -73,8 +82,14 @@ class MicroBatch:
     rollout_logprobs: Float[Tensor, " N"]
     advantages: Float[Tensor, " N"]
     sequence_loss_tokens: Int[Tensor, " S"]
+    policy_age: Float[Tensor, " N"]
+    is_guided: Bool[Tensor, " N"]
     num_tokens: int
     num_sequences: int  # with at least one loss token
+    proximal_logprobs: Float[Tensor, " N"] | None = None  # None: those of the present learner
+    ref_logprobs: Float[Tensor, " N"] | None = None
+    values: Float[Tensor, " N"] | None = None
+    returns: Float[Tensor, " N"] | None = None
 
     @property
     def num_loss_tokens(self) -> int:
@@ -92,6 +107,9 @@ class MicroBatch:
 
         def put(values: np.ndarray, dtype: torch.dtype = torch.long) -> Tensor:
             return torch.as_tensor(values).to(device=device, dtype=dtype)
+
+        def repeated(values: list[float] | list[bool]) -> np.ndarray:
+            return np.repeat(np.array(values), counts)
 
         def joined(columns: list[np.ndarray]) -> np.ndarray:
             return np.concatenate(
@@ -115,12 +133,20 @@ class MicroBatch:
             ),
             labels=put(joined([row.completion for row in rows])),
             sequence_ids=put(np.repeat(np.arange(len(rows)), counts)),
-            temperature=put(
-                np.repeat(np.array([row.temperature for row in rows]), counts), torch.float32
-            ),
+            temperature=put(repeated([row.temperature for row in rows]), torch.float32),
             rollout_logprobs=put(joined([row.rollout_logprobs for row in rows]), torch.float32),
             advantages=put(joined([row.advantages for row in rows]), torch.float32),
             sequence_loss_tokens=put(counts),
+            policy_age=put(
+                joined(
+                    [
+                        np.zeros(len(row.completion)) if row.policy_age is None else row.policy_age
+                        for row in rows
+                    ]
+                ),
+                torch.float32,
+            ),
+            is_guided=put(repeated([row.is_guided for row in rows]), torch.bool),
             num_tokens=num_tokens,
             num_sequences=int((counts > 0).sum()),
         )

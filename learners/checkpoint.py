@@ -1,20 +1,28 @@
 """Learner state on disk: sharded checkpoints to go on from, Hugging Face directories to use.
 
 Invariant: what is saved is enough to repeat the next step exactly: weights, AdamW moments, step
-counters and each rank's RNG. The world size may change between save and load. All functions are
-collective. Atomicity (the COMPLETE marker) belongs to `cluster.checkpoint_store`.
+counters, what losses remember (SIREN's anchor) and each rank's RNG. The world size may change
+between save and load. All functions are collective. Atomicity (the COMPLETE marker) belongs to
+`cluster.checkpoint_store`.
 """
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from cluster.errors import ConfigError
 from learners.weight_source import write_safetensors
@@ -30,39 +38,73 @@ class Progress:
     policy_version: int
 
 
+@dataclass(frozen=True)
+class Part:
+    """A sharded module with what trains it; a frozen one has no optimizer."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer | None = None
+
+
 def save(
-    directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
+    directory: Path,
+    parts: Mapping[str, Part],
+    objectives: Mapping[str, torch.Tensor],
+    progress: Progress,
 ) -> None:
-    """Write this rank's shards of everything into `directory`."""
-    model_state, optimizer_state = get_state_dict(module, optimizer)
-    state_dict_saver.save(
-        {
-            "model": model_state,
-            "optimizer": optimizer_state,
-            "progress": _as_tensor(progress),
-            f"rng_{dist.get_rank()}": torch.get_rng_state(),
-        },
-        checkpoint_id=directory,
-    )
+    """Write this rank's shards of everything into `directory`.
+
+    `parts` by name ("model" is the policy); `objectives` are the numbers that losses keep between
+    steps, the same on every rank.
+    """
+    state = _state(parts)
+    state |= {f"objective_{name}": values for name, values in objectives.items()}
+    state |= {"progress": _as_tensor(progress), f"rng_{dist.get_rank()}": torch.get_rng_state()}
+    state_dict_saver.save(state, checkpoint_id=directory)
 
 
-def load(directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Read `directory` into the module and the optimizer; a new rank keeps its fresh RNG."""
+def load(
+    directory: Path, parts: Mapping[str, Part], objectives: Mapping[str, torch.Tensor]
+) -> Progress:
+    """Read `directory` into the parts and, in place, into `objectives`; a new rank keeps its fresh
+    RNG.
+    """
     if not (directory / ".metadata").is_file():
         raise ConfigError(f"{directory} must be a learner checkpoint (it has no .metadata)")
-    model_state, optimizer_state = get_state_dict(module, optimizer)
     progress = _as_tensor(Progress(0, 0))
-    state = {"model": model_state, "optimizer": optimizer_state, "progress": progress}
+    state: dict[str, Any] = _state(parts) | {"progress": progress}
+    state |= {f"objective_{name}": values for name, values in objectives.items()}
     rng_key, rng = f"rng_{dist.get_rank()}", torch.get_rng_state()
     if rng_key in FileSystemReader(directory).read_metadata().state_dict_metadata:
         state[rng_key] = rng
     state_dict_loader.load(state, checkpoint_id=directory)
-    set_state_dict(
-        module, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state
-    )
+    for name, part in parts.items():
+        if part.optimizer is None:
+            set_model_state_dict(part.module, state[name])
+        else:
+            set_state_dict(
+                part.module,
+                part.optimizer,
+                model_state_dict=state[name],
+                optim_state_dict=state[_optimizer_key(name)],
+            )
     torch.set_rng_state(rng)
     step, policy_version = progress.tolist()
     return Progress(step, policy_version)
+
+
+def _state(parts: Mapping[str, Part]) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    for name, part in parts.items():
+        if part.optimizer is None:
+            state[name] = get_model_state_dict(part.module)
+        else:
+            state[name], state[_optimizer_key(name)] = get_state_dict(part.module, part.optimizer)
+    return state
+
+
+def _optimizer_key(name: str) -> str:
+    return "optimizer" if name == "model" else f"{name}_optimizer"
 
 
 def export_hf(directory: Path, module: nn.Module, policy_dir: Path, dtype: torch.dtype) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.config import Config
+from cluster.config import Config, LearnerSection
 from cluster.errors import DeadlineError, HoneError, StageError
 from cluster.redis_client import connect
 from cluster.replay_buffer import ReplayBuffer
@@ -113,14 +113,14 @@ class LearnerRank:
         self._learner.export_hf(directory)
 
 
-@dataclass(frozen=True)
+@dataclass
 class LearnerGroup:
     """Handle over the ranks `hone/<run_id>/learner/<i>`; waits end after `learner.timeout_s`."""
 
     ranks: list[Any]  # Ray actor handles
     pids: list[int]
-    microbatch_tokens: int
-    timeout_s: float
+    settings: LearnerSection
+    num_planned: int = 0  # groups of the step so far
 
     @classmethod
     async def start(
@@ -147,22 +147,32 @@ class LearnerGroup:
             )
             for rank in range(config.learner.world_size)
         ]
-        group = cls(ranks, [], config.learner.microbatch_tokens, config.learner.timeout_s)
+        group = cls(ranks, [], config.learner)
         try:
             [master] = await group._gather("address", ranks[:1], ())
-            pids = await group.call("start", master)
+            group.pids = await group.call("start", master)
         except BaseException:
             group.shutdown()
             raise
-        return cls(ranks, pids, group.microbatch_tokens, group.timeout_s)
+        return group
 
     async def forward_backward(self, headers: Sequence[GroupHeader]) -> None:
         """Add the gradients of these groups; if one is lost, raises `WireError` and adds none."""
-        plan = ray.put(plan_groups(headers, len(self.ranks), self.microbatch_tokens))
+        plan = ray.put(
+            plan_groups(
+                headers,
+                len(self.ranks),
+                self.settings.microbatch_tokens,
+                self.settings.minibatches,
+                self.num_planned,
+            )
+        )
         await self.call("fetch", plan)
         await self.call("forward_backward", plan)
+        self.num_planned += len(headers)
 
     async def optim_step(self) -> StepResult:
+        self.num_planned = 0
         return (await self.call("optim_step"))[0]
 
     async def warm_start(self, examples: Sequence[Example]) -> AsyncIterator[WarmStartProgress]:
@@ -183,6 +193,7 @@ class LearnerGroup:
 
     async def load(self, directory: Path) -> int:
         """Returns the policy version of the loaded weights."""
+        self.num_planned = 0
         return (await self.call("load", directory))[0]
 
     async def export_hf(self, directory: Path) -> None:
@@ -200,11 +211,11 @@ class LearnerGroup:
     async def _gather(self, method: str, ranks: list[Any], args: tuple[Any, ...]) -> list[Any]:
         calls = [getattr(rank, method).remote(*args) for rank in ranks]
         try:
-            return await asyncio.wait_for(asyncio.gather(*calls), self.timeout_s)
+            return await asyncio.wait_for(asyncio.gather(*calls), self.settings.timeout_s)
         except TimeoutError as error:
             raise DeadlineError(
                 "learn",
-                f"{method} must end within {self.timeout_s:g} s on all {len(ranks)} ranks "
+                f"{method} must end within {self.settings.timeout_s:g} s on all {len(ranks)} ranks "
                 "(learner.timeout_s)",
             ) from error
         except RayTaskError as error:

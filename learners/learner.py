@@ -1,12 +1,13 @@
 """One rank of the learner: gradients as groups arrive, one optimizer step when all are in.
 
-Invariant: gradients accumulate unnormalised sums and are divided by global counts once, in
-`optim_step`; so a step equals the full-batch loss, however groups were split over calls,
-micro-batches and ranks. Every public method is collective: all ranks call it with the same
-arguments. A plain class; Ray lives in `learners.group`.
+Invariant: a step equals the full-batch loss, however groups were split over calls, micro-batches
+and ranks. Gradients start as groups arrive where the configured credit and losses allow it;
+otherwise the packs wait for `optim_step`, and nothing but their tokens is held. The learner knows
+no algorithm: those live in `learners.credit` and `learners.objectives`. Every public method is
+collective: all ranks call it with the same arguments. A plain class; Ray lives in
+`learners.group`.
 """
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,15 +26,16 @@ from cluster.errors import ConfigError
 from cluster.types import StepResult, TrajectoryGroup
 from learners import checkpoint, weight_source
 from learners.batch import MicroBatch, Row
-from learners.credit import build_credit
-from learners.model import load_policy, shard
+from learners.credit import build_credit, whitening_of
+from learners.model import PolicyModel, load_policy, shard
 from learners.objectives import WeightedLosses
-from learners.optimizer import ShardedAdamW, clip_factor, learning_rate
+from learners.optimizer import ShardedAdamW, learning_rate
 from learners.packing import PackingPlan, assign
+from learners.reference import Reference
 from learners.step_sums import StepSums
+from learners.update import PolicyUpdate, UpdateResult, mean_metrics
 from learners.warm_start import Example, WarmStartProgress, warm_start
-
-_COUNTS = ("grad_square", "num_loss_tokens", "num_sequences", "num_tokens", "busy_s")
+from learners.whitening import whiten
 
 
 @dataclass(frozen=True)
@@ -78,60 +80,70 @@ class Learner:
             world_size=world_size,
             timeout=timedelta(seconds=config.learner.timeout_s),
         )
-        self._policy = load_policy(
-            policy_dir, self._device, config.learner.activation_checkpointing
-        )
-        shard(self._policy, init_device_mesh(self._device.type, (world_size,)), self._dtype)
+        mesh = init_device_mesh(self._device.type, (world_size,))
+
+        def open_policy() -> PolicyModel:
+            policy = load_policy(policy_dir, self._device, config.learner.activation_checkpointing)
+            shard(policy, mesh, self._dtype)
+            return policy
+
+        self._policy = open_policy()
         self._optimizer = ShardedAdamW(self._policy, config.learner.weight_decay)
-        self._sums = StepSums(self._device)
+        self._reference = Reference(open_policy()) if self._losses.needs_reference else None
+        self._update = PolicyUpdate(
+            self._policy,
+            self._optimizer,
+            self._losses,
+            self._device,
+            config.learner.max_grad_norm,
+        )
+        self._pending: dict[int, list[MicroBatch]] = {}
         self._busy_s = 0.0
         self.step = 0
         self.policy_version = 0
 
+    @property
+    def _is_streaming(self) -> bool:
+        """Gradients can be taken as groups arrive: nothing must be known of the step first."""
+        return (
+            self._losses.common_denominator is not None
+            and not self._losses.needs_survey
+            and self._config.learner.minibatches == 1
+            and whitening_of(self._credit) == "none"
+        )
+
     def forward_backward(self, groups: Sequence[TrajectoryGroup], plan: PackingPlan) -> None:
-        """Add the gradients of this rank's share of `plan`; `groups` hold at least that share."""
+        """Take in this rank's share of `plan`, `groups` hold at least that share; its gradients
+        are added now or, when something must be known of the whole step first, in `optim_step`.
+        """
         started = time.perf_counter()
         credited = {group.group_id: (group, self._credit.assign(group)) for group in groups}
-        for microbatch in plan.microbatches[self._rank]:
+        for minibatch, microbatch in zip(
+            plan.minibatches, plan.microbatches[self._rank], strict=True
+        ):
             rows: list[Row] = []
             for ref in microbatch:
                 group, advantages = credited[ref.group_id]
                 trajectory, credit = group.trajectories[ref.index], advantages[ref.index]
                 if credit is not None and trajectory.num_loss_tokens > 0:
-                    rows.append(Row.of(trajectory, credit))
-            self._accumulate(MicroBatch.pack(rows, self._device))
+                    rows.append(Row.of(trajectory, credit, self.policy_version))
+            pack = MicroBatch.pack(rows, self._device)
+            if self._reference is not None:
+                pack = self._reference.annotate(pack)
+            if self._is_streaming:
+                self._update.accumulate(pack)
+            else:
+                self._pending.setdefault(minibatch, []).append(pack)
         self._busy_s += time.perf_counter() - started
 
-    def _accumulate(self, rows: MicroBatch) -> None:
-        learner_logprobs, entropy = self._policy(rows)
-        total, sums = self._losses.sums(rows, learner_logprobs, entropy)
-        total.backward()
-        self._sums.add(sums)
-        self._sums.add(
-            {
-                "num_loss_tokens": rows.num_loss_tokens,
-                "num_sequences": rows.num_sequences,
-                "num_tokens": rows.num_tokens,
-            }
-        )
-
     def optim_step(self) -> StepResult:
-        """Normalise by the global counts, clip, step; the same result on every rank.
+        """One update per mini-batch, each normalised by its global counts; same on every rank.
 
-        A non-finite loss or gradient skips the step: weights and `policy_version` stay, and the
-        metric `grad/skipped` is 1. So does a step without a loss token.
+        A non-finite loss or gradient skips its update; when all are skipped, weights and
+        `policy_version` stay. The metric `grad/skipped` is the share of skipped updates.
         """
         started = time.perf_counter()
         settings = self._config.learner
-        self._sums.add({"grad_square": self._optimizer.grad_square(), "busy_s": self._busy_s})
-        totals = self._sums.reduce()
-        num_loss_tokens = totals["num_loss_tokens"]
-        kind = self._losses.denominator
-        denominator = max(1.0, num_loss_tokens if kind == "tokens" else totals["num_sequences"])
-        scale = self._world_size / denominator  # FSDP2 has averaged the ranks' sums
-        grad_norm = math.sqrt(totals["grad_square"]) * scale
-        is_sound = math.isfinite(grad_norm) and math.isfinite(totals["loss/total"])
-        is_step = is_sound and num_loss_tokens > 0
         rate = learning_rate(
             self.policy_version,
             peak=settings.lr,
@@ -139,27 +151,35 @@ class Learner:
             warmup_steps=settings.warmup_steps,
             total_steps=self._config.run.steps,
         )
-        if is_step:
-            self._optimizer.step(rate, scale * clip_factor(grad_norm, settings.max_grad_norm))
-        else:
-            self._optimizer.skip()
+        results = [self._update.apply(rate)] if self._is_streaming else self._updates(rate)
         self.step += 1
-        self.policy_version += is_step
-        busy_s = totals["busy_s"] / self._world_size + time.perf_counter() - started
+        self.policy_version += any(result.is_step for result in results)
+        sums = StepSums(torch.device("cpu"))
+        sums.add({"busy_s": self._busy_s + time.perf_counter() - started})
+        busy_s = sums.reduce()["busy_s"] / self._world_size
         self._busy_s = 0.0
-        metrics = {
-            name: value / (denominator if name.startswith("loss/") else max(1.0, num_loss_tokens))
-            for name, value in totals.items()
-            if name not in _COUNTS
-        }
-        metrics |= {
-            "grad/norm": grad_norm,
-            "grad/skipped": float(not is_step),
-            "lr": rate,
-            "learner/num_loss_tokens": num_loss_tokens,
-            "learner/tokens_per_s": totals["num_tokens"] / busy_s,
-        }
+        num_tokens = sum(result.num_tokens for result in results)
+        metrics = mean_metrics(results) | {"lr": rate, "learner/tokens_per_s": num_tokens / busy_s}
         return StepResult(step=self.step, policy_version=self.policy_version, metrics=metrics)
+
+    def _updates(self, rate: float) -> list[UpdateResult]:
+        """The updates of a step whose groups are all in."""
+        order = sorted(self._pending)
+        packs = [pack for minibatch in order for pack in self._pending[minibatch]]
+        sizes = [len(self._pending[minibatch]) for minibatch in order]
+        self._pending = {}
+        if (kind := whitening_of(self._credit)) != "none":
+            packs = whiten(packs, kind)
+        if len(order) > 1:
+            packs = self._update.with_proximal(packs)
+        results: list[UpdateResult] = []
+        for size in sizes:
+            share, packs = packs[:size], packs[size:]
+            self._update.survey(share)
+            for pack in share:
+                self._update.accumulate(pack)
+            results.append(self._update.apply(rate))
+        return results
 
     @torch.no_grad()
     def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray]:
@@ -177,7 +197,7 @@ class Learner:
         lengths = [len(request.token_ids) for request in requests]
         scores = [np.zeros(0, dtype=np.float32)] * len(rows)
         for part in assign(lengths, 1, self._config.learner.microbatch_tokens)[0]:
-            logprobs, _ = self._policy(MicroBatch.pack([rows[i] for i in part], self._device))
+            logprobs = self._policy(MicroBatch.pack([rows[i] for i in part], self._device)).logprobs
             ends = np.cumsum([len(rows[i].completion) for i in part])
             values = np.split(logprobs.float().cpu().numpy(), ends[:-1])
             for index, value in zip(part, values, strict=True):
@@ -191,7 +211,7 @@ class Learner:
         section = self._config.warm_start
         if section is None:
             raise ConfigError("warm_start: the config must have this section to warm-start")
-        return warm_start(
+        yield from warm_start(
             self._policy,
             examples,
             section,
@@ -200,6 +220,8 @@ class Learner:
             seed=self._config.run.seed,
             device=self._device,
         )
+        if self._reference is not None:
+            self._reference.copy_from(self._policy)
 
     def export_weights(self, path: Path) -> None:
         """Safetensors of the full weights in `policy.dtype`; rank 0 writes, then renames."""
@@ -209,15 +231,25 @@ class Learner:
 
     def save(self, directory: Path) -> None:
         """A checkpoint to go on from; groups that have no step yet are not part of it."""
-        progress = checkpoint.Progress(self.step, self.policy_version)
-        checkpoint.save(directory, self._policy, self._optimizer.inner, progress)
+        checkpoint.save(directory, self._parts(), self._losses.state(), self._progress())
 
     def load(self, directory: Path) -> None:
-        """Go on from `save`; gradients that had no step yet are dropped."""
-        self._optimizer.skip()
-        self._sums, self._busy_s = StepSums(self._device), 0.0
-        progress = checkpoint.load(directory, self._policy, self._optimizer.inner)
+        """Go on from `save`; groups that had no step yet are dropped."""
+        self._update.drop()
+        self._pending, self._busy_s = {}, 0.0
+        state = self._losses.state()
+        progress = checkpoint.load(directory, self._parts(), state)
+        self._losses.restore(state)
         self.step, self.policy_version = progress.step, progress.policy_version
+
+    def _parts(self) -> dict[str, checkpoint.Part]:
+        parts = {"model": checkpoint.Part(self._policy, self._optimizer.inner)}
+        if self._reference is not None:
+            parts["reference"] = checkpoint.Part(self._reference.module)
+        return parts
+
+    def _progress(self) -> checkpoint.Progress:
+        return checkpoint.Progress(self.step, self.policy_version)
 
     def export_hf(self, directory: Path) -> None:
         """A Hugging Face directory of the current policy."""

@@ -7,31 +7,48 @@ states into probabilities; called by `learners.model`.
 
 # ruff: noqa: F722 (shapes in annotations)
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from learners.nucleus import Nucleus
+
 _CPU_CHUNK, _GPU_CHUNK = 2**20, 2**27  # logits held at once: 4 MiB near the caches, 512 MiB
 
 
-def token_logprobs(
+class TokenOutputs(NamedTuple):
+    """What the policy says of each loss token, in nats. A tuple, so that FSDP2 sees the tensors.
+
+    `nucleus_entropy` is the entropy of the distribution renormalised over its nucleus; zeros
+    without a graph where no nucleus was asked for.
+    """
+
+    logprobs: Float[Tensor, " N"]
+    entropy: Float[Tensor, " N"]
+    nucleus_entropy: Float[Tensor, " N"]
+
+
+def token_outputs(
     hidden: Float[Tensor, "N D"],
     head: Float[Tensor, "V D"],
     labels: Int[Tensor, " N"],
     temperature: Float[Tensor, " N"],
+    nucleus: Nucleus | None = None,
     chunk_rows: int | None = None,
-) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """log p(label) and the entropy in nats of softmax(hidden @ head.T / temperature), per row.
+) -> TokenOutputs:
+    """log p(label) and entropies of softmax(hidden @ head.T / temperature), per row.
 
-    Gradients flow to `hidden` and `head` through both; a result that no loss uses costs nothing in
-    the backward pass. Memory is O(chunk_rows * V) beside the inputs.
+    Gradients flow to `hidden` and `head` through all three; a result that no loss uses costs
+    nothing in the backward pass. Memory is O(chunk_rows * V) beside the inputs.
     """
     if chunk_rows is None:
         budget = _CPU_CHUNK if hidden.device.type == "cpu" else _GPU_CHUNK
         chunk_rows = max(1, budget // head.shape[0])
-    return _TokenLogprobs.apply(hidden, head, labels, temperature, chunk_rows)  # type: ignore[return-value]
+    return TokenOutputs(
+        *_TokenOutputs.apply(hidden, head, labels, temperature, nucleus, chunk_rows)  # type: ignore[misc]
+    )
 
 
 def _logits(hidden: Tensor, head: Tensor, temperature: Tensor) -> Tensor:
@@ -40,8 +57,10 @@ def _logits(hidden: Tensor, head: Tensor, temperature: Tensor) -> Tensor:
     return logits / temperature[:, None]
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    """Backward recomputes each chunk's logits z: dl/dz = 1_label - p, dH/dz = -p (log p + H)."""
+class _TokenOutputs(torch.autograd.Function):
+    """Backward recomputes each chunk's logits z: dl/dz = 1_label - p, dH/dz = -p (log p + H), and
+    the latter again for the nucleus with q = p / mass on the kept tokens, 0 elsewhere.
+    """
 
     @staticmethod
     def forward(
@@ -50,27 +69,45 @@ class _TokenLogprobs(torch.autograd.Function):
         head: Tensor,
         labels: Tensor,
         temperature: Tensor,
+        nucleus: Nucleus | None,
         chunk_rows: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = hidden.new_empty(len(hidden), dtype=dtype)
         entropy, normalizer = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        nucleus_entropy, log_mass = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
+        threshold = torch.zeros_like(logprobs)
         for start in range(0, len(hidden), chunk_rows):
             rows = slice(start, start + chunk_rows)
-            logits = _logits(hidden[rows], head, temperature[rows])
-            normalizer[rows] = logits.logsumexp(-1)
-            logits -= normalizer[rows, None]
-            logprobs[rows] = logits.gather(-1, labels[rows, None]).squeeze(-1)
-            entropy[rows] = -(logits.exp() * logits).sum(-1)
-        ctx.save_for_backward(hidden, head, labels, temperature, normalizer, entropy)
+            log_p = _logits(hidden[rows], head, temperature[rows])
+            normalizer[rows] = log_p.logsumexp(-1)
+            log_p -= normalizer[rows, None]
+            logprobs[rows] = log_p.gather(-1, labels[rows, None]).squeeze(-1)
+            p = log_p.exp()
+            if nucleus is not None:
+                threshold[rows] = nucleus.thresholds(p)
+                is_kept = p >= threshold[rows, None]
+            terms = log_p.mul_(p)
+            entropy[rows] = -terms.sum(-1)
+            if nucleus is not None:
+                log_mass[rows] = p.mul_(is_kept).sum(-1).log()
+                inner = terms.mul_(is_kept).sum(-1) / log_mass[rows].exp()
+                nucleus_entropy[rows] = (log_mass[rows] - inner).nan_to_num_(0.0, neginf=0.0)
+        ctx.save_for_backward(
+            hidden, head, labels, temperature, normalizer, entropy,
+            threshold, log_mass, nucleus_entropy,
+        )  # fmt: skip
         ctx.chunk_rows = chunk_rows
         ctx.set_materialize_grads(False)
-        return logprobs, entropy
+        if nucleus is None:
+            ctx.mark_non_differentiable(nucleus_entropy)
+        return logprobs, entropy, nucleus_entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        of_logprobs, of_entropy = gradients
-        hidden, head, labels, temperature, normalizer, entropy = ctx.saved_tensors
+        of_logprobs, of_entropy, of_nucleus = gradients
+        hidden, head, labels, temperature, normalizer, entropy = ctx.saved_tensors[:6]
+        threshold, log_mass, nucleus_entropy = ctx.saved_tensors[6:]
         of_hidden = torch.zeros_like(hidden)
         of_head = torch.zeros_like(head, dtype=normalizer.dtype)
         for start in range(0, len(hidden), ctx.chunk_rows):
@@ -83,7 +120,14 @@ class _TokenLogprobs(torch.autograd.Function):
                 of_logits.scatter_add_(-1, labels[rows, None], of_logprobs[rows, None])
             if of_entropy is not None:
                 of_logits -= p * (log_p + entropy[rows, None]) * of_entropy[rows, None]
+            if of_nucleus is not None:
+                log_q = log_p.sub_(log_mass[rows, None].nan_to_num(neginf=0.0))
+                scale = of_nucleus[rows] * log_mass[rows].neg().exp()
+                q = p.mul_(p >= threshold[rows, None]).mul_(
+                    scale.nan_to_num(0.0, 0.0, 0.0)[:, None]
+                )
+                of_logits -= q * log_q.add_(nucleus_entropy[rows, None])
             of_logits = (of_logits / temperature[rows, None]).to(hidden.dtype)
             of_hidden[rows] = of_logits @ head
             of_head += of_logits.T @ hidden[rows]
-        return of_hidden, of_head.to(head.dtype), None, None, None
+        return of_hidden, of_head.to(head.dtype), None, None, None, None

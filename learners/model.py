@@ -21,7 +21,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from cluster.errors import ConfigError
 from learners.batch import MicroBatch
-from learners.logprobs import token_logprobs
+from learners.logprobs import TokenOutputs, token_outputs
+from learners.nucleus import Nucleus
 
 Layout = Literal["packed", "padded"]
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -39,11 +40,11 @@ class PolicyModel(nn.Module):
     def decoder(self) -> Any:
         return self.causal_lm.base_model
 
-    def forward(self, rows: MicroBatch) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """Log-prob and entropy, float32, of each loss token at its own temperature."""
+    def forward(self, rows: MicroBatch, nucleus: Nucleus | None = None) -> TokenOutputs:
+        """Log-prob and entropies, float32, of each loss token at its own temperature."""
         run = self._packed if self.layout == "packed" else self._padded
         head: Tensor = self.causal_lm.get_output_embeddings().weight
-        return token_logprobs(run(rows), head, rows.labels, rows.temperature)
+        return token_outputs(run(rows), head, rows.labels, rows.temperature, nucleus)
 
     def _packed(self, rows: MicroBatch) -> Float[Tensor, "N D"]:
         output = self.decoder(

@@ -1,14 +1,16 @@
 """Objectives: losses over the tokens that the policy wrote (extension point P5).
 
 Invariant: an objective returns an unnormalised sum, and says which global count divides it; so the
-loss of a step does not depend on micro-batches, ranks or the order in which groups arrived. Called
+loss of an update does not depend on micro-batches, ranks or the order in which groups arrived. An
+objective that needs a number of the whole batch before its gradient implements `Surveying`. Called
 by the learner for each micro-batch, also for empty ones.
 """
 
 # ruff: noqa: F722 (shapes in annotations)
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,114 +19,76 @@ from torch import Tensor
 from cluster.config import ObjectiveSection
 from cluster.errors import ConfigError
 from cluster.plugins import build
+from learners.aggregation import Denominator
 from learners.batch import MicroBatch
+from learners.logprobs import TokenOutputs
+from learners.nucleus import Nucleus
 
-OBJECTIVES = {"policy_gradient": "learners.objectives:PolicyGradient"}
+OBJECTIVES = {
+    "policy_gradient": "learners.surrogates:PolicyGradient",
+    "gspo": "learners.surrogates:SequencePolicyGradient",
+    "cispo": "learners.surrogates:ClippedImportance",
+    "gmpo": "learners.surrogates:GeometricMean",
+    "guide": "learners.guidance:GuidedPolicyGradient",
+    "kl": "learners.kl:KLPenalty",
+    "siren": "learners.siren:Siren",
+    "entropy_bonus": "learners.entropy:EntropyBonus",
+    "adaptive_entropy": "learners.entropy:AdaptiveEntropyBonus",
+    "kl_cov": "learners.entropy:CovarianceKL",
+}
 
-Denominator = Literal["tokens", "sequences"]
-Aggregation = Literal["token_mean", "seq_mean_token_mean", "constant"]
 _MAX_LOG_RATIO = 20.0
 
 
 @dataclass(frozen=True)
 class LossTerm:
-    """A scalar sum with gradient, and metrics as detached sums over the loss tokens."""
+    """A scalar sum with gradient, and metrics as detached sums over the loss tokens.
+
+    `reported` replaces `total` in the metrics where the two differ: a linearised loss has the
+    right gradient and another value.
+    """
 
     total: Float[Tensor, ""]
     metrics: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
+    reported: Float[Tensor, ""] | None = None
 
 
 class Objective(Protocol):
+    """May also have `needs_reference = True` (fill `rows.ref_logprobs` from the frozen initial
+    policy) and `nucleus` (a `Nucleus`: fill `outputs.nucleus_entropy`).
+    """
+
     denominator: Denominator  # global count that divides `total`: loss tokens, or their sequences
 
-    def loss(
-        self,
-        rows: MicroBatch,
-        learner_logprobs: Float[Tensor, " N"],
-        entropy: Float[Tensor, " N"],
-    ) -> LossTerm:
+    def loss(self, rows: MicroBatch, outputs: TokenOutputs) -> LossTerm:
         """Sum over the N loss tokens of `rows`; must be 0 with a graph when N = 0."""
         ...
 
 
-class PolicyGradient:
-    """Clipped policy gradient: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r against
-    rollouts.
+@runtime_checkable
+class Surveying(Protocol):
+    """An objective that must see all of an update before its gradients: a global mean or quantile.
 
-    PPO clipping (arXiv 1707.06347) with the wider upper bound of DAPO (arXiv 2503.14476). The ratio
-    is taken against `rollout_logprobs`, so it corrects policy age and engine mismatch at once.
-    `dual_clip` c > 1 bounds the loss of negative advantages at c |A| (arXiv 1912.09729).
-    `importance_cap` truncates the ratio's weight, keeping the token's gradient (arXiv 1802.01561).
-    `aggregation`: token_mean divides by all loss tokens (DAPO); seq_mean_token_mean averages each
-    sequence first (GRPO); constant divides each sequence's sum by `constant` (Dr. GRPO). With r =
-    1.35, A = 1 the loss is -1.28 and its gradient 0.
+    For each update: `survey` on every micro-batch of every rank without gradients, then `begin`
+    once with all rows together (the same on every rank), then `loss` on every micro-batch.
     """
 
-    def __init__(
-        self,
-        clip_low: float = 0.2,
-        clip_high: float = 0.28,
-        dual_clip: float | None = None,
-        importance_cap: float | None = None,
-        aggregation: Aggregation = "token_mean",
-        constant: int | None = None,
-    ) -> None:
-        if not 0 <= clip_low < 1 or clip_high < 0:
-            raise ValueError(
-                f"clip_low must be in [0, 1) and clip_high >= 0, got {clip_low}, {clip_high}"
-            )
-        if dual_clip is not None and dual_clip <= 1:
-            raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
-        if importance_cap is not None and importance_cap < 1:
-            raise ValueError(f"importance_cap must be at least 1, got {importance_cap}")
-        known = ("token_mean", "seq_mean_token_mean", "constant")
-        if aggregation not in known:
-            raise ValueError(f"aggregation must be one of {', '.join(known)}, got {aggregation!r}")
-        if (aggregation == "constant") != (constant is not None) or (constant or 1) <= 0:
-            raise ValueError(
-                "constant must be a positive number of tokens with aggregation=constant, and unset "
-                f"otherwise; got constant={constant}, aggregation={aggregation}"
-            )
-        self.denominator: Denominator = "tokens" if aggregation == "token_mean" else "sequences"
-        self._aggregation = aggregation
-        self._constant = constant
-        self._low, self._high = 1 - clip_low, 1 + clip_high
-        self._dual_clip = dual_clip
-        self._importance_cap = importance_cap
+    def survey(self, rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, "M C"] | None:
+        """Any number of rows of C float64 columns; None asks for no pass over the batch."""
+        ...
 
-    def loss(
-        self,
-        rows: MicroBatch,
-        learner_logprobs: Float[Tensor, " N"],
-        entropy: Float[Tensor, " N"],
-    ) -> LossTerm:
-        log_ratio = (learner_logprobs - rows.rollout_logprobs).clamp(
-            -_MAX_LOG_RATIO, _MAX_LOG_RATIO
-        )
-        ratio = log_ratio.exp()
-        importance = ratio.detach()
-        if self._importance_cap is not None:
-            ratio = ratio * (self._importance_cap / importance).clamp(max=1)
-        plain = -ratio * rows.advantages
-        clipped = -ratio.clamp(self._low, self._high) * rows.advantages
-        losses = torch.maximum(plain, clipped)
-        if self._dual_clip is not None:
-            bound = -self._dual_clip * rows.advantages
-            losses = torch.where(rows.advantages < 0, torch.minimum(losses, bound), losses)
-        return LossTerm(
-            total=self._aggregate(losses, rows),
-            metrics={
-                "ratio/importance_mean": importance.sum(),
-                "ratio/clip_fraction": (losses != plain).sum(),
-            },
-        )
+    def begin(self, table: Float[Tensor, "M C"]) -> dict[str, float]:
+        """Take in the survey of the whole update; returns metrics to log as they are."""
+        ...
 
-    def _aggregate(self, losses: Tensor, rows: MicroBatch) -> Tensor:
-        if self._aggregation == "seq_mean_token_mean":
-            losses = losses / rows.sequence_loss_tokens[rows.sequence_ids]
-        elif self._constant is not None:
-            losses = losses / self._constant
-        return losses.sum()
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An objective whose numbers go into the checkpoint; all ranks hold the same."""
+
+    def state(self) -> list[float]: ...
+
+    def restore(self, state: list[float]) -> None: ...
 
 
 class WeightedLosses:
@@ -138,38 +102,92 @@ class WeightedLosses:
             )
             for name, loss in section.losses.items()
         }
-        kinds: dict[str, Denominator] = {
-            name: objective.denominator for name, (_, objective) in self._losses.items()
+        self._objectives: dict[str, Objective] = {
+            name: objective for name, (_, objective) in self._losses.items()
         }
-        if len(set(kinds.values())) > 1:
-            raise ConfigError(
-                "objective.losses: gradients accumulate before the counts are known, so all losses "
-                f"must be divided by the same count; got {kinds}"
-            )
-        self.denominator = next(iter(kinds.values()))
+        nuclei = {
+            nucleus
+            for objective in self._objectives.values()
+            if (nucleus := getattr(objective, "nucleus", None)) is not None
+        }
+        if len(nuclei) > 1:
+            raise ConfigError(f"objective.losses: all must use one nucleus, got {nuclei}")
+        self.nucleus: Nucleus | None = next(iter(nuclei), None)
+        self.needs_reference = any(
+            getattr(objective, "needs_reference", False) for objective in self._objectives.values()
+        )
+        self.needs_survey = any(
+            isinstance(objective, Surveying) and getattr(objective, "needs_survey", True)
+            for objective in self._objectives.values()
+        )
+        self._denominators: set[Denominator] = {
+            objective.denominator for objective in self._objectives.values()
+        }
+
+    @property
+    def common_denominator(self) -> Denominator | None:
+        """The count that divides every loss; None when they differ, so that counts must be known
+        before the first gradient.
+        """
+        return next(iter(self._denominators)) if len(self._denominators) == 1 else None
+
+    def survey(self, rows: MicroBatch, outputs: TokenOutputs) -> dict[str, Tensor]:
+        """What each surveying objective wants to know of this micro-batch, by name."""
+        return {
+            name: table
+            for name, objective in self._objectives.items()
+            if isinstance(objective, Surveying)
+            and (table := objective.survey(rows, outputs)) is not None
+        }
+
+    def begin(self, tables: Mapping[str, Tensor]) -> dict[str, float]:
+        """Hand every objective the whole update's survey; returns their metrics."""
+        metrics: dict[str, float] = {}
+        for name, table in tables.items():
+            metrics |= cast(Surveying, self._objectives[name]).begin(table)
+        return metrics
 
     def sums(
         self,
         rows: MicroBatch,
-        learner_logprobs: Float[Tensor, " N"],
-        entropy: Float[Tensor, " N"],
+        outputs: TokenOutputs,
+        counts: Mapping[Denominator, float] | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The total to run backward on, and every metric of the micro-batch as a detached sum.
 
-        `ratio/mismatch_kl` is the k3 estimate of KL(rollout || learner), from tokens of the
-        rollout.
+        With the global `counts` each loss is divided by its own, without them by none (their
+        common one divides later). `ratio/mismatch_kl` is the k3 estimate of KL(rollout ||
+        learner), from tokens of the rollout.
         """
-        gap = learner_logprobs.detach() - rows.rollout_logprobs
+        gap = outputs.logprobs.detach() - rows.rollout_logprobs
         sums = {
             "ratio/mismatch_kl": (gap.clamp(max=_MAX_LOG_RATIO).exp() - 1 - gap).sum(),
             "ratio/mismatch_abs_mean": gap.abs().sum(),
-            "policy/entropy": entropy.detach().sum(),
+            "policy/entropy": outputs.entropy.detach().sum(),
         }
-        total = learner_logprobs.new_zeros(())
+        if self.nucleus is not None:
+            sums["policy/nucleus_entropy"] = outputs.nucleus_entropy.detach().sum()
+        total = reported = outputs.logprobs.new_zeros(())
         for name, (weight, objective) in self._losses.items():
-            term = objective.loss(rows, learner_logprobs, entropy)
-            total = total + weight * term.total
-            sums[f"loss/{name}"] = term.total.detach()
+            term = objective.loss(rows, outputs)
+            scale = 1.0 if counts is None else 1.0 / max(1.0, counts[objective.denominator])
+            total = total + weight * scale * term.total
+            value = (term.total if term.reported is None else term.reported).detach() * scale
+            sums[f"loss/{name}"] = value
+            reported = reported + weight * value
             sums.update(term.metrics)
-        sums["loss/total"] = total.detach()
+        sums["loss/total"] = reported
         return total, sums
+
+    def state(self) -> dict[str, Tensor]:
+        """Numbers that belong into a checkpoint, float64, by the name of their loss."""
+        return {
+            name: torch.tensor(objective.state(), dtype=torch.float64)
+            for name, objective in self._objectives.items()
+            if isinstance(objective, Stateful)
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        for name, values in state.items():
+            objective: Any = self._objectives[name]
+            objective.restore(values.tolist())

@@ -42,7 +42,8 @@ class ShardedAdamW:
 
     def grad_square(self) -> Tensor:
         """Sum of squares of this rank's gradient shards, float64; over all ranks |grad|^2."""
-        return torch.stack([g.double().square().sum() for g in self._local_gradients()]).sum()
+        squares = [g.double().square().sum() for g in self._local_gradients()]
+        return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
 
     def step(self, lr: float, grad_scale: float) -> None:
         """Update with `grad_scale * grad`, then clear the gradients."""

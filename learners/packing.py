@@ -21,9 +21,12 @@ class TrajectoryRef:
 
 @dataclass(frozen=True)
 class PackingPlan:
-    """`microbatches[rank][i]` are the trajectories of micro-batch i on that rank."""
+    """`microbatches[rank][i]` are the trajectories of micro-batch i on that rank; `minibatches[i]`
+    is the update of the step that micro-batch i belongs to, on all ranks.
+    """
 
     microbatches: list[list[list[TrajectoryRef]]]
+    minibatches: list[int]
 
     def group_ids(self, rank: int) -> list[str]:
         """Groups that `rank` needs, each once, in the order of first use."""
@@ -31,12 +34,32 @@ class PackingPlan:
         return list(dict.fromkeys(ref.group_id for ref in refs))
 
 
-def plan_groups(headers: Sequence[GroupHeader], world_size: int, max_tokens: int) -> PackingPlan:
-    """The plan of these groups; `max_tokens` is `learner.microbatch_tokens`."""
-    refs = [TrajectoryRef(h.group_id, i) for h in headers for i in range(len(h.num_tokens))]
-    lengths = [length for header in headers for length in header.num_tokens]
-    shares = assign(lengths, world_size, max_tokens)
-    return PackingPlan([[[refs[i] for i in part] for part in share] for share in shares])
+def plan_groups(
+    headers: Sequence[GroupHeader],
+    world_size: int,
+    max_tokens: int,
+    num_minibatches: int = 1,
+    num_before: int = 0,
+) -> PackingPlan:
+    """The plan of these groups; `max_tokens` is `learner.microbatch_tokens`.
+
+    The groups of a step are dealt to its mini-batches in turn; `num_before` of them were planned
+    already. So a mini-batch holds the same groups on any number of ranks.
+    """
+    plan = PackingPlan([[] for _ in range(world_size)], [])
+    for minibatch in range(num_minibatches):
+        dealt = [
+            header
+            for i, header in enumerate(headers, num_before)
+            if i % num_minibatches == minibatch
+        ]
+        refs = [TrajectoryRef(h.group_id, i) for h in dealt for i in range(len(h.num_tokens))]
+        lengths = [length for header in dealt for length in header.num_tokens]
+        shares = assign(lengths, world_size, max_tokens)
+        for rank, share in enumerate(shares):
+            plan.microbatches[rank].extend([refs[i] for i in part] for part in share)
+        plan.minibatches.extend([minibatch] * len(shares[0]))
+    return plan
 
 
 def assign(lengths: Sequence[int], world_size: int, max_tokens: int) -> list[Share]:

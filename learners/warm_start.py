@@ -58,8 +58,7 @@ def warm_start(
         lengths = [len(rows[i].context) + len(rows[i].completion) for i in batch]
         for part in assign(lengths, world_size, microbatch_tokens)[rank]:
             pack = MicroBatch.pack([rows[batch[i]] for i in part], device)
-            logprobs, _ = policy(pack)
-            total = -logprobs.sum()
+            total = -policy(pack).logprobs.sum()
             total.backward()
             sums.add({"loss": total.detach(), "tokens": pack.num_loss_tokens})
         sums.add({"grad_square": optimizer.grad_square()})

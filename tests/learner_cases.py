@@ -66,12 +66,15 @@ def _trajectory(
     length = num_tokens - num_context
     loss_mask = rng.random(length) < 0.8
     loss_mask[0] = True
+    is_guided = index % 2 == 1
     return Trajectory(
         trajectory_id=f"{group_id}-{index}",
         group_id=group_id,
         task_id=group_id,
-        context_tokens=rng.integers(0, VOCAB, num_context + 3).astype(np.int32),
-        train_context_tokens=rng.integers(0, VOCAB, num_context).astype(np.int32),
+        context_tokens=rng.integers(0, VOCAB, num_context + 3 * is_guided).astype(np.int32),
+        train_context_tokens=(
+            rng.integers(0, VOCAB, num_context).astype(np.int32) if is_guided else None
+        ),
         token_ids=rng.integers(0, VOCAB, length).astype(np.int32),
         loss_mask=loss_mask,
         rollout_logprobs=rng.normal(-5.5, 0.3, length).astype(np.float32),
@@ -128,13 +131,18 @@ def open_learner(
 
 
 def train_step(
-    learner: Learner, step: int, world_size: int = 1, budget: int = CONTEXT_LENGTH
+    learner: Learner,
+    step: int,
+    world_size: int = 1,
+    budget: int = CONTEXT_LENGTH,
+    minibatches: int = 1,
 ) -> StepResult:
     """One step whose groups arrive in two portions."""
     groups = make_groups(step)
-    for portion in (groups[:1], groups[1:]):
+    for first, portion in ((0, groups[:1]), (1, groups[1:])):
         headers = [GroupHeader.of(group) for group in portion]
-        learner.forward_backward(portion, plan_groups(headers, world_size, budget))
+        plan = plan_groups(headers, world_size, budget, minibatches, first)
+        learner.forward_backward(portion, plan)
     return learner.optim_step()
 
 

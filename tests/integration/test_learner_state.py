@@ -109,6 +109,6 @@ def test_a_gguf_file_becomes_a_policy_that_knows_something(tmp_path: Path) -> No
     def score(text: str) -> float:
         row = Row.plain(np.array(context), np.array(encode_completion(tokenizer, text)))
         with torch.no_grad():
-            return model(MicroBatch.pack([row]))[0].sum().item()
+            return model(MicroBatch.pack([row])).logprobs.sum().item()
 
     assert score("The capital of France is Paris.") > score("The capital of France is Madrid.") + 3

@@ -1,12 +1,30 @@
 """Credit: the group-normalised advantage and what leaves the group."""
 
+import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.config import Plugin
 from cluster.errors import ConfigError
-from cluster.types import Task, Trajectory, TrajectoryGroup, TrajectoryStatus, VersionSpan
-from learners.credit import GroupNormalized, build_credit
+from cluster.types import (
+    Task,
+    Trajectory,
+    TrajectoryGroup,
+    TrajectoryStatus,
+    Verdict,
+    VersionSpan,
+)
+from learners.credit import (
+    BatchNormalized,
+    Credit,
+    GroupNormalized,
+    LeaveOneOut,
+    build_credit,
+    whitening_of,
+)
+from learners.process_credit import ProcessNormalized
 
 
 def _group(rewards: list[float | None], length: int = 3) -> TrajectoryGroup:
@@ -39,9 +57,12 @@ def _first(advantages: list[np.ndarray | None]) -> list[float | None]:
         (GroupNormalized(), [1.499997, -0.499999, -0.499999, -0.499999]),
         (GroupNormalized(epsilon=1e-4), [1.4997, -0.4999, -0.4999, -0.4999]),
         (GroupNormalized(normalize_std=False), [0.75, -0.25, -0.25, -0.25]),
+        (LeaveOneOut(), [1.0, -1 / 3, -1 / 3, -1 / 3]),
+        (BatchNormalized(), [0.75, -0.25, -0.25, -0.25]),
+        (BatchNormalized(baseline="none"), [1.0, 0.0, 0.0, 0.0]),
     ],
 )
-def test_published_values(credit: GroupNormalized, expected: list[float]) -> None:
+def test_published_values(credit: Credit, expected: list[float]) -> None:
     advantages = credit.assign(_group([1.0, 0.0, 0.0, 0.0]))
     assert _first(advantages) == pytest.approx(expected, abs=2e-6)
     for advantage in advantages:
@@ -71,3 +92,58 @@ def test_settings_come_from_the_config() -> None:
     assert _first(credit.assign(_group([1.0, 0.0]))) == [0.5, -0.5]
     with pytest.raises(ConfigError, match=r"objective\.credit.*normalise_std.*normalize_std"):
         build_credit(Plugin(use="grpo", settings={"normalise_std": False}))
+
+
+@pytest.mark.parametrize("credit", [GroupNormalized(), LeaveOneOut(), BatchNormalized()])
+def test_singletons_and_abstained_groups_are_defined_for_every_credit(credit: Credit) -> None:
+    assert _first(credit.assign(_group([None, None]))) == [None, None]
+    assert _first(credit.assign(_group([None, 0.7]))) == [None, 0.0]
+    assert _first(credit.assign(_group([0.7, 0.7]))) == [0.0, 0.0]
+
+
+REWARDS = st.lists(st.none() | st.floats(-2, 2, width=32), min_size=1, max_size=12)
+
+
+@given(rewards=REWARDS)
+@pytest.mark.parametrize("credit", [GroupNormalized(), LeaveOneOut(), BatchNormalized()])
+def test_advantages_of_a_group_have_zero_mean(credit: Credit, rewards: list[float | None]) -> None:
+    advantages = _first(credit.assign(_group(rewards)))
+    assert [a is None for a in advantages] == [r is None for r in rewards]
+    known = [a for a in advantages if a is not None]
+    assert sum(known) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_truncated_completions_can_be_left_out() -> None:
+    group = _group([1.0, 0.0, 0.0])
+    cut = msgspec.structs.replace(group.trajectories[2], status=TrajectoryStatus.TRUNCATED)
+    group = msgspec.structs.replace(group, trajectories=[*group.trajectories[:2], cut])
+    credit = GroupNormalized(normalize_std=False, drop_truncated=True)
+    assert _first(credit.assign(group)) == [0.5, -0.5, None]
+
+
+def test_only_batch_normalisation_declares_whitening() -> None:
+    assert whitening_of(GroupNormalized()) == "none"
+    assert whitening_of(BatchNormalized(whitening="sequences")) == "sequences"
+    with pytest.raises(ConfigError, match="whitening must be one of"):
+        build_credit(Plugin(use="reinforce_pp", settings={"whitening": "rows"}))
+
+
+def _scored(group: TrajectoryGroup, steps: list[list[tuple[int, float]]]) -> TrajectoryGroup:
+    trajectories = [
+        msgspec.structs.replace(
+            trajectory, verdicts=[Verdict(name="prm", score=1.0 if row else None, step_scores=row)]
+        )
+        for trajectory, row in zip(group.trajectories, steps, strict=True)
+    ]
+    return msgspec.structs.replace(group, trajectories=trajectories)
+
+
+def test_process_scores_credit_the_tokens_before_them() -> None:
+    group = _scored(_group([1.0, 0.0, 0.0], length=4), [[(2, 1.0), (4, 0.0)], [(4, 0.0)], []])
+    first, second, third = ProcessNormalized("prm", epsilon=0.0).assign(group)
+    high, low = 2 / 3 / 3**-0.5, -1 / 3 / 3**-0.5
+    assert first is not None
+    assert second is not None
+    assert first.tolist() == pytest.approx([high + low, high + low, low, low])
+    assert second.tolist() == pytest.approx([low] * 4)
+    assert third is None, "an abstained process verifier gives no credit"

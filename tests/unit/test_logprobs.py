@@ -10,7 +10,7 @@ from transformers import CohereConfig, CohereForCausalLM, Qwen3Config, Qwen3ForC
 
 from cluster.errors import ConfigError
 from learners.batch import MicroBatch, Row
-from learners.logprobs import token_logprobs
+from learners.logprobs import token_outputs
 from learners.model import PolicyModel, load_policy
 
 # Three rows, five words; values worked out by hand elsewhere (TV-G1 of the algorithms sheet).
@@ -25,7 +25,7 @@ def _case(temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def test_published_values() -> None:
-    logprobs, entropy = token_logprobs(*_case())
+    logprobs, entropy, _ = token_outputs(*_case())
     assert logprobs.tolist() == pytest.approx([-0.523744, -1.574438, -1.141631], abs=1e-6)
     assert entropy.tolist() == pytest.approx([1.150741, 1.206489, 1.254846], abs=1e-6)
 
@@ -37,7 +37,7 @@ def test_gradients_equal_dense_ones_for_any_chunk(
 ) -> None:
     hidden, head, labels, temperatures = _case(temperature)
     weights = torch.tensor([0.3, -1.0, 2.0]).double()
-    logprobs, entropy = token_logprobs(hidden, head, labels, temperatures, chunk_rows)
+    logprobs, entropy, _ = token_outputs(hidden, head, labels, temperatures, None, chunk_rows)
     (weights @ logprobs + weights.square() @ entropy).backward()
 
     dense_hidden, dense_head, _, _ = _case()
@@ -54,14 +54,14 @@ def test_gradcheck() -> None:
     hidden, head, labels, temperatures = _case(0.8)
 
     def run(hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-        return token_logprobs(hidden, head, labels, temperatures, 2)
+        return token_outputs(hidden, head, labels, temperatures, None, 2)[:2]
 
     assert torch.autograd.gradcheck(run, (hidden, head))
 
 
 def test_bfloat16_inputs_give_float32_results() -> None:
     hidden, head, labels, temperatures = _case()
-    logprobs, entropy = token_logprobs(
+    logprobs, entropy, _ = token_outputs(
         hidden.bfloat16(), head.bfloat16(), labels, temperatures.float()
     )
     assert logprobs.dtype == entropy.dtype == torch.float32
@@ -69,7 +69,7 @@ def test_bfloat16_inputs_give_float32_results() -> None:
 
 def test_no_rows_still_reach_the_graph() -> None:
     hidden, head, labels, temperatures = _case()
-    logprobs, _ = token_logprobs(hidden[:0], head, labels[:0], temperatures[:0])
+    logprobs = token_outputs(hidden[:0], head, labels[:0], temperatures[:0]).logprobs
     logprobs.sum().backward()
     assert head.grad is not None
     assert not head.grad.any()
@@ -129,7 +129,7 @@ def test_layouts_equal_the_reference_in_value_and_gradient(
 ) -> None:
     rows = _rows()
     policy = PolicyModel(causal_lm, "packed" if layout == "packed" else "padded")
-    logprobs, _ = policy(MicroBatch.pack(rows))
+    logprobs = policy(MicroBatch.pack(rows)).logprobs
     reference = _reference(causal_lm, rows)
     torch.testing.assert_close(logprobs, reference, rtol=0, atol=1e-6)
 
@@ -146,7 +146,7 @@ def test_a_neighbour_in_the_pack_changes_nothing(causal_lm: Qwen3ForCausalLM, la
     rows = _rows()
     policy = PolicyModel(causal_lm, "packed" if layout == "packed" else "padded")
     with torch.no_grad():
-        together, _ = policy(MicroBatch.pack(rows))
+        together = policy(MicroBatch.pack(rows)).logprobs
         apart = torch.cat([policy(MicroBatch.pack([row]))[0] for row in rows])
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-6)
 

@@ -8,7 +8,9 @@ from torch import Tensor
 from cluster.config import LossConfig, ObjectiveSection
 from cluster.errors import ConfigError
 from learners.batch import MicroBatch, Row
-from learners.objectives import LossTerm, PolicyGradient, WeightedLosses
+from learners.logprobs import TokenOutputs
+from learners.objectives import LossTerm, WeightedLosses
+from learners.surrogates import PolicyGradient
 
 
 def _rows(advantages: list[list[float]]) -> MicroBatch:
@@ -32,7 +34,12 @@ def _at_ratios(ratios: list[float]) -> Tensor:
 
 
 def _loss(objective: PolicyGradient, rows: MicroBatch, logprobs: Tensor) -> LossTerm:
-    return objective.loss(rows, logprobs, torch.zeros_like(logprobs))
+    return objective.loss(rows, _outputs(logprobs))
+
+
+def _outputs(logprobs: Tensor, entropy: Tensor | None = None) -> TokenOutputs:
+    zeros = torch.zeros_like(logprobs)
+    return TokenOutputs(logprobs, zeros if entropy is None else entropy, zeros)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +105,10 @@ def test_splitting_into_microbatches_changes_nothing(aggregation: str) -> None:
     for part in parts:
         rows = _rows(part)
         logprobs = _at_ratios([1.0] * rows.num_loss_tokens)
-        sums += losses.sums(rows, logprobs, torch.zeros_like(logprobs))[0].item()
-        counts += rows.num_loss_tokens if losses.denominator == "tokens" else rows.num_sequences
+        sums += losses.sums(rows, _outputs(logprobs))[0].item()
+        counts += (
+            rows.num_loss_tokens if losses.common_denominator == "tokens" else rows.num_sequences
+        )
     assert sums / counts == pytest.approx(2.6 if aggregation == "token_mean" else 2.0)
 
 
@@ -112,7 +121,7 @@ def test_losses_add_up_with_weights_and_mismatch_is_measured() -> None:
     )
     logprobs = _at_ratios([1.2, 0.9])
     entropy = torch.tensor([0.4, 0.6])
-    total, sums = WeightedLosses(section).sums(_rows([[1.0, 1.0]]), logprobs, entropy)
+    total, sums = WeightedLosses(section).sums(_rows([[1.0, 1.0]]), _outputs(logprobs, entropy))
     assert sums["loss/main"].item() == pytest.approx(-2.1)
     assert sums["loss/other"].item() == pytest.approx(-1.9)
     assert total.item() == sums["loss/total"].item() == pytest.approx(-2.1 - 0.95)
@@ -125,7 +134,7 @@ def test_losses_add_up_with_weights_and_mismatch_is_measured() -> None:
 
 def test_no_tokens_give_zero_with_a_graph() -> None:
     logprobs = torch.zeros(0, requires_grad=True)
-    total, sums = WeightedLosses(ObjectiveSection()).sums(_rows([]), logprobs, torch.zeros(0))
+    total, sums = WeightedLosses(ObjectiveSection()).sums(_rows([]), _outputs(logprobs))
     total.backward()
     assert total.item() == 0.0
     assert {float(value) for value in sums.values()} == {0.0}
@@ -151,12 +160,16 @@ def test_wrong_settings_name_the_knob(settings: dict[str, object], message: str)
         WeightedLosses(section)
 
 
-def test_losses_with_different_denominators_are_refused() -> None:
+def test_losses_with_different_denominators_are_each_divided_by_their_own() -> None:
     section = ObjectiveSection(
         losses={
             "a": LossConfig(use="policy_gradient"),
             "b": LossConfig(use="policy_gradient", settings={"aggregation": "seq_mean_token_mean"}),
         }
     )
-    with pytest.raises(ConfigError, match="same count"):
-        WeightedLosses(section)
+    losses = WeightedLosses(section)
+    assert losses.common_denominator is None
+    rows = _rows([[-1.0, -1.0], [-2.0, -2.0, -2.0, -2.0]])
+    total, sums = losses.sums(rows, _outputs(_at_ratios([1.0] * 6)), {"tokens": 6, "sequences": 2})
+    assert total.item() == pytest.approx(10 / 6 + 1.5)
+    assert sums["loss/b"].item() == pytest.approx(1.5)

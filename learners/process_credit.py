@@ -1,0 +1,64 @@
+"""Step-level credit: scores of a process verifier at the ends of reasoning steps.
+
+Invariant: a token is credited with what happens at or after it, never with what came before; a
+trajectory whose step scores are unknown gets none. An alternative to the outcome credits of
+`learners.credit`.
+"""
+
+import numpy as np
+
+from cluster.types import TrajectoryGroup
+
+
+class ProcessNormalized:
+    """Sum of the normalised step scores at or after each token (GRPO with process supervision,
+    arXiv 2402.03300, section 4.1.3).
+
+    `signal` names the verifier whose verdicts carry `step_scores` [(token_end, score)]; all scores
+    of the group are normalised together by their mean and unbiased std. `outcome_weight` adds
+    that multiple of the group-normalised reward to every token. Scores 1 at token 2 and 0 at
+    token 4 of a lone trajectory give [0, 0, -.707, -.707].
+    """
+
+    def __init__(self, signal: str, outcome_weight: float = 0.0, epsilon: float = 1e-6) -> None:
+        self._signal = signal
+        self._outcome_weight = outcome_weight
+        self._epsilon = epsilon
+
+    def assign(self, group: TrajectoryGroup) -> list[np.ndarray | None]:
+        steps = [self._steps(verdicts) for verdicts in (t.verdicts for t in group.trajectories)]
+        scores = np.array([score for row in steps if row for _, score in row])
+        center, scale = self._moments(scores)
+        rewards = [
+            reward
+            for reward, row in zip(group.rewards, steps, strict=True)
+            if reward is not None and row is not None
+        ]
+        outcome_center, outcome_scale = self._moments(np.array(rewards))
+        result: list[np.ndarray | None] = []
+        for trajectory, row in zip(group.trajectories, steps, strict=True):
+            if row is None or (self._outcome_weight and trajectory.reward is None):
+                result.append(None)
+                continue
+            advantages = np.zeros(len(trajectory.token_ids), dtype=np.float64)
+            for token_end, score in row:
+                advantages[:token_end] += (score - center) / scale
+            if self._outcome_weight and trajectory.reward is not None:
+                advantages += (
+                    self._outcome_weight * (trajectory.reward - outcome_center) / outcome_scale
+                )
+            result.append(advantages.astype(np.float32))
+        return result
+
+    def _steps(self, verdicts: list) -> list[tuple[int, float]] | None:
+        """Step scores of the signal; None where it abstained or gave none."""
+        for verdict in verdicts:
+            if verdict.name == self._signal and verdict.score is not None and verdict.step_scores:
+                return verdict.step_scores
+        return None
+
+    def _moments(self, values: np.ndarray) -> tuple[float, float]:
+        """Center and scale; values without contrast are all at the center."""
+        if len(values) < 2 or np.ptp(values) == 0:
+            return (float(values[0]) if len(values) else 0.0), 1.0
+        return float(values.mean()), float(values.std(ddof=1) + self._epsilon)

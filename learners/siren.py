@@ -1,0 +1,102 @@
+"""SIREN: selective, self-anchored entropy regularisation (arXiv 2509.25133).
+
+Invariant: the penalty beta (H - H0)^2 is of the whole update. Its gradient is that of the linear
+term sg(2 beta (H - H0)) H, whose factor is known from a survey of the update before any gradient;
+so it is exact under accumulation and over ranks, where a mean of squares of micro-batches would add
+their variance. Rows are never mixed: nothing is kept but one number per sequence.
+"""
+
+# ruff: noqa: F722 (shapes in annotations)
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from learners.aggregation import Denominator
+from learners.batch import MicroBatch
+from learners.logprobs import TokenOutputs
+from learners.nucleus import Nucleus, NucleusRule
+from learners.objectives import LossTerm
+from learners.segments import sequence_quantiles, sequence_sums
+
+
+class Siren:
+    """beta (H - H0)^2, H the mean over sequences of the mean nucleus entropy of their peak tokens.
+
+    Peak tokens are those strictly above the `peak_quantile` of their own sequence; a sequence
+    without any counts as 0. H0, the anchor, is the H of the first update, guided rows left out,
+    unless `anchor` gives it; it then stays for the run and goes into checkpoints. `peak_quantile`
+    0 takes all tokens, `nucleus_mass` 1 the full entropy. `beta` is to be seen against the
+    normaliser of the policy loss: the source's .005 goes with aggregation=constant. Entropies
+    [.1, .9, .3, .7, .2] and [.4, .6, 0, .2] with H0 = .5: H = .75, penalty 3.125e-4.
+    """
+
+    denominator: Denominator = "sequences"
+
+    def __init__(
+        self,
+        beta: float = 0.005,
+        peak_quantile: float = 0.8,
+        nucleus_mass: float = 0.8,
+        nucleus_rule: NucleusRule = "crossing_in",
+        anchor: float | None = None,
+    ) -> None:
+        if not 0 <= peak_quantile < 1:
+            raise ValueError(f"peak_quantile must be in [0, 1), got {peak_quantile}")
+        if anchor is not None and not (math.isfinite(anchor) and anchor >= 0):
+            raise ValueError(f"anchor must be an entropy >= 0 in nats, got {anchor}")
+        self.nucleus = Nucleus(nucleus_mass, nucleus_rule)
+        self._beta = beta
+        self._peak_quantile = peak_quantile
+        self._anchor = anchor
+        self._factor = self._penalty = 0.0
+
+    def survey(self, rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, "S 2"]:
+        """Per sequence with loss tokens: its peak entropy, and 1 where it is not guided."""
+        means = self._sequence_entropies(rows, outputs).detach().double()
+        is_guided = sequence_sums(rows.is_guided.double(), rows) > 0
+        return torch.stack([means, (~is_guided).double()], -1)[rows.sequence_loss_tokens > 0]
+
+    def begin(self, table: Float[Tensor, "S 2"]) -> dict[str, float]:
+        entropies, is_plain = table[:, 0], table[:, 1] > 0
+        self._factor = self._penalty = 0.0
+        if len(entropies) == 0:
+            return {}
+        if self._anchor is None and is_plain.any():
+            self._anchor = entropies[is_plain].mean().item()
+        peak_entropy = entropies.mean().item()
+        metrics = {"siren/peak_entropy": peak_entropy}
+        if self._anchor is not None:
+            gap = peak_entropy - self._anchor
+            self._factor, self._penalty = 2 * self._beta * gap, self._beta * gap**2
+            metrics["siren/anchor"] = self._anchor
+        return metrics
+
+    def loss(self, rows: MicroBatch, outputs: TokenOutputs) -> LossTerm:
+        total = self._factor * self._sequence_entropies(rows, outputs).sum()
+        return LossTerm(
+            total,
+            metrics={"siren/peak_fraction": self._is_peak(rows, outputs).sum()},
+            reported=total.new_tensor(self._penalty * rows.num_sequences),
+        )
+
+    def state(self) -> list[float]:
+        return [math.nan if self._anchor is None else self._anchor]
+
+    def restore(self, state: list[float]) -> None:
+        [anchor] = state
+        self._anchor = None if math.isnan(anchor) else anchor
+
+    def _is_peak(self, rows: MicroBatch, outputs: TokenOutputs) -> Bool[Tensor, " N"]:
+        entropy = outputs.nucleus_entropy.detach()
+        if self._peak_quantile == 0:
+            return torch.ones_like(entropy, dtype=torch.bool)
+        thresholds = sequence_quantiles(entropy, rows, self._peak_quantile)
+        return entropy > thresholds[rows.sequence_ids]
+
+    def _sequence_entropies(self, rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, " S"]:
+        is_peak = self._is_peak(rows, outputs).to(outputs.nucleus_entropy.dtype)
+        sums = sequence_sums(outputs.nucleus_entropy * is_peak, rows)
+        return sums / sequence_sums(is_peak, rows).clamp(min=1)

@@ -1,0 +1,220 @@
+"""Policy-gradient surrogates: what one token of known advantage adds to the loss.
+
+Invariant: advantages and importance weights carry no gradient; a token filter and a rollout
+correction multiply the numerator only. All are objectives (`learners.objectives`); their ratio is
+taken against the rollout policy or, decoupled from it, against the proximal one.
+"""
+
+# ruff: noqa: F722 (shapes in annotations)
+
+from typing import Any, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from learners.aggregation import Aggregation, Denominator, Name
+from learners.batch import MicroBatch
+from learners.logprobs import TokenOutputs
+from learners.objectives import LossTerm
+from learners.off_policy import RatioTo, RolloutCorrection, log_ratio
+from learners.segments import sequence_means
+from learners.token_filters import TokenFilter, build_filter
+
+_MAX_SEQUENCE_LOG = 10.0
+Losses = tuple[Float[Tensor, " N"], Float[Tensor, " N"]]  # token losses; 1.0 where clipped
+
+
+class Surrogate:
+    """What all surrogates share; a subclass gives the loss of each token.
+
+    `ratio_to="proximal"` is decoupled PPO (arXiv 2505.24298): the trust region lies around the
+    learner at the start of the step, and `correction` (settings of `RolloutCorrection`) weights
+    tokens by proximal / rollout. `token_filter` is a plug-in `{use, settings}` that chooses the
+    tokens with a gradient.
+    """
+
+    def __init__(
+        self,
+        ratio_to: RatioTo = "rollout",
+        correction: dict[str, Any] | None = None,
+        token_filter: dict[str, Any] | None = None,
+        aggregation: Name = "token_mean",
+        constant: int | None = None,
+    ) -> None:
+        if ratio_to not in get_args(RatioTo):
+            raise ValueError(f"ratio_to must be rollout or proximal, got {ratio_to!r}")
+        if correction is not None and ratio_to == "rollout":
+            raise ValueError(
+                "correction weights by proximal / rollout and needs ratio_to=proximal; the ratio "
+                "to the rollout policy corrects for it already"
+            )
+        self._ratio_to: RatioTo = ratio_to
+        self._correction = None if correction is None else RolloutCorrection(**correction)
+        self._filter: TokenFilter | None = build_filter(token_filter)
+        self._aggregation = Aggregation(aggregation, constant)
+        self.denominator: Denominator = self._aggregation.denominator
+        self.needs_survey = self._filter is not None
+
+    def loss(self, rows: MicroBatch, outputs: TokenOutputs) -> LossTerm:
+        ratio_log = log_ratio(rows, outputs, self._ratio_to)
+        losses, is_clipped = self._token_losses(ratio_log, rows, outputs)
+        metrics = {
+            "ratio/importance_mean": ratio_log.detach().exp().sum(),
+            "ratio/clip_fraction": is_clipped.sum(),
+        }
+        if self._correction is not None:
+            weights, corrected = self._correction.weights(rows, outputs)
+            losses, metrics = losses * weights, metrics | corrected
+        if self._filter is not None:
+            is_kept = self._filter.keeps(rows, outputs, is_clipped)
+            losses = torch.where(is_kept, losses, 0.0)
+            metrics["ratio/kept_fraction"] = is_kept.sum()
+        return LossTerm(self._aggregation.sum(losses, rows), metrics)
+
+    def survey(self, rows: MicroBatch, outputs: TokenOutputs) -> Tensor | None:
+        return None if self._filter is None else self._filter.survey(rows, outputs)
+
+    def begin(self, table: Tensor) -> dict[str, float]:
+        assert self._filter is not None
+        return self._filter.begin(table)
+
+    def _token_losses(self, ratio_log: Tensor, rows: MicroBatch, outputs: TokenOutputs) -> Losses:
+        raise NotImplementedError
+
+
+def _check_clip(clip_low: float, clip_high: float) -> None:
+    if not 0 <= clip_low < 1 or clip_high < 0:
+        raise ValueError(
+            f"clip_low must be in [0, 1) and clip_high >= 0, got {clip_low}, {clip_high}"
+        )
+
+
+class PolicyGradient(Surrogate):
+    """Clipped policy gradient: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
+
+    PPO clipping (arXiv 1707.06347) with the wider upper bound of DAPO (arXiv 2503.14476). By
+    default r is taken against the rollout policy, so it corrects policy age and engine mismatch at
+    once. `dual_clip` c > 1 bounds the loss of negative advantages at c |A| (arXiv 1912.09729).
+    `importance_cap` truncates the ratio's weight, keeping the token's gradient (arXiv 1802.01561).
+    With r = 1.35, A = 1 the loss is -1.28 and its gradient 0.
+    """
+
+    def __init__(
+        self,
+        clip_low: float = 0.2,
+        clip_high: float = 0.28,
+        dual_clip: float | None = None,
+        importance_cap: float | None = None,
+        ratio_to: RatioTo = "rollout",
+        correction: dict[str, Any] | None = None,
+        token_filter: dict[str, Any] | None = None,
+        aggregation: Name = "token_mean",
+        constant: int | None = None,
+    ) -> None:
+        super().__init__(ratio_to, correction, token_filter, aggregation, constant)
+        _check_clip(clip_low, clip_high)
+        if dual_clip is not None and dual_clip <= 1:
+            raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
+        if importance_cap is not None and importance_cap < 1:
+            raise ValueError(f"importance_cap must be at least 1, got {importance_cap}")
+        self._low, self._high = 1 - clip_low, 1 + clip_high
+        self._dual_clip = dual_clip
+        self._importance_cap = importance_cap
+
+    def _token_losses(self, ratio_log: Tensor, rows: MicroBatch, outputs: TokenOutputs) -> Losses:
+        ratio = ratio_log.exp()
+        if self._importance_cap is not None:
+            ratio = ratio * (self._importance_cap / ratio.detach()).clamp(max=1)
+        plain = -ratio * rows.advantages
+        losses = torch.maximum(plain, -ratio.clamp(self._low, self._high) * rows.advantages)
+        if self._dual_clip is not None:
+            bound = -self._dual_clip * rows.advantages
+            losses = torch.where(rows.advantages < 0, torch.minimum(losses, bound), losses)
+        return losses, losses.detach() != plain.detach()
+
+
+class SequencePolicyGradient(Surrogate):
+    """GSPO (arXiv 2507.18071): one ratio per sequence, s = exp(mean log r), clipped for all its
+    tokens at once.
+
+    Written per token, s_t = sg(s) r_t / sg(r_t), which has the gradient of the sequence form and
+    lets advantages differ by token. Log-ratios [.02, -.01, .005] give s = 1.0050125.
+    """
+
+    def __init__(
+        self,
+        clip_low: float = 3e-4,
+        clip_high: float = 4e-4,
+        ratio_to: RatioTo = "rollout",
+        correction: dict[str, Any] | None = None,
+        token_filter: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(ratio_to, correction, token_filter, "seq_mean_token_mean")
+        _check_clip(clip_low, clip_high)
+        self._low, self._high = 1 - clip_low, 1 + clip_high
+
+    def _token_losses(self, ratio_log: Tensor, rows: MicroBatch, outputs: TokenOutputs) -> Losses:
+        mean = sequence_means(ratio_log.detach(), rows)[rows.sequence_ids]
+        ratio = (mean + ratio_log - ratio_log.detach()).clamp(max=_MAX_SEQUENCE_LOG).exp()
+        plain = -ratio * rows.advantages
+        losses = torch.maximum(plain, -ratio.clamp(self._low, self._high) * rows.advantages)
+        return losses, losses.detach() != plain.detach()
+
+
+class ClippedImportance(Surrogate):
+    """CISPO (arXiv 2506.13585): -sg(clip(r, floor, cap)) A log p; no token loses its gradient.
+
+    `cap` and `floor` are absolute ratios, not widths. Ratios [.5, 1, 6] with cap 5 and log-probs
+    -1, -2, -3 give a mean loss of 5.8333.
+    """
+
+    def __init__(
+        self,
+        cap: float = 5.0,
+        floor: float = 0.0,
+        ratio_to: RatioTo = "rollout",
+        correction: dict[str, Any] | None = None,
+        token_filter: dict[str, Any] | None = None,
+        aggregation: Name = "token_mean",
+        constant: int | None = None,
+    ) -> None:
+        super().__init__(ratio_to, correction, token_filter, aggregation, constant)
+        if not 0 <= floor <= 1 <= cap:
+            raise ValueError(f"must have 0 <= floor <= 1 <= cap, got floor={floor}, cap={cap}")
+        self._floor, self._cap = floor, cap
+
+    def _token_losses(self, ratio_log: Tensor, rows: MicroBatch, outputs: TokenOutputs) -> Losses:
+        ratio = ratio_log.detach().exp()
+        weights = ratio.clamp(self._floor, self._cap)
+        return -weights * rows.advantages * outputs.logprobs, weights != ratio
+
+
+class GeometricMean(Surrogate):
+    """GMPO (arXiv 2507.20673): -A exp(mean of log r, each clipped on the side that A rewards).
+
+    `clip_low` and `clip_high` are widths in log space. The mean is over the sequence, so all its
+    tokens must have one advantage (outcome credit). Log-ratios [.5, -.1] give -1.161834 at A = 1
+    and 1.221403 at A = -1.
+    """
+
+    def __init__(
+        self,
+        clip_low: float = 0.4,
+        clip_high: float = 0.4,
+        ratio_to: RatioTo = "rollout",
+        correction: dict[str, Any] | None = None,
+        token_filter: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(ratio_to, correction, token_filter, "seq_mean_token_mean")
+        if clip_low < 0 or clip_high < 0:
+            raise ValueError(f"clip_low and clip_high must be >= 0, got {clip_low}, {clip_high}")
+        self._low, self._high = clip_low, clip_high
+
+    def _token_losses(self, ratio_log: Tensor, rows: MicroBatch, outputs: TokenOutputs) -> Losses:
+        is_positive = rows.advantages >= 0
+        clipped = torch.where(
+            is_positive, ratio_log.clamp(max=self._high), ratio_log.clamp(min=-self._low)
+        )
+        mean = sequence_means(clipped, rows)[rows.sequence_ids]
+        return -rows.advantages * mean.exp(), clipped.detach() != ratio_log.detach()

@@ -1,0 +1,143 @@
+"""Token filters: which tokens of a surrogate have a gradient.
+
+Invariant: a filter reads entropies and log-probs without gradient, and what it drops stays in the
+denominator; its global statistics come from the survey of the whole update, so ranks and
+micro-batches do not change the choice. Settings of the surrogates (`token_filter`).
+"""
+
+# ruff: noqa: F722 (shapes in annotations)
+
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from cluster.plugins import build
+from learners.batch import MicroBatch
+from learners.covariance import Covariance
+from learners.logprobs import TokenOutputs
+from learners.segments import sequence_quantiles
+
+FILTERS = {
+    "forking_tokens": "learners.token_filters:ForkingTokens",
+    "clip_cov": "learners.token_filters:ClipCovariance",
+}
+
+
+class TokenFilter(Protocol):
+    def survey(self, rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, "M C"]:
+        """As `learners.objectives.Surveying.survey`."""
+        ...
+
+    def begin(self, table: Float[Tensor, "M C"]) -> dict[str, float]: ...
+
+    def keeps(
+        self, rows: MicroBatch, outputs: TokenOutputs, is_clipped: Bool[Tensor, " N"]
+    ) -> Bool[Tensor, " N"]: ...
+
+
+def build_filter(plugin: Mapping[str, Any] | None) -> TokenFilter | None:
+    """From `{use: ..., settings: {...}}`; raises `ConfigError` naming `token_filter`."""
+    if plugin is None:
+        return None
+    unknown = plugin.keys() - {"use", "settings"}
+    if unknown or "use" not in plugin:
+        raise ValueError(f"token_filter must have use and settings, got {sorted(plugin)}")
+    return build(plugin["use"], plugin.get("settings", {}), FILTERS, "token_filter")
+
+
+class ForkingTokens:
+    """Only the `fraction` of tokens with the highest entropy learn (80/20, arXiv 2506.01939).
+
+    The threshold is the quantile of the full entropy over the whole update (`scope="batch"`) or
+    each sequence. Entropies .1 to 1.0 in steps of .1 have the threshold .82 and keep two.
+    """
+
+    def __init__(
+        self, fraction: float = 0.2, scope: Literal["batch", "sequence"] = "batch"
+    ) -> None:
+        if not 0 < fraction <= 1:
+            raise ValueError(f"token_filter: fraction must be in (0, 1], got {fraction}")
+        if scope not in ("batch", "sequence"):
+            raise ValueError(f"token_filter: scope must be batch or sequence, got {scope!r}")
+        self._fraction = fraction
+        self._scope = scope
+        self._threshold = 0.0
+
+    def survey(self, rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, "N 1"]:
+        return outputs.entropy.detach().double()[:, None]
+
+    def begin(self, table: Float[Tensor, "N 1"]) -> dict[str, float]:
+        if len(table) == 0:
+            return {}
+        ordered = table[:, 0].sort().values
+        place = (len(ordered) - 1) * (1 - self._fraction)
+        below = int(place)
+        above = min(below + 1, len(ordered) - 1)
+        low, high = ordered[below].item(), ordered[above].item()
+        self._threshold = low + (place - below) * (high - low)
+        return {"policy/forking_threshold": self._threshold} if self._scope == "batch" else {}
+
+    def keeps(
+        self, rows: MicroBatch, outputs: TokenOutputs, is_clipped: Bool[Tensor, " N"]
+    ) -> Bool[Tensor, " N"]:
+        entropy = outputs.entropy.detach().double()
+        if self._scope == "batch":
+            return entropy >= self._threshold
+        quantiles = sequence_quantiles(entropy, rows, 1 - self._fraction)
+        return entropy >= quantiles[rows.sequence_ids]
+
+
+class ClipCovariance:
+    """Clip-Cov (arXiv 2505.22617): a random `fraction` of all tokens, drawn from those whose
+    covariance lies between `low` and `high`, has no gradient.
+
+    The draw is a hash of the token and of the number of the update: the same on any number of
+    ranks, another one each time. A drawn token that PPO clipped anyway is left alone.
+    """
+
+    def __init__(self, fraction: float = 2e-4, low: float = 1.0, high: float = 5.0) -> None:
+        if not 0 < fraction <= 1 or not low < high:
+            raise ValueError(
+                "token_filter: must have 0 < fraction <= 1 and low < high, "
+                f"got fraction={fraction}, low={low}, high={high}"
+            )
+        self._fraction = fraction
+        self._low, self._high = low, high
+        self._covariance = Covariance()
+        self._num_updates = 0
+        self._last_draw = -1.0
+
+    def survey(self, rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, "N 3"]:
+        draws = self._draws(rows, self._num_updates + 1)
+        return torch.cat([Covariance.survey(rows, outputs), draws[:, None]], -1)
+
+    def begin(self, table: Float[Tensor, "N 3"]) -> dict[str, float]:
+        self._num_updates += 1
+        self._covariance = Covariance.of(table)
+        draws = table[self._is_eligible(table), 2]
+        num_dropped = min(len(draws), max(1, int(self._fraction * len(table))))
+        self._last_draw = draws.sort().values[num_dropped - 1].item() if num_dropped else -1.0
+        return {}
+
+    def keeps(
+        self, rows: MicroBatch, outputs: TokenOutputs, is_clipped: Bool[Tensor, " N"]
+    ) -> Bool[Tensor, " N"]:
+        is_drawn = self._draws(rows, self._num_updates) <= self._last_draw
+        is_eligible = self._is_eligible(Covariance.survey(rows, outputs))
+        return ~(is_eligible & is_drawn & ~is_clipped)
+
+    def _is_eligible(self, table: Tensor) -> Tensor:
+        covariance = self._covariance(table)
+        return (covariance > self._low) & (covariance < self._high)
+
+    @staticmethod
+    def _draws(rows: MicroBatch, salt: int) -> Float[Tensor, " N"]:
+        """A number in [0, 1) per token: a multiplicative hash of what identifies it."""
+        bits = rows.rollout_logprobs.contiguous().view(torch.int32).long() & 0xFFFFFFFF
+        mixed = bits * 2654435761 + rows.labels * 40503 + salt * 97531
+        mixed = ((mixed ^ (mixed >> 15)) * 2246822519) & 0xFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 13)) * 3266489917) & 0xFFFFFFFF
+        return (mixed ^ (mixed >> 16)).double() / 2**32

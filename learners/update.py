@@ -1,0 +1,163 @@
+"""One optimizer update of the policy: survey, gradients, normalisation, step.
+
+Invariant: the gradient of an update is that of the loss over all its rows, divided by global
+counts, however the rows are split over micro-batches and ranks. Where one count divides all losses
+and none needs a survey, gradients may accumulate before the counts are known; otherwise `survey`
+comes first. All methods are collective. Owned by the learner.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from learners.aggregation import Denominator
+from learners.batch import MicroBatch
+from learners.model import PolicyModel
+from learners.objectives import WeightedLosses
+from learners.optimizer import ShardedAdamW, clip_factor
+from learners.step_sums import StepSums
+
+_COUNTS = ("grad_square", "num_loss_tokens", "num_sequences", "num_tokens")
+Counts = dict[Denominator, float]
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """`is_step` False: the weights stayed. `num_tokens` counts contexts, too."""
+
+    is_step: bool
+    num_tokens: float
+    metrics: dict[str, float]
+
+
+class PolicyUpdate:
+    """Accumulates one update after another on the same policy and optimizer."""
+
+    def __init__(
+        self,
+        policy: PolicyModel,
+        optimizer: ShardedAdamW,
+        losses: WeightedLosses,
+        device: torch.device,
+        max_grad_norm: float,
+    ) -> None:
+        self._policy = policy
+        self._optimizer = optimizer
+        self._losses = losses
+        self._device = device
+        self._max_grad_norm = max_grad_norm
+        self._sums = StepSums(device)
+        self._counts: Counts | None = None
+        self._surveyed: dict[str, float] = {}
+
+    def survey(self, packs: Sequence[MicroBatch]) -> None:
+        """Learn the global counts of the update, and what its objectives must know beforehand."""
+        sums = StepSums(torch.device("cpu"))
+        sums.add({"tokens": 0, "sequences": 0})
+        for pack in packs:
+            sums.add({"tokens": pack.num_loss_tokens, "sequences": pack.num_sequences})
+        totals = sums.reduce()
+        self._counts = {"tokens": totals["tokens"], "sequences": totals["sequences"]}
+        if not self._losses.needs_survey:
+            return
+        tables: dict[str, list[Tensor]] = {}
+        with torch.no_grad():
+            for pack in packs:
+                outputs = self._policy(pack, self._losses.nucleus)
+                for name, table in self._losses.survey(pack, outputs).items():
+                    tables.setdefault(name, []).append(table)
+        cast(FSDPModule, self._policy).reshard()
+        whole = {name: gather(torch.cat(parts)) for name, parts in sorted(tables.items())}
+        self._surveyed = self._losses.begin(whole)
+
+    @torch.no_grad()
+    def with_proximal(self, packs: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """`packs` with the log-probs of the policy as it is now."""
+        result = [replace(pack, proximal_logprobs=self._policy(pack).logprobs) for pack in packs]
+        cast(FSDPModule, self._policy).reshard()
+        return result
+
+    def accumulate(self, rows: MicroBatch) -> None:
+        """Add the gradient of one micro-batch."""
+        outputs = self._policy(rows, self._losses.nucleus)
+        total, sums = self._losses.sums(rows, outputs, self._counts)
+        total.backward()
+        self._sums.add(sums)
+        self._sums.add(
+            {
+                "num_loss_tokens": rows.num_loss_tokens,
+                "num_sequences": rows.num_sequences,
+                "num_tokens": rows.num_tokens,
+            }
+        )
+
+    def apply(self, rate: float, is_frozen: bool = False) -> UpdateResult:
+        """Normalise by the global counts, clip, step; the same result on every rank.
+
+        A non-finite loss or gradient skips the step, and so does an update without a loss token.
+        `is_frozen` leaves the weights alone and reports as if they had moved.
+        """
+        self._sums.add({"grad_square": self._optimizer.grad_square()})
+        totals = self._sums.reduce()
+        num_loss_tokens = totals["num_loss_tokens"]
+        divisor = self._divisor(totals)
+        scale = dist.get_world_size() / divisor  # FSDP2 has averaged the ranks' sums
+        grad_norm = math.sqrt(totals["grad_square"]) * scale
+        is_sound = math.isfinite(grad_norm) and math.isfinite(totals["loss/total"])
+        is_step = is_sound and num_loss_tokens > 0
+        if is_step and not is_frozen:
+            self._optimizer.step(rate, scale * clip_factor(grad_norm, self._max_grad_norm))
+        else:
+            self._optimizer.skip()
+        metrics = {
+            name: value / (divisor if name.startswith("loss/") else max(1.0, num_loss_tokens))
+            for name, value in totals.items()
+            if name not in _COUNTS
+        }
+        metrics |= self._surveyed | {
+            "grad/norm": grad_norm,
+            "grad/skipped": float(not is_step),
+            "learner/num_loss_tokens": num_loss_tokens,
+        }
+        self._counts, self._surveyed = None, {}
+        return UpdateResult(is_step, totals["num_tokens"], metrics)
+
+    def drop(self) -> None:
+        """Forget the gradients and sums that had no step yet."""
+        self._optimizer.skip()
+        self._sums = StepSums(self._device)
+        self._counts, self._surveyed = None, {}
+
+    def _divisor(self, totals: dict[str, float]) -> float:
+        """What still divides the sums: nothing when each loss was divided by its own count."""
+        if self._counts is not None:
+            return 1.0
+        is_by_token = self._losses.common_denominator == "tokens"
+        return max(1.0, totals["num_loss_tokens" if is_by_token else "num_sequences"])
+
+
+def gather(table: Tensor) -> Tensor:
+    """Rows of all ranks, in rank order, on the CPU; ranks may have different numbers of rows."""
+    table = table.cpu().contiguous()
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(table)]))
+    most = max(int(size) for size in sizes)
+    padded = torch.cat([table, table.new_zeros(most - len(table), *table.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
+
+
+def mean_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
+    """Metrics of a step from those of its updates: means; loss tokens add up."""
+    names = dict.fromkeys(name for result in results for name in result.metrics)
+    known = {name: [r.metrics[name] for r in results if name in r.metrics] for name in names}
+    metrics = {name: sum(values) / len(values) for name, values in known.items()}
+    total = "learner/num_loss_tokens"
+    return metrics | {total: sum(known[total])}

@@ -1,0 +1,243 @@
+"""Every method against its slow reference in float64, and across ranks, splits and resumption."""
+
+import json
+import math
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from cluster.config import Config, LossConfig, ObjectiveSection, Plugin
+from learners.batch import MicroBatch, Row
+from learners.credit import build_credit
+from learners.logprobs import TokenOutputs
+from learners.model import PolicyModel
+from learners.objectives import WeightedLosses
+from tests import reference_losses as reference
+from tests.learner_cases import (
+    CONTEXT_LENGTH,
+    assert_same_weights,
+    free_port,
+    make_config,
+    make_groups,
+    make_policy,
+    open_learner,
+    train_step,
+)
+
+START_TIMEOUT_S = 240
+ANCHOR, BETA = 2.0, 0.7
+
+
+@pytest.fixture(scope="module")
+def policy_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_policy(tmp_path_factory.mktemp("policy"))
+
+
+CASES: dict[str, tuple[str, dict[str, Any], Callable[[list[reference.Scored]], Tensor]]] = {
+    "gspo": ("gspo", {"clip_low": 0.2, "clip_high": 0.3}, reference.gspo),
+    "cispo": ("cispo", {"cap": 2.0}, reference.cispo),
+    "gmpo": ("gmpo", {}, reference.gmpo),
+    "guide": ("guide", {}, reference.guide),
+    "forking": (
+        "policy_gradient",
+        {"token_filter": {"use": "forking_tokens"}},
+        reference.forking_grpo,
+    ),
+    "siren": (
+        "siren",
+        {"anchor": ANCHOR, "beta": BETA, "nucleus_mass": 0.7},
+        lambda rows: reference.siren_penalty(rows, ANCHOR, BETA, 0.7),
+    ),
+}
+
+
+def _split_loss(
+    losses: WeightedLosses, policy: PolicyModel, rows: list[Row]
+) -> tuple[Tensor, Tensor]:
+    """(loss, reported loss) of an update in three micro-batches, one of them empty."""
+    packs = [MicroBatch.pack(part) for part in (rows[:3], rows[3:], [])]
+    outputs: list[TokenOutputs] = [policy(pack, losses.nucleus) for pack in packs]
+    tables: dict[str, list[Tensor]] = {}
+    for pack, output in zip(packs, outputs, strict=True):
+        for name, table in losses.survey(pack, output).items():
+            tables.setdefault(name, []).append(table)
+    losses.begin({name: torch.cat(parts) for name, parts in tables.items()})
+    counts = {
+        "tokens": float(sum(pack.num_loss_tokens for pack in packs)),
+        "sequences": float(sum(pack.num_sequences for pack in packs)),
+    }
+    total = reported = torch.zeros((), dtype=torch.float64)
+    for pack, output in zip(packs, outputs, strict=True):
+        part, sums = losses.sums(pack, output, counts)  # type: ignore[arg-type]
+        total, reported = total + part, reported + sums["loss/total"]
+    return total, reported
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("case", list(CASES))
+def test_values_and_gradients_equal_the_reference_in_float64(
+    policy_dir: Path, case: str, layout: Literal["packed", "padded"]
+) -> None:
+    use, settings, slow = CASES[case]
+    causal_lm = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float64)
+    parameters, groups = list(causal_lm.parameters()), make_groups(0)
+    expected = slow(reference.scored(causal_lm, groups))
+    gradients = torch.autograd.grad(expected, parameters)
+
+    section = ObjectiveSection(losses={"loss": LossConfig(use=use, settings=settings)})
+    credit = build_credit(section.credit)
+    rows = [
+        Row.of(trajectory, advantages)
+        for group in groups
+        for trajectory, advantages in zip(group.trajectories, credit.assign(group), strict=True)
+        if advantages is not None
+    ]
+    loss, reported = _split_loss(WeightedLosses(section), PolicyModel(causal_lm, layout), rows)
+    assert reported.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert expected.item() != pytest.approx(0.0, abs=1e-5), "the case must have something to show"
+    for ours, theirs in zip(torch.autograd.grad(loss, parameters), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def _config(losses: dict[str, LossConfig], credit: str = "grpo", **learner: Any) -> Config:
+    section = ObjectiveSection(credit=Plugin(use=credit), losses=losses)
+    return make_config(**learner).model_copy(update={"objective": section})
+
+
+def _loss(use: str, **settings: Any) -> LossConfig:
+    return LossConfig(use=use, settings=settings)
+
+
+METHODS: dict[str, Config] = {
+    "siren": _config(
+        {
+            "policy": _loss("policy_gradient"),
+            "siren": LossConfig(use="siren", settings={"beta": 1.0}, weight=2.0),
+        }
+    ),
+    "reinforce_pp": _config({"policy": _loss("policy_gradient")}, credit="reinforce_pp"),
+    "decoupled": _config(
+        {
+            "policy": _loss("policy_gradient", ratio_to="proximal", correction={"high": 2.0}),
+            "cov": _loss("kl_cov", fraction=0.1),
+        },
+        minibatches=2,
+    ),
+    "kl": _config({"policy": _loss("gspo"), "kl": _loss("kl", coefficient=0.5)}),
+    "guide": _config(
+        {
+            "policy": _loss("guide", aggregation="token_mean"),
+            "bonus": _loss("adaptive_entropy", target=9.0, step=0.01, maximum=0.1),
+        }
+    ),
+    "filtered": _config(
+        {"policy": _loss("policy_gradient", token_filter={"use": "forking_tokens"})}
+    ),
+}
+
+
+def _run_method(
+    name: str, policy_dir: Path, out: Path, rank: int = 0, world_size: int = 1, port: int = 0
+) -> None:
+    """Three steps with a checkpoint after the second; weights and metrics of each step."""
+    config = METHODS[name]
+    with open_learner(config, policy_dir, rank, world_size, port or None) as learner:
+        for step in range(3):
+            if step == 2:
+                learner.save(out / f"{name}_checkpoint")
+            result = train_step(learner, step, world_size, minibatches=config.learner.minibatches)
+            learner.export_weights(out / f"{name}_{step}.safetensors")
+            (out / f"{name}_{step}_{rank}.json").write_text(json.dumps(result.metrics))
+
+
+def _run_rank(rank: int, ports: list[int], policy_dir: Path, out: Path) -> None:
+    for name, port in zip(METHODS, ports, strict=True):
+        _run_method(name, policy_dir, out, rank, 2, port)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("two_ranks")
+    ports = [free_port() for _ in METHODS]
+    spawn = multiprocessing.get_context("spawn")
+    processes = [
+        spawn.Process(target=_run_rank, args=(rank, ports, policy_dir, out)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(START_TIMEOUT_S)
+        if process.is_alive():
+            process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    return out
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_two_ranks_equal_one(name: str, policy_dir: Path, two_ranks: Path, tmp_path: Path) -> None:
+    _run_method(name, policy_dir, tmp_path)
+    for step in range(3):
+        file = f"{name}_{step}.safetensors"
+        assert_same_weights(tmp_path / file, two_ranks / file, 1e-5)
+        ours = json.loads((tmp_path / f"{name}_{step}_0.json").read_text())
+        assert ours["grad/skipped"] == 0.0
+        assert ours["grad/norm"] > 0
+        for rank in range(2):
+            theirs = json.loads((two_ranks / f"{name}_{step}_{rank}.json").read_text())
+            assert theirs.keys() == ours.keys()
+            for key in ours.keys() - {"learner/tokens_per_s"}:
+                assert theirs[key] == pytest.approx(ours[key], abs=2e-5, rel=2e-5), key
+
+
+@pytest.mark.parametrize("name", ["siren", "kl", "guide"])
+def test_one_rank_goes_on_from_a_checkpoint_of_two(
+    name: str, policy_dir: Path, two_ranks: Path, tmp_path: Path
+) -> None:
+    """SIREN's anchor, the reference policy and the adaptive coefficient come with the weights."""
+    with open_learner(METHODS[name], policy_dir) as learner:
+        learner.load(two_ranks / f"{name}_checkpoint")
+        result = train_step(learner, 2)
+        learner.export_weights(tmp_path / "weights.safetensors")
+    assert_same_weights(tmp_path / "weights.safetensors", two_ranks / f"{name}_2.safetensors", 1e-5)
+    theirs = json.loads((two_ranks / f"{name}_2_0.json").read_text())
+    for key in {"siren/anchor", "policy/reference_kl", "policy/entropy_coefficient"} & set(theirs):
+        assert result.metrics[key] == pytest.approx(theirs[key], rel=1e-5)
+        assert result.metrics[key] != 0.0
+
+
+@pytest.mark.parametrize("name", ["siren", "guide", "filtered"])
+def test_microbatches_do_not_change_an_update(name: str, policy_dir: Path, tmp_path: Path) -> None:
+    for budget in (CONTEXT_LENGTH, 4096):
+        with open_learner(METHODS[name], policy_dir) as learner:
+            for step in range(2):
+                result = train_step(learner, step, budget=budget)
+            learner.export_weights(tmp_path / f"{budget}.safetensors")
+    assert math.isfinite(result.metrics["loss/total"])
+    assert_same_weights(
+        tmp_path / f"{CONTEXT_LENGTH}.safetensors", tmp_path / "4096.safetensors", 1e-5
+    )
+
+
+def test_the_first_update_anchors_siren_and_reports_it(policy_dir: Path) -> None:
+    causal_lm = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float64)
+    rows = reference.scored(causal_lm, make_groups(0))
+
+    def peak_entropy(rows: list[reference.Scored]) -> float:
+        return math.sqrt(reference.siren_penalty(rows, 0.0, 1.0, 0.8).item())
+
+    with open_learner(METHODS["siren"], policy_dir) as learner:
+        first, second = (train_step(learner, step).metrics for step in range(2))
+    plain = [row for row in rows if not row.is_guided]
+    assert first["siren/anchor"] == pytest.approx(peak_entropy(plain), rel=1e-5)
+    assert first["siren/peak_entropy"] == pytest.approx(peak_entropy(rows), rel=1e-5)
+    assert second["siren/anchor"] == first["siren/anchor"]
+    gap = second["siren/peak_entropy"] - second["siren/anchor"]
+    assert second["loss/siren"] == pytest.approx(gap**2, rel=1e-5)
+    assert 0 < second["siren/peak_fraction"] <= 0.25
+    assert 0 < second["policy/nucleus_entropy"] < second["policy/entropy"]

@@ -1,0 +1,144 @@
+"""Other losses written out once more, slowly: one sequence after the other, dense float64 logits.
+
+Shares no code with `learners` (it imports records only). Each takes the sequences of a whole update
+and returns the normalised loss; `Scored` holds what one of them has on its loss tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.types import TrajectoryGroup
+from tests.reference_grpo import ReferenceSettings, advantages
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One sequence: log-probs [L], all-token distributions [L, V], rollout log-probs, advantage."""
+
+    logprobs: Tensor
+    distribution: Tensor
+    rollout: Tensor
+    advantage: float
+    is_guided: bool
+
+
+def scored(causal_lm: Any, groups: list[TrajectoryGroup]) -> list[Scored]:
+    result: list[Scored] = []
+    for group in groups:
+        for trajectory, advantage in zip(
+            group.trajectories, advantages(group, ReferenceSettings()), strict=True
+        ):
+            if advantage is None:
+                continue
+            stripped = trajectory.train_context_tokens
+            context = trajectory.context_tokens if stripped is None else stripped
+            tokens = torch.tensor([*context.tolist(), *trajectory.token_ids.tolist()])
+            logits = causal_lm(input_ids=tokens[None], use_cache=False).logits[0].double()
+            whole = (logits / trajectory.temperature).log_softmax(-1)[len(context) - 1 : -1]
+            kept = torch.from_numpy(trajectory.loss_mask)
+            targets = torch.from_numpy(trajectory.token_ids).long()
+            chosen = whole[torch.arange(len(targets)), targets]
+            result.append(
+                Scored(
+                    chosen[kept],
+                    whole[kept].exp(),
+                    torch.from_numpy(trajectory.rollout_logprobs).double()[kept],
+                    advantage,
+                    stripped is not None,
+                )
+            )
+    return result
+
+
+def _clipped(ratio: Tensor, advantage: float, low: float, high: float) -> Tensor:
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def gspo(rows: list[Scored]) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        ratio = (row.logprobs - row.rollout).mean().exp()
+        total = total + _clipped(ratio, row.advantage, 0.2, 0.3)
+    return total / len(rows)
+
+
+def cispo(rows: list[Scored]) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        weight = (row.logprobs - row.rollout).detach().exp().clamp(max=2.0)
+        total = total - (weight * row.advantage * row.logprobs).sum()
+    return total / sum(len(row.logprobs) for row in rows)
+
+
+def gmpo(rows: list[Scored]) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        logs = row.logprobs - row.rollout
+        logs = logs.clamp(max=0.4) if row.advantage >= 0 else logs.clamp(min=-0.4)
+        total = total - row.advantage * logs.mean().exp()
+    return total / len(rows)
+
+
+def entropies(row: Scored) -> Tensor:
+    return -(row.distribution * row.distribution.log()).sum(-1)
+
+
+def nucleus_entropies(row: Scored, mass: float) -> Tensor:
+    values: list[Tensor] = []
+    for p in row.distribution:
+        ordered = p.sort(descending=True).values
+        num_kept = int((ordered.cumsum(0) < mass).sum()) + 1
+        q = ordered[:num_kept] / ordered[:num_kept].sum()
+        values.append(-(q * q.log()).sum())
+    return torch.stack(values)
+
+
+def siren_penalty(rows: list[Scored], anchor: float, beta: float, mass: float) -> Tensor:
+    """beta (H - anchor)^2, squared after the mean over all sequences."""
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        values = nucleus_entropies(row, mass)
+        threshold = np.quantile(values.detach().numpy(), 0.8)
+        peaks = values[values > threshold]
+        if len(peaks):
+            total = total + peaks.mean()
+    return beta * (total / len(rows) - anchor) ** 2
+
+
+def forking_grpo(rows: list[Scored]) -> Tensor:
+    """80/20: only tokens at or above the batch's 0.8-quantile of entropy; divisor all tokens."""
+    pooled = torch.cat([entropies(row).detach() for row in rows])
+    threshold = torch.quantile(pooled, 0.8)
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        losses = _clipped((row.logprobs - row.rollout).exp(), row.advantage, 0.2, 0.28)
+        total = total + losses[entropies(row).detach() >= threshold].sum()
+    return total / len(pooled)
+
+
+def guide(rows: list[Scored]) -> Tensor:
+    """PPO on plain rows, r / (r + gamma) on guided ones; mean over sequences of token means."""
+    ratios = [(row.logprobs - row.rollout).exp() for row in rows]
+    pooled = torch.cat([r.detach() for r, row in zip(ratios, rows, strict=True) if row.is_guided])
+    gamma = torch.quantile(pooled, 0.9)
+    total = torch.zeros((), dtype=torch.float64)
+    for ratio, row in zip(ratios, rows, strict=True):
+        if row.is_guided:
+            losses = -ratio / (ratio + gamma) * row.advantage
+        else:
+            losses = _clipped(ratio, row.advantage, 0.2, 0.2)
+        total = total + losses.mean()
+    return total / len(rows)
+
+
+def kl_k3(rows: list[Scored], reference: list[Scored]) -> Tensor:
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for row, frozen in zip(rows, reference, strict=True):
+        gap = row.logprobs - frozen.logprobs.detach()
+        total = total + ((-gap).exp() - 1 + gap).sum()
+        count += len(gap)
+    return total / count

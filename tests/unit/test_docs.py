@@ -1,0 +1,35 @@
+"""What the docs tell users to write: every YAML block of docs/algorithms.md builds."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.config_file import parse
+from learners.credit import CREDITS, build_credit
+from learners.objectives import OBJECTIVES, WeightedLosses
+from learners.token_filters import FILTERS
+from tests.conftest import TINY
+
+PAGE = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text()
+BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_block_builds(block: str) -> None:
+    override = yaml.safe_load(block)
+    merged = {
+        section: {**TINY.get(section, {}), **override.get(section, {})}
+        for section in TINY.keys() | override.keys()
+    }
+    config = parse(merged, "docs/algorithms.md")
+    build_credit(config.objective.credit)
+    WeightedLosses(config.objective)
+
+
+@pytest.mark.parametrize("name", [*CREDITS, *OBJECTIVES, *FILTERS])
+def test_every_built_in_method_has_a_block(name: str) -> None:
+    assert any(re.search(rf"use: {name}\b", block) for block in BLOCKS) or f"{name}` (" in PAGE, (
+        name
+    )
