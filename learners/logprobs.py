@@ -129,5 +129,8 @@ class _TokenOutputs(torch.autograd.Function):
                 of_logits -= q * log_q.add_(nucleus_entropy[rows, None])
             of_logits = (of_logits / temperature[rows, None]).to(hidden.dtype)
             of_hidden[rows] = of_logits @ head
-            of_head += of_logits.T @ hidden[rows]
+            if of_head.dtype == of_logits.dtype:
+                of_head.addmm_(of_logits.T, hidden[rows])  # without a second [V, D]
+            else:
+                of_head += of_logits.T @ hidden[rows]
         return of_hidden, of_head.to(head.dtype), None, None, None, None

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 NucleusRule = Literal["crossing_in", "crossing_out"]
-_FIRST, _GROWTH = 64, 16
+_FIRST, _BINS = 64, 2048
+_RANGE = 20.0  # nats below the most probable token that the bins tell apart
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,37 @@ class Nucleus:
     def thresholds(self, p: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
         """Smallest kept probability of each row; infinity where nothing is kept.
 
-        Looks at the top 64 tokens, and only for rows whose top 64 hold too little at 16 times as
-        many, and so on: a trained policy is done after one look.
+        Looks at the top 64 tokens first, which is all that a trained policy mostly needs; rows
+        whose top 64 hold less than `mass` are counted into bins of log p, and only the bin that
+        crosses `mass` is sorted.
         """
-        result = torch.full_like(p[:, 0], torch.inf)
-        rows, size = torch.arange(len(p), device=p.device), min(_FIRST, p.shape[1])
-        while len(rows):
-            candidates = p if len(rows) == len(p) else p[rows]
-            top = candidates.topk(size).values
-            reached = top.cumsum(-1)
-            if self.rule == "crossing_in":
-                num_kept = (reached[:, :-1] < self.mass).sum(-1) + 1
-            else:
-                num_kept = (reached < self.mass).sum(-1)
-            smallest = top.gather(-1, (num_kept - 1).clamp(min=0)[:, None]).squeeze(-1)
-            result[rows] = smallest.where(num_kept > 0, torch.inf)
-            if size == p.shape[1]:
-                break
-            rows = rows[reached[:, -1] < self.mass]
-            size = min(size * _GROWTH, p.shape[1])
+        top = p.topk(min(_FIRST, p.shape[1])).values
+        result = self._smallest_kept(top, torch.zeros_like(p[:, 0]), torch.inf)
+        if p.shape[1] > _FIRST:
+            rows = (top.sum(-1) < self.mass).nonzero().squeeze(-1)
+            if len(rows):
+                result[rows] = self._by_bins(p[rows], top[rows, 0])
         return result
+
+    def _by_bins(self, p: Tensor, largest: Tensor) -> Tensor:
+        depth = (largest.log()[:, None] - p.log()) * (_BINS / _RANGE)
+        bins = depth.clamp(0, _BINS - 1).long()
+        held = p.new_zeros(len(p), _BINS).scatter_add_(-1, bins, p).cumsum(-1)
+        crossing = (held < self.mass).sum(-1, keepdim=True).clamp(max=_BINS - 1)
+        before = held.gather(-1, (crossing - 1).clamp(min=0)).squeeze(-1)
+        before = before.where(crossing[:, 0] > 0, 0.0)
+        is_inside = bins == crossing
+        inside = (p * is_inside).topk(int(is_inside.sum(-1).max())).values
+        above = torch.where(bins < crossing, p, torch.inf).amin(-1)
+        return self._smallest_kept(inside, before, above)
+
+    def _smallest_kept(self, ordered: Tensor, before: Tensor, above: Tensor | float) -> Tensor:
+        """Of `ordered` [N, K], falling, with mass `before` above it; `above` where none is kept."""
+        reached = ordered.cumsum(-1) + before[:, None]
+        if self.rule == "crossing_in":
+            num_kept = (reached[:, :-1] < self.mass).sum(-1) + 1
+        else:
+            num_kept = (reached < self.mass).sum(-1)
+        num_kept = torch.minimum(num_kept, (ordered > 0).sum(-1))
+        smallest = ordered.gather(-1, (num_kept - 1).clamp(min=0)[:, None]).squeeze(-1)
+        return torch.where(num_kept > 0, smallest, above)
