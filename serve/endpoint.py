@@ -31,6 +31,11 @@ APP = "hone-policy"
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 HEALTH_S = 10.0
 MAX_STARTS = 2
+# Ray Serve kills a proxy that is not up in 5 s, which a busy two-core machine does not manage.
+_PATIENCE = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "55",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+}
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ def _deploy(settings: EndpointSettings, door: Door, replicas: int) -> None:
 @contextmanager
 def _cluster(address: str) -> Generator[None]:
     """A Ray of our own on loopback, or the one at `address`."""
-    os.environ.update(QUIET_ENV)
+    os.environ.update(QUIET_ENV | _PATIENCE)
     common: dict[str, Any] = {
         "namespace": "hone",
         "log_to_driver": False,
@@ -160,7 +165,9 @@ def _cluster(address: str) -> Generator[None]:
             num_cpus=max(4, os.cpu_count() or 1),
             include_dashboard=False,
             _temp_dir=str(temporary),
-            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}},
+            runtime_env={
+                "env_vars": _PATIENCE | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+            },
             **common,
         )
         yield

@@ -5,6 +5,8 @@ story in order: query, follow, pin, canary, promote, roll back, guard.
 """
 
 import asyncio
+import io
+import json
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -19,9 +21,12 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.config import Config
-from cluster.run_dir import RunDir
-from serve import endpoint, endpoint_settings
+from cluster.run_dir import RunDir, Sample
+from cluster.types import Verdict
+from serve import chat, endpoint, endpoint_settings
 from serve.api_keys import KeyStore
+from serve.client import AdminClient, AdminError, Runs
+from tests import browser
 from tests.endpoint_cases import Publisher, make_run, publish, put
 
 PORT = 18231
@@ -239,6 +244,98 @@ def test_an_eval_drop_rolls_a_canary_back_by_itself(served: Served) -> None:
     assert last["author"] == "guard"
     assert "held-out pass@1" in str(last["reason"])
     assert {served.ask(max_tokens=1).model for _ in range(4)} == {"policy@9"}
+
+
+def test_every_documented_route_survives_fuzz(served: Served) -> None:
+    """Random bodies, parameters and paths on every route of the API document: never a 5xx."""
+    document = httpx.get(f"{URL}/openapi.json").json()
+    assert {"/v1/models", "/v1/completions", "/admin/release"} <= document["paths"].keys()
+    routes = [(p, m) for p, methods in document["paths"].items() for m in methods]
+    random = np.random.default_rng(0)
+    junk = [None, True, -1, 0, 10**30, 1e308, "", "\u0000", "x" * 3000, "policy@9", [], [[]], {},
+            {"a": {}}, ["", 1], "../../etc/passwd", "\ud83d\ude00"]  # fmt: skip
+    fields = ["model", "messages", "prompt", "n", "stop", "seed", "max_tokens", "temperature",
+              "logprobs", "logit_bias", "stream", "action", "share", "version", "top_p",
+              "stream_options", "echo", "min_tokens", "stop_token_ids", "other"]  # fmt: skip
+    base = {"model": "policy", "prompt": "1", "max_tokens": 1}
+    with httpx.Client(base_url=URL, timeout=60) as http:
+        for round_ in range(400):
+            path, method = routes[round_ % len(routes)]
+            chosen = random.choice(fields, 3, replace=False)
+            body = {f: junk[random.integers(len(junk))] for f in chosen}
+            if random.random() < 0.5:
+                body = base | body
+            if body.get("action") in ("canary", "promote", "rollback", "follow"):
+                continue
+            run = ("demo", "..", "%2e%2e%2f", "a" * 300)[random.integers(4)]
+            answer = http.request(
+                method, path.replace("{run}", run),
+                params={"step": str(junk[random.integers(len(junk))])[:200]},
+                headers={"Authorization": f"Bearer {(served.query, served.admin)[round_ % 2]}"},
+                **({"json": body} if method == "post" else {}),
+            )  # fmt: skip
+            assert answer.status_code < 500, (path, body, answer.text)
+            if answer.status_code >= 400:
+                assert answer.json()["error"]["message"], (path, body)
+
+
+def test_the_admin_client_speaks_the_api(served: Served) -> None:
+    with AdminClient(URL, served.admin) as admin:
+        assert admin.runs() == Runs(runs=["demo"], served="demo")
+        assert admin.release().stable == 9
+        assert admin.metrics("demo", after=10)[0]["eval/pass@1"] == 0.3
+        assert [v.policy_version for v in admin.versions().versions][-1] == 10
+        assert admin.events("demo")[-1].kind == "release_rolled_back"
+        with pytest.raises(AdminError, match="404 model_not_found"):
+            admin.promote(77)
+    with AdminClient(URL, served.query) as admin, pytest.raises(AdminError, match="403"):
+        admin.release()
+
+
+def test_a_conversation_in_the_terminal(served: Served) -> None:
+    sink = io.StringIO()
+    source = io.StringIO("1 + 2 =\n/new\n3 + 4 =\n\n")
+    chat.talk(chat.connect(URL, served.query), "policy", source, sink, max_tokens=8)
+    assert sink.getvalue().count("[policy@9]") == 2
+    assert "\x1b" not in sink.getvalue()
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium")
+def test_the_page_shows_the_run_and_changes_the_release(served: Served) -> None:
+    """Curves move, a trajectory shows its text, a promotion takes effect, phone width fits."""
+    sample = Sample(step=9, group_id="group-1", task_id="t", prompt="1 + 2 =",
+                    completion="<b>3</b>", reward=1.0, policy_version=9, status="completed",
+                    verdicts=[Verdict(score=1.0, name="correct", evidence="3 = 3")])  # fmt: skip
+    served.run.append_sample(sample)
+    for step in range(1, 5):
+        served.run.append_metrics(step, {"reward/mean": step / 10, "policy/entropy": 1 / step})
+    with browser.Browser() as page:
+        page.go(URL)
+        page.until("!document.getElementById('login').hidden")
+        page.run(f"document.getElementById('key').value = {served.admin!r}")
+        page.run("document.querySelector('#login button').click()")
+        page.until("document.querySelectorAll('#curves polyline').length >= 2")
+        before = page.run("document.querySelector('#curves polyline').getAttribute('points')")
+        served.run.append_metrics(5, {"reward/mean": 0.9})
+        page.until(
+            "document.querySelector('#curves polyline').getAttribute('points') != "
+            + json.dumps(before)
+        )
+        text = page.until("document.querySelector('#samples-a article')?.innerText")
+        assert "<b>3</b>" in text
+        assert "correct 1.00 3 = 3" in text
+        page.run("document.getElementById('version').value = '10'")
+        page.run("document.querySelector('[data-action=promote]').click()")
+        page.until("document.getElementById('release').textContent.includes('version 10')")
+        assert served.ask(max_tokens=1).model == "policy@10"
+        unnamed = page.run(
+            "[...document.querySelectorAll('button, select, input')].filter((e) => "
+            "!(e.textContent.trim() && e.tagName == 'BUTTON') && !e.labels?.length).length"
+        )
+        assert unnamed == 0
+        page.go(URL, width=375, height=800)
+        page.until("document.querySelectorAll('#curves polyline').length >= 2")
+        assert page.run("document.documentElement.scrollWidth") <= 375
 
 
 def test_secrets_are_in_no_file_of_the_run(served: Served) -> None:
