@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,12 @@ from ray.serve.config import HTTPOptions
 
 from actors.placement import QUIET_ENV
 from cluster import log
-from cluster.errors import ConfigError, StageError
+from cluster.errors import StageError
 from cluster.run_dir import RunDir
-from serve.api_keys import KeyStore
-from serve.service import EndpointSettings, PolicyService
+from serve.endpoint_settings import Door, EndpointSettings, check
+from serve.service import PolicyService
 
 APP = "hone-policy"
-LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 HEALTH_S = 10.0
 MAX_STARTS = 2
 # Ray Serve kills a proxy that is not up in 5 s, which a busy two-core machine does not manage.
@@ -36,21 +34,6 @@ _PATIENCE = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "55",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
 }
-
-
-@dataclass(frozen=True)
-class Door:
-    """Where the endpoint listens. TLS needs both files."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    tls_key: str | None = None
-    tls_cert: str | None = None
-
-    @property
-    def url(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'https' if self.tls_cert else 'http'}://{host}:{self.port}"
 
 
 class PolicyReplica:
@@ -73,19 +56,6 @@ class PolicyReplica:
 
     async def __del__(self) -> None:
         await self._service.close()
-
-
-def check(settings: EndpointSettings, door: Door) -> None:
-    """Refuse what would open a door to anyone; `ConfigError` names the flag."""
-    if bool(door.tls_key) != bool(door.tls_cert):
-        raise ConfigError("--tls-key and --tls-cert: give both or none")
-    if settings.is_open and door.host not in LOOPBACK:
-        raise ConfigError(f"--no-auth: only with a loopback --host, got {door.host}")
-    if not settings.is_open and not KeyStore(settings.keys).all():
-        raise ConfigError(
-            f"no API keys in {settings.keys}: make one with `hone keys create NAME`, "
-            "or use --no-auth on loopback"
-        )
 
 
 @contextmanager

@@ -57,12 +57,15 @@ def serve(
     if reference is not None and "=" in reference and not Path(reference).exists():
         reference, overrides = None, [reference, *(overrides or [])]
     print(f"serving {reference or 'the latest run'}: loading takes 30 to 60 s", flush=True)
-    from serve import endpoint, endpoint_settings
+    from serve import endpoint_settings
 
     settings = endpoint_settings.resolve(
         reference, overrides=overrides, keys=keys, is_open=no_auth, max_engines=engines
     )
-    door = endpoint.Door(host, port, tls_key, tls_cert)
+    door = endpoint_settings.Door(host, port, tls_key, tls_cert)
+    endpoint_settings.check(settings, door)
+    from serve import endpoint
+
     stopping = threading.Event()
 
     def stop(_number: int, _frame: FrameType | None) -> None:

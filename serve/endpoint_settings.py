@@ -5,7 +5,8 @@ before Ray or an engine is started. Called by `hone serve` and by the tests.
 """
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,12 +19,43 @@ from cluster.config import Config, TinyPolicy
 from cluster.errors import ConfigError
 from cluster.run_dir import RunDir
 from serve.admission import Limits
+from serve.api_keys import KeyStore
 from serve.guards import GuardSettings
-from serve.service import EndpointSettings
 
 RUNS = Path("runs")
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 MAX_CONTEXT = 4096  # of a plain model directory; a run knows its own
 KV_CACHE_GIB = 1.0
+
+
+@dataclass(frozen=True)
+class EndpointSettings:
+    """All a replica needs. `home` is the run directory, or a directory made for a plain model."""
+
+    home: Path
+    has_run: bool
+    policy_dir: Path
+    engine: EngineSettings
+    keys: Path
+    is_open: bool
+    limits: Limits
+    guards: GuardSettings
+    max_engines: int
+
+
+@dataclass(frozen=True)
+class Door:
+    """Where the endpoint listens. TLS needs both files."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    tls_key: str | None = None
+    tls_cert: str | None = None
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.tls_cert else 'http'}://{host}:{self.port}"
 
 
 class Overrides(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +99,19 @@ def resolve(
     )
 
 
+def check(settings: EndpointSettings, door: Door) -> None:
+    """Refuse what would open a door to anyone; `ConfigError` names the flag."""
+    if bool(door.tls_key) != bool(door.tls_cert):
+        raise ConfigError("--tls-key and --tls-cert: give both or none")
+    if settings.is_open and door.host not in LOOPBACK:
+        raise ConfigError(f"--no-auth: only with a loopback --host, got {door.host}")
+    if not settings.is_open and not KeyStore(settings.keys).all():
+        raise ConfigError(
+            f"no API keys in {settings.keys}: make one with `hone keys create NAME`, "
+            "or use --no-auth on loopback"
+        )
+
+
 def _run_engine(run: RunDir) -> EngineSettings:
     from actors.bring_up import CACHE_DIR
     from learners.policy_dir import prepare
@@ -96,8 +141,6 @@ def _model_engine(policy_dir: Path) -> EngineSettings:
 
 
 def _has_gpu() -> bool:
-    import shutil
-
     return shutil.which("nvidia-smi") is not None
 
 

@@ -12,19 +12,17 @@ import re
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from actors.openai_engine import Api, OpenAIEngine, Reply, Trace
-from actors.placement import EngineSettings
 from cluster.errors import HoneError, StageError
 from cluster.run_dir import RunDir
-from serve.admission import Limits
 from serve.api_errors import ApiError
+from serve.endpoint_settings import EndpointSettings
 from serve.engine_pool import EnginePool, Slot
-from serve.guards import GuardSettings, Outcome, Outcomes, eval_drop
+from serve.guards import Outcome, Outcomes, eval_drop
 from serve.release import Release
 from serve.weight_library import WeightLibrary, Weights
 
@@ -33,21 +31,6 @@ POLL_S = 0.2
 GUARD_EVERY_S = 1.0
 _MODEL = re.compile(rf"{NAME}(?:@(latest|0|[1-9]\d{{0,11}}))?")
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EndpointSettings:
-    """All a replica needs. `home` is the run directory, or a directory made for a plain model."""
-
-    home: Path
-    has_run: bool
-    policy_dir: Path
-    engine: EngineSettings
-    keys: Path
-    is_open: bool
-    limits: Limits
-    guards: GuardSettings
-    max_engines: int
 
 
 @dataclass(frozen=True)

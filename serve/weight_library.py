@@ -27,6 +27,7 @@ from serve.api_errors import ApiError
 KEEP_PUBLISHED = 3
 KEEP_CONVERTED = 3
 EXPORT_TIMEOUT_S = 600.0
+OPTIONAL = ("lm_head.weight", "inv_freq")  # saved by some models, made from others on loading
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,9 @@ def check_file(path: Path, policy_dir: Path) -> str:
         found = _shapes(path)
     except (OSError, ValueError) as error:
         return f"not a safetensors file: {error}"
-    if shapes and found != shapes:
-        differing = sorted(n for n in found.keys() | shapes.keys() if found.get(n) != shapes.get(n))
+    missing = {n for n in shapes.keys() - found.keys() if not n.endswith(OPTIONAL)}
+    differing = sorted(missing | {n for n in found if found[n] != shapes.get(n)})
+    if shapes and differing:
         return f"tensors differ from the policy's: {', '.join(differing[:3])}"
     try:
         with safe_open(path, framework="pt") as weights:

@@ -80,7 +80,7 @@ def served(
         str(run.path), runs=runs,
         overrides=["guards.window_s=20", "limits.requests_per_minute=0", "limits.running=64"],
     )  # fmt: skip
-    with endpoint.running(settings, endpoint.Door(port=PORT)):
+    with endpoint.running(settings, endpoint_settings.Door(port=PORT)):
         yield Served(run, query, admin)
 
 
@@ -253,7 +253,7 @@ def test_every_documented_route_survives_fuzz(served: Served) -> None:
     routes = [(p, m) for p, methods in document["paths"].items() for m in methods]
     random = np.random.default_rng(0)
     junk = [None, True, -1, 0, 10**30, 1e308, "", "\u0000", "x" * 3000, "policy@9", [], [[]], {},
-            {"a": {}}, ["", 1], "../../etc/passwd", "\ud83d\ude00"]  # fmt: skip
+            {"a": {}}, ["", 1], "../../etc/passwd", "\u00e9"]  # fmt: skip
     fields = ["model", "messages", "prompt", "n", "stop", "seed", "max_tokens", "temperature",
               "logprobs", "logit_bias", "stream", "action", "share", "version", "top_p",
               "stream_options", "echo", "min_tokens", "stop_token_ids", "other"]  # fmt: skip
