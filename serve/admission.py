@@ -25,7 +25,7 @@ ANONYMOUS = ApiKey(name="local", digest="", scopes=["query", "admin"], created_a
 _SAMPLING = {
     "model", "max_tokens", "temperature", "top_p", "n", "stop", "seed", "stream", "stream_options",
     "logprobs", "presence_penalty", "frequency_penalty", "logit_bias", "user", "top_k", "min_p",
-    "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "skip_special_tokens",
+    "repetition_penalty", "min_tokens", "ignore_eos", "skip_special_tokens",
     "return_token_ids",
 }  # fmt: skip
 FIELDS = {
@@ -215,6 +215,9 @@ def _check(value: object, depth: int) -> None:
     if isinstance(value, str):
         if any("\ud800" <= c <= "\udfff" for c in value):
             raise ValueError("a lone surrogate is not text")
+    elif isinstance(value, int | float):
+        if not -(2**63) <= value < 2**64:
+            raise ValueError("a number is out of range")
     elif isinstance(value, dict):
         for key, item in value.items():
             _check(key, depth)

@@ -252,11 +252,12 @@ def test_every_documented_route_survives_fuzz(served: Served) -> None:
     assert {"/v1/models", "/v1/completions", "/admin/release"} <= document["paths"].keys()
     routes = [(p, m) for p, methods in document["paths"].items() for m in methods]
     random = np.random.default_rng(0)
-    junk = [None, True, -1, 0, 10**30, 1e308, "", "\u0000", "x" * 3000, "policy@9", [], [[]], {},
-            {"a": {}}, ["", 1], "../../etc/passwd", "\u00e9"]  # fmt: skip
+    junk = [None, True, -1, 0, 10**30, 2**62, 1e18, "", "\u0000", "x" * 3000, "policy@9", [], [[]], {},
+            {"a": {}}, {"999999": 1}, {"-5": 9}, ["", 1], "../../etc/passwd", "\u00e9"]  # fmt: skip
     fields = ["model", "messages", "prompt", "n", "stop", "seed", "max_tokens", "temperature",
               "logprobs", "logit_bias", "stream", "action", "share", "version", "top_p",
-              "stream_options", "echo", "min_tokens", "stop_token_ids", "other"]  # fmt: skip
+              "stream_options", "echo", "min_tokens", "top_k", "min_p", "repetition_penalty",
+              "presence_penalty", "stop_token_ids", "other"]  # fmt: skip
     base = {"model": "policy", "prompt": "1", "max_tokens": 1}
     with httpx.Client(base_url=URL, timeout=60) as http:
         for round_ in range(400):

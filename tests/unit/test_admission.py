@@ -34,7 +34,7 @@ def request(authorization: str) -> Request:
     [b"", b"[]", b"{", b"\xff", b'{"a": NaN}', b'{"a": Infinity}', b'{"a": 1, "a": 2}',
      b'{"a": "\\ud800"}', b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}",
      b'{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", b'\xef\xbb\xbf{}',
-     b'{"a": 1' + b"0" * 5000 + b"}",
+     b'{"a": 1' + b"0" * 5000 + b"}", b'{"a": 1e999}', b'{"a": 18446744073709551616}',
     ],
 )  # fmt: skip
 def test_what_is_not_strict_json_is_a_400(data: bytes) -> None:
