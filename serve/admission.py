@@ -216,7 +216,7 @@ def _check(value: object, depth: int) -> None:
         if any("\ud800" <= c <= "\udfff" for c in value):
             raise ValueError("a lone surrogate is not text")
     elif isinstance(value, int | float):
-        if not -(2**63) <= value < 2**64:
+        if not -(2**63) <= value < 2**63:
             raise ValueError("a number is out of range")
     elif isinstance(value, dict):
         for key, item in value.items():
