@@ -252,8 +252,9 @@ def test_every_documented_route_survives_fuzz(served: Served) -> None:
     assert {"/v1/models", "/v1/completions", "/admin/release"} <= document["paths"].keys()
     routes = [(p, m) for p, methods in document["paths"].items() for m in methods]
     random = np.random.default_rng(0)
-    junk = [None, True, -1, 0, 10**30, 2**62, 1e18, "", "\u0000", "x" * 3000, "policy@9", [], [[]],
-            {}, {"a": {}}, {"999999": 1}, {"-5": 9}, ["", 1], "../../etc/passwd", "\u00e9"]  # fmt: skip
+    junk = [None, True, -1, 0, 10**30, 2**62, 1e18, "", "\u0000", "x" * 3000, "policy@9", [],
+            [[]], {}, {"a": {}}, {"999999": 1}, {"-5": 9}, ["", 1], "../../etc/passwd",
+            "\u00e9"]  # fmt: skip
     fields = ["model", "messages", "prompt", "n", "stop", "seed", "max_tokens", "temperature",
               "logprobs", "logit_bias", "stream", "action", "share", "version", "top_p",
               "stream_options", "echo", "min_tokens", "top_k", "min_p", "repetition_penalty",
