@@ -36,8 +36,10 @@ SHARED_FILE = "shared_file"  # registered by actors.weight_transfer in every eng
 class VllmEngine:
     """`AsyncLLM` behind the few calls Hone needs. Times in seconds, log-probs in nats."""
 
-    def __init__(self, settings: EngineSettings) -> None:
-        self._engine = AsyncLLM.from_engine_args(_engine_args(settings))
+    def __init__(
+        self, settings: EngineSettings, kind: type[AsyncLLM] = AsyncLLM, **overrides: Any
+    ) -> None:
+        self._engine = kind.from_engine_args(_engine_args(settings, overrides))
         self._request_ids = 0
         self.policy_version = 0
 
@@ -131,7 +133,7 @@ class VllmEngine:
         )
 
 
-def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
+def _engine_args(settings: EngineSettings, overrides: dict[str, Any]) -> AsyncEngineArgs:
     common: dict[str, Any] = {
         "model": str(settings.policy_dir),
         "dtype": settings.dtype,
@@ -142,6 +144,7 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         "enable_prefix_caching": True,
         "disable_log_stats": True,
         "weight_transfer_config": WeightTransferConfig(backend=SHARED_FILE),
+        **overrides,
     }
     if settings.is_gpu:
         return AsyncEngineArgs(

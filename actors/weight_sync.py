@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError
 
 from actors.fleet import EventSink, RolloutFleet, Worker, WorkerState
 from actors.stages import within
+from cluster import published
 from cluster.config import SyncSection
 from cluster.errors import StageError
 from cluster.types import TrajectoryGroup
@@ -107,6 +108,7 @@ class WeightSync:
         done = [result for result in results if result is not None]
         if not done:
             raise StageError("sync", f"no rollout engine holds policy version {policy_version}")
+        published.announce(self._directory, policy_version, path)
         return SyncReport(
             policy_version=policy_version,
             total_s=time.monotonic() - started,

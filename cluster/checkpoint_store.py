@@ -117,6 +117,17 @@ class CheckpointStore:
                 _log.error("checkpoint %s is damaged: %s", self._path(step), error)
         return whole
 
+    def states(self) -> list[tuple[Path, RunState]]:
+        """Complete checkpoints and their states, oldest first; bytes are not checked."""
+        found: list[tuple[Path, RunState]] = []
+        for step in self.steps():
+            try:
+                text = (self._path(step) / _STATE).read_bytes()
+                found.append((self._path(step), msgspec.json.decode(text, type=RunState)))
+            except (FileNotFoundError, msgspec.DecodeError):
+                continue  # removed or damaged meanwhile
+        return found
+
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first; looks no further than COMPLETE."""
         return [step for step in self._published() if (self._path(step) / _MARKER).is_file()]

@@ -75,13 +75,14 @@ def test_contracts_and_checks_import_without_the_heavy_libraries(modules: list[s
     assert answer.stdout.strip() == "[]"
 
 
-def test_only_the_engine_and_its_transfer_plug_in_import_vllm() -> None:
+def test_only_the_engines_and_their_transfer_plug_in_import_vllm() -> None:
     users = [
         path.relative_to(ROOT).as_posix()
         for path in SOURCES
         if re.search(r"^\s*(from|import) vllm\b", path.read_text(), re.MULTILINE)
     ]
-    assert users == ["actors/vllm_engine.py", "actors/weight_transfer.py"]
+    engines = ["actors/openai_engine.py", "actors/vllm_engine.py"]
+    assert users == [*engines, "actors/weight_transfer.py"]
 
 
 def test_the_packages_are_the_ones_of_this_repository() -> None:

@@ -1,0 +1,141 @@
+"""The admin routes: runs, status, curves, samples, versions and release actions; scope `admin`.
+
+Invariant: a route reads run directories that lie beside the served one and nothing else, and every
+change goes through `PolicyService.change`. The same routes feed the page, `serve.client` and the
+`hone` command.
+"""
+
+import base64
+import hashlib
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster import status as run_status
+from cluster.errors import ConfigError
+from cluster.run_dir import RunDir
+from serve.admission import Admission
+from serve.api_errors import ApiError
+from serve.service import PolicyService
+
+MAX_ROWS = 1000
+_SECURITY = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+}
+From = Annotated[int, Query(ge=0, le=2**53)]
+
+
+class ReleaseAction(BaseModel):
+    """One change of what `policy` means."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    action: Literal["canary", "promote", "rollback", "follow"]
+    version: Annotated[int | None, Field(ge=0, le=10**12)] = None
+    share: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+
+def attach(
+    app: FastAPI, service: PolicyService, admission: Admission, errors: dict[int | str, Any]
+) -> None:
+    """Add the admin routes and the page to `app`."""
+    runs_dir = service.home.path.parent
+    html = files("serve").joinpath("templates/dashboard.html").read_text()
+    policy = _content_policy(html)
+
+    def opened(request: Request, run: str) -> RunDir:
+        admission.identify(request, "admin")
+        return _find(runs_dir, run)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(html, headers=_SECURITY | {"Content-Security-Policy": policy})
+
+    @app.get("/admin/runs", responses=errors, summary="Runs beside the served one")
+    async def list_runs(request: Request) -> JSONResponse:
+        admission.identify(request, "admin")
+        names = sorted({p.parent.resolve().name for p in runs_dir.glob("*/config.yaml")})
+        return JSONResponse({"runs": names, "served": service.home.name})
+
+    @app.get("/admin/runs/{run}/status", responses=errors, summary="The state `hone status` shows")
+    async def status(request: Request, run: str) -> JSONResponse:
+        state = run_status.read(opened(request, run).path)
+        if state is None:
+            raise ApiError(404, f"run {run!r} has not reported yet", code="no_status")
+        return _json(state)
+
+    @app.get("/admin/runs/{run}/metrics", responses=errors, summary="Rows of metrics.jsonl")
+    async def metrics(request: Request, run: str, after: From = 0) -> JSONResponse:
+        rows = [row for row in opened(request, run).read_metrics() if row["step"] >= after]
+        return _json({"rows": rows[-MAX_ROWS:]})
+
+    @app.get("/admin/runs/{run}/events", responses=errors, summary="Last lines of events.jsonl")
+    async def events(request: Request, run: str) -> JSONResponse:
+        return _json({"events": opened(request, run).read_events()[-MAX_ROWS:]})
+
+    @app.get("/admin/runs/{run}/samples", responses=errors, summary="Trajectories of one step")
+    async def samples(request: Request, run: str, step: From) -> JSONResponse:
+        rows = opened(request, run).read_samples()
+        steps = sorted({row.step for row in rows})
+        return _json({"steps": steps, "samples": [row for row in rows if row.step == step]})
+
+    @app.get("/admin/versions", responses=errors, summary="Loadable versions and what is loaded")
+    async def versions(request: Request) -> JSONResponse:
+        admission.identify(request, "admin")
+        slots = [
+            {"policy_version": slot.policy_version, "running": slot.num_running,
+             "pause_s": slot.pause_s}
+            for slot in service.pool.slots
+        ]  # fmt: skip
+        return _json({"versions": service.library.versions(), "engines": slots})
+
+    @app.get("/admin/release", responses=errors, summary="What `policy` means now")
+    async def release(request: Request) -> JSONResponse:
+        admission.identify(request, "admin")
+        return _json(_release(service))
+
+    @app.post("/admin/release", responses=errors, summary="Canary, promote, roll back or follow")
+    async def change(request: Request, action: ReleaseAction) -> JSONResponse:
+        key = admission.identify(request, "admin")
+        await service.change(action.action, action.version, action.share, key.name)
+        return _json(_release(service))
+
+
+def _content_policy(html: str) -> str:
+    """The page may run its own script and talk to its own server, and nothing else."""
+    script = html.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def _release(service: PolicyService) -> dict[str, Any]:
+    state = msgspec.to_builtins(service.release.state)
+    return {"state": state, "problem": service.last_problem}
+
+
+def _find(parent: Path, run: str) -> RunDir:
+    """A run by its plain name; paths are not names."""
+    if "/" in run or "\\" in run or run.startswith("."):
+        raise ApiError(404, "no such run", code="run_not_found")
+    try:
+        return RunDir.open(run, parent) if (parent / run / "config.yaml").is_file() else _none(run)
+    except ConfigError:
+        return _none(run)
+
+
+def _none(run: str) -> RunDir:
+    raise ApiError(404, f"no run {run[:80]!r}", code="run_not_found")
+
+
+def _json(value: object) -> JSONResponse:
+    return JSONResponse(msgspec.to_builtins(value))

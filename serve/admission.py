@@ -1,0 +1,227 @@
+"""Who may send what, and how much of it: keys, sizes, rates and the queue bound.
+
+Invariant: a request that is refused here has cost no engine time, and its refusal says when to come
+again (429 with Retry-After) or which bound it broke (400, 413). Rates count per key and replica.
+"""
+
+# pyright: basic
+
+import json
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import msgspec
+from starlette.requests import Request
+
+from serve.api_errors import ApiError
+from serve.api_keys import ApiKey, KeyStore, Scope
+
+MAX_DEPTH = 64
+ANONYMOUS = ApiKey(name="local", digest="", scopes=["query", "admin"], created_at=0.0)
+
+# What OpenAI documents, and vLLM's sampling extras that cost no more than they do.
+_SAMPLING = {
+    "model", "max_tokens", "temperature", "top_p", "n", "stop", "seed", "stream", "stream_options",
+    "logprobs", "presence_penalty", "frequency_penalty", "logit_bias", "user", "top_k", "min_p",
+    "repetition_penalty", "min_tokens", "ignore_eos", "skip_special_tokens",
+    "return_token_ids",
+}  # fmt: skip
+FIELDS = {
+    "chat": _SAMPLING
+    | {"messages", "max_completion_tokens", "top_logprobs", "store", "metadata", "service_tier"},
+    "completion": _SAMPLING | {"prompt", "echo"},
+}
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds of one replica. Rates are per key; 0 lifts a rate."""
+
+    body_bytes: int = 2 * 2**20
+    messages: int = 512
+    choices: int = 16
+    stops: int = 4
+    requests_per_minute: int = 1200
+    tokens_per_minute: int = 2_000_000
+    running: int = 256
+    queued: int = 512
+    deadline_s: float = 300.0
+
+
+class Admission:
+    """The door of one replica. Example: `key = admission.identify(request, "query")`."""
+
+    def __init__(self, keys: KeyStore, limits: Limits, is_open: bool) -> None:
+        self.limits = limits
+        self.num_inside = 0
+        self._keys = keys
+        self._is_open = is_open
+        self._requests: dict[str, Bucket] = {}
+        self._tokens: dict[str, Bucket] = {}
+
+    def identify(self, request: Request, scope: Scope) -> ApiKey:
+        """The key of a request; 401 without a valid one, 403 when it lacks `scope`."""
+        if self._is_open:
+            return ANONYMOUS
+        kind, _, secret = request.headers.get("authorization", "").partition(" ")
+        key = self._keys.find(secret.strip()) if kind.lower() == "bearer" and secret else None
+        if key is None:
+            raise ApiError(
+                401, "a valid API key is required: Authorization: Bearer KEY",
+                code="invalid_api_key",
+            )  # fmt: skip
+        if scope not in key.scopes:
+            raise ApiError(403, f"this key lacks the scope {scope!r}", code="insufficient_scope")
+        return key
+
+    def charge_request(self, key: ApiKey) -> None:
+        """Count one request; 429 when the key is above a rate."""
+        limits = self.limits
+        rates = (
+            ("requests", self._requests, limits.requests_per_minute, 1.0),
+            ("tokens", self._tokens, limits.tokens_per_minute, 0.0),
+        )
+        for what, buckets, per_minute, cost in rates:
+            if per_minute == 0:
+                continue
+            bucket = buckets.setdefault(key.name, Bucket(per_minute / 60.0, 2.0 * per_minute))
+            wait_s = bucket.take(cost, time.monotonic())
+            if wait_s > 0:
+                raise ApiError(
+                    429, f"rate limit: {per_minute} {what} per minute for this key",
+                    code="rate_limit_exceeded", retry_after_s=wait_s,
+                )  # fmt: skip
+
+    def charge_tokens(self, key: ApiKey, num_tokens: int) -> None:
+        """Count what a finished request cost; later requests wait for it."""
+        bucket = self._tokens.get(key.name)
+        if bucket is not None:
+            bucket.level -= num_tokens
+
+    @contextmanager
+    def place(self) -> Generator[None]:
+        """A place among running and queued requests; 429 when all are taken."""
+        bound = self.limits.running + self.limits.queued
+        if self.num_inside >= bound:
+            raise ApiError(
+                429, f"{bound} requests are running or queued: all places are taken",
+                code="queue_full", retry_after_s=1.0,
+            )  # fmt: skip
+        self.num_inside += 1
+        try:
+            yield
+        finally:
+            self.num_inside -= 1
+
+
+class Bucket:
+    """A token bucket: `rate` per second, at most `capacity` saved up."""
+
+    def __init__(self, rate: float, capacity: float) -> None:
+        self._rate = rate
+        self._capacity = max(1.0, capacity)
+        self.level = self._capacity
+        self._filled_at = time.monotonic()
+
+    def take(self, cost: float, now: float) -> float:
+        """0 and the cost is taken, or the seconds until it could be."""
+        self.level = min(self._capacity, self.level + (now - self._filled_at) * self._rate)
+        self._filled_at = now
+        if self.level < max(cost, 0.0) or self.level < 0:
+            return (max(cost, 0.0) - self.level) / self._rate
+        self.level -= cost
+        return 0.0
+
+
+async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
+    """The body as a JSON object, strict: 413 too large, 415 no JSON type, 400 anything else."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "Content-Type must be application/json", code="unsupported_media_type")
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > max_bytes:
+            raise ApiError(413, f"the body must be at most {max_bytes} bytes", code="too_large")
+    return parse_json(bytes(data))
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """Strict JSON: an object, no NaN, no doubled keys, no lone surrogates, bounded depth."""
+    try:
+        text = data.decode("utf-8")
+        body: object = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_doubles)
+        _check(body, MAX_DEPTH)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
+        raise ApiError(400, f"the body must be strict JSON: {reason[:200]}") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    return body
+
+
+def check_body(api: str, body: dict[str, Any], limits: Limits) -> None:
+    """Bounds that hold before an engine sees the request; 400 with the field in `param`."""
+    unknown = sorted(body.keys() - FIELDS[api])
+    if unknown:
+        _refuse(unknown[0][:60], "is not a field of this request")
+    messages, stop, n = body.get("messages"), body.get("stop"), body.get("n")
+    if api == "chat" and not (isinstance(messages, list) and messages):
+        _refuse("messages", "must be a list of at least one message")
+    if isinstance(messages, list) and len(messages) > limits.messages:
+        _refuse("messages", f"must be at most {limits.messages} messages")
+    if isinstance(stop, list) and (len(stop) > limits.stops or "" in stop):
+        _refuse("stop", f"must be at most {limits.stops} strings that are not empty")
+    if n is not None and not (type(n) is int and 1 <= n <= limits.choices):
+        _refuse("n", f"must be 1 to {limits.choices}")
+    for name in ("max_tokens", "max_completion_tokens"):
+        value = body.get(name)
+        if value is not None and not (type(value) is int and value >= 1):
+            _refuse(name, "must be an integer of at least 1")
+    stream = body.get("stream")
+    if stream is not None and type(stream) is not bool:
+        _refuse("stream", "must be true or false")
+    seed = body.get("seed")
+    if seed is not None and not (type(seed) is int and -(2**63) <= seed < 2**63):
+        _refuse("seed", "must be a 64-bit integer")
+    prompt = body.get("prompt")
+    if (
+        isinstance(prompt, list)
+        and len(prompt) > limits.messages
+        and not all(type(part) is int for part in prompt)
+    ):
+        _refuse("prompt", f"must be at most {limits.messages} prompts")
+
+
+def _refuse(param: str, reason: str) -> NoReturn:
+    raise ApiError(400, f"{param}: {reason}", param=param)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object names a key twice")
+    return found
+
+
+def _check(value: object, depth: int) -> None:
+    if depth == 0:
+        raise ValueError(f"nested deeper than {MAX_DEPTH}")
+    if isinstance(value, str):
+        if any("\ud800" <= c <= "\udfff" for c in value):
+            raise ValueError("a lone surrogate is not text")
+    elif isinstance(value, int | float):
+        if not -(2**63) <= value < 2**63:
+            raise ValueError("a number is out of range")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check(key, depth)
+            _check(item, depth - 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check(item, depth - 1)

@@ -1,0 +1,146 @@
+"""The Ray Serve application of the policy endpoint: replicas, health, and how it is started.
+
+Invariant: the HTTP door binds to loopback unless asked otherwise, and never opens on another
+address without keys. Stopping takes the engines, their processes and their weight files with it.
+"""
+
+# pyright: basic
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve as ray_serve
+from ray.serve.config import HTTPOptions
+
+from actors.placement import QUIET_ENV
+from cluster import log
+from cluster.errors import StageError
+from cluster.run_dir import RunDir
+from serve.endpoint_settings import Door, EndpointSettings, check
+from serve.service import PolicyService
+
+APP = "hone-policy"
+HEALTH_S = 10.0
+MAX_STARTS = 2
+# Ray Serve kills a proxy that is not up in 5 s, which a busy two-core machine does not manage.
+_PATIENCE = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "55",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+}
+
+
+class PolicyReplica:
+    """One replica: a `PolicyService` with the application on top of it."""
+
+    async def __init__(self, settings: EndpointSettings) -> None:
+        log.setup("endpoint", settings.home)
+        self._service = PolicyService(settings)
+        await self._service.open()
+
+    def __serve_build_asgi_app__(self) -> Any:
+        from serve import http_api
+
+        return http_api.build(self._service)
+
+    async def check_health(self) -> None:
+        """Ray Serve replaces a replica that raises here."""
+        if not await self._service.is_healthy():
+            raise StageError("endpoint", "an engine is gone")
+
+    async def __del__(self) -> None:
+        await self._service.close()
+
+
+@contextmanager
+def running(
+    settings: EndpointSettings, door: Door, *, replicas: int = 1, address: str = "local"
+) -> Generator[str]:
+    """The endpoint, answering; yields its URL. `StageError` when no engine came up."""
+    check(settings, door)
+    files = RunDir(settings.home).weights
+    try:
+        with _cluster(address):
+            try:
+                _deploy(settings, door, replicas)
+                yield door.url
+            finally:
+                ray_serve.shutdown()
+    finally:
+        shutil.rmtree(files.with_name(f"{files.name}-endpoint"), ignore_errors=True)
+
+
+def _deploy(settings: EndpointSettings, door: Door, replicas: int) -> None:
+    env = QUIET_ENV | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    if not settings.engine.is_gpu:
+        threads = max(1, (os.cpu_count() or 1) // (replicas * settings.max_engines))
+        env |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    ray_serve.start(
+        proxy_location="HeadOnly",
+        http_options=HTTPOptions(
+            host=door.host,
+            port=door.port,
+            ssl_keyfile=door.tls_key,
+            ssl_certfile=door.tls_cert,
+        ),
+    )
+    deployment: Any = ray_serve.deployment(
+        ray_serve.ingress()(PolicyReplica),
+        name="policy",
+        num_replicas=replicas,
+        max_ongoing_requests=2 * (settings.limits.running + settings.limits.queued),
+        health_check_period_s=HEALTH_S,
+        graceful_shutdown_timeout_s=HEALTH_S,
+        max_constructor_retry_count=MAX_STARTS,
+        ray_actor_options={
+            "num_cpus": 1,
+            "num_gpus": settings.engine.tensor_parallel_size if settings.engine.is_gpu else 0,
+            "runtime_env": {"env_vars": env},
+        },
+    )
+    try:
+        ray_serve.run(deployment.bind(settings), name=APP, route_prefix="/")
+    except RuntimeError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise StageError("endpoint", f"{last} (log: {settings.home}/logs/endpoint.log)") from error
+
+
+@contextmanager
+def _cluster(address: str) -> Generator[None]:
+    """A Ray of our own on loopback, or the one at `address`."""
+    os.environ.update(QUIET_ENV | _PATIENCE)
+    common: dict[str, Any] = {
+        "namespace": "hone",
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+    }
+    if address != "local":
+        ray.init(address=address, **common)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    temporary = Path(tempfile.mkdtemp(prefix="hone-", dir="/tmp"))  # short: it holds unix sockets
+    paths = [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(4, os.cpu_count() or 1),
+            include_dashboard=False,
+            _temp_dir=str(temporary),
+            runtime_env={
+                "env_vars": _PATIENCE | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+            },
+            **common,
+        )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(temporary, ignore_errors=True)

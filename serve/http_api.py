@@ -1,0 +1,156 @@
+"""The HTTP face of the endpoint: OpenAI's routes for everyone with a key, admin routes beside them.
+
+Invariant: every route but the health check, the page and the API document asks for a key of its
+scope before it reads a body, and every failure leaves as OpenAI's error object. vLLM's own control
+routes (pause, weight update) are not mounted.
+"""
+
+import asyncio
+import logging
+import time
+import uuid
+from contextlib import AsyncExitStack
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from actors.openai_engine import Api
+from serve.admission import Admission, check_body, read_json
+from serve.api_errors import ApiError, error_body, from_engine
+from serve.api_keys import ApiKey, KeyStore
+from serve.service import NAME, PolicyService
+
+logger = logging.getLogger(__name__)
+_BODY = {"content": {"application/json": {"schema": {"type": "object"}}}, "required": True}
+_ERROR: dict[str, Any] = {
+    "description": "OpenAI's error object",
+    "content": {"application/json": {}},
+}
+_STATUSES = (400, 401, 403, 404, 409, 413, 415, 429, 503)
+_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(_STATUSES, _ERROR)
+
+
+def build(service: PolicyService) -> FastAPI:
+    """The whole application of one replica."""
+    from serve import admin_api
+
+    settings = service.settings
+    admission = Admission(KeyStore(settings.keys), settings.limits, settings.is_open)
+    app = FastAPI(title="Hone policy endpoint", version="1", docs_url=None, redoc_url=None)
+    _handle_errors(app)
+
+    @app.get("/health", summary="Whether the engines run; needs no key")
+    async def health() -> JSONResponse:
+        is_healthy = await service.is_healthy()
+        return JSONResponse({"ok": is_healthy}, 200 if is_healthy else 503)
+
+    @app.get("/v1/models", responses=_ERRORS, summary="Names that requests may use")
+    async def models(request: Request) -> JSONResponse:
+        admission.identify(request, "query")
+        names = [NAME, f"{NAME}@latest"]
+        names += [f"{NAME}@{v.policy_version}" for v in service.library.versions()]
+        length = settings.engine.context_length
+        cards = [
+            {"id": n, "object": "model", "created": 0, "owned_by": "hone", "max_model_len": length}
+            for n in names
+        ]
+        return JSONResponse({"object": "list", "data": cards})
+
+    @app.post("/v1/chat/completions", responses=_ERRORS, openapi_extra={"requestBody": _BODY})
+    async def chat(request: Request) -> Response:
+        return await _complete(service, admission, "chat", request)
+
+    @app.post("/v1/completions", responses=_ERRORS, openapi_extra={"requestBody": _BODY})
+    async def completions(request: Request) -> Response:
+        return await _complete(service, admission, "completion", request)
+
+    admin_api.attach(app, service, admission, _ERRORS)
+    return app
+
+
+async def _complete(
+    service: PolicyService, admission: Admission, api: Api, request: Request
+) -> Response:
+    key = admission.identify(request, "query")
+    admission.charge_request(key)
+    limits = admission.limits
+    body = await read_json(request, limits.body_bytes)
+    check_body(api, body, limits)
+    stack = AsyncExitStack()
+    try:
+        stack.enter_context(admission.place())
+        async with asyncio.timeout(limits.deadline_s):
+            answer = await service.answer(api, body)
+        stack.push_async_callback(answer.stack.aclose)
+        stack.callback(lambda: _charge(admission, key, answer.trace))
+        headers = {
+            "x-policy-version": ",".join(map(str, answer.policy_versions)),
+            "x-request-id": uuid.uuid4().hex,
+        }
+        reply = answer.reply
+        if reply.events is not None:
+            return _Stream(
+                reply.events,
+                headers=headers | {"Cache-Control": "no-cache"},
+                media_type="text/event-stream",
+                sent=stack.pop_all(),
+                deadline_s=limits.deadline_s,
+            )
+        content = reply.body if reply.status < 400 else from_engine(reply.status, reply.body)
+        return JSONResponse(content, reply.status, headers)
+    except TimeoutError:
+        raise ApiError(
+            504, f"not finished in {limits.deadline_s:.0f} s", code="deadline_exceeded"
+        ) from None
+    finally:
+        await stack.aclose()
+
+
+def _charge(admission: Admission, key: ApiKey, trace: Any) -> None:
+    admission.charge_tokens(key, trace.num_prompt_tokens + trace.num_output_tokens)
+
+
+class _Stream(StreamingResponse):
+    """A stream that gives its places back however it ends."""
+
+    def __init__(
+        self, content: Any, *, sent: AsyncExitStack, deadline_s: float, **options: Any
+    ) -> None:
+        super().__init__(content, **options)
+        self._sent = sent
+        self._deadline_s = deadline_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._sent, asyncio.timeout(self._deadline_s):
+            await super().__call__(scope, receive, send)
+
+
+def _handle_errors(app: FastAPI) -> None:
+    async def refused(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        return error.response()
+
+    async def malformed(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"] if part != "body")
+        return JSONResponse(error_body(400, f"{param}: {first['msg']}", param=param or None), 400)
+
+    async def unrouted(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        body = error_body(error.status_code, str(error.detail))
+        return JSONResponse(body, error.status_code, error.headers)
+
+    async def broken(request: Request, error: Exception) -> Response:
+        logger.error("%s failed at %.3f", request.url.path, time.time(), exc_info=error)
+        return JSONResponse(error_body(500, "the endpoint failed; see its log"), 500)
+
+    app.add_exception_handler(ApiError, refused)
+    app.add_exception_handler(RequestValidationError, malformed)
+    app.add_exception_handler(HTTPException, unrouted)
+    app.add_exception_handler(Exception, broken)

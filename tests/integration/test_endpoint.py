@@ -1,0 +1,348 @@
+"""The policy endpoint as its users meet it: the official client against a real Ray Serve app.
+
+One endpoint serves the whole module (an engine takes half a minute to load), so the tests are one
+story in order: query, follow, pin, canary, promote, roll back, guard.
+"""
+
+import asyncio
+import io
+import json
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cluster.config import Config
+from cluster.run_dir import RunDir, Sample
+from cluster.types import Verdict
+from serve import chat, endpoint, endpoint_settings
+from serve.api_keys import KeyStore
+from serve.client import AdminClient, AdminError, Runs
+from tests import browser
+from tests.endpoint_cases import Publisher, make_run, publish, put
+
+PORT = 18231
+URL = f"http://127.0.0.1:{PORT}"
+
+
+class Served:
+    def __init__(self, run: RunDir, query: str, admin: str) -> None:
+        self.run, self.query, self.admin = run, query, admin
+        self.client = openai.OpenAI(base_url=f"{URL}/v1", api_key=query, max_retries=0)
+
+    def post(self, path: str, key: str | None = None, **options: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key or self.query}"}
+        headers |= options.pop("headers", {})
+        return httpx.post(URL + path, headers=headers, timeout=120, **options)
+
+    def release(self, **action: Any) -> dict[str, Any]:
+        answer = self.post("/admin/release", self.admin, json=action)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["state"]
+
+    def state(self) -> dict[str, Any]:
+        headers = {"Authorization": f"Bearer {self.admin}"}
+        return httpx.get(f"{URL}/admin/release", headers=headers).json()["state"]
+
+    def events(self, kind: str) -> list[dict[str, object]]:
+        return [event.fields for event in self.run.read_events() if event.kind == kind]
+
+    def ask(self, model: str = "policy", **options: Any) -> Any:
+        options = {"max_tokens": 8, "temperature": 1.0, "seed": 1} | options
+        return self.client.completions.create(model=model, prompt="1 + 2 =", **options)
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def served(
+    tiny_config: Config, tiny_policy_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    runs = tmp_path_factory.mktemp("runs")
+    run = make_run(tiny_config, tiny_policy_dir, runs)
+    publish(run, 1)
+    keys = KeyStore(runs / "keys.json")
+    query, admin = keys.create("tester", ["query"]), keys.create("operator", ["admin"])
+    settings = endpoint_settings.resolve(
+        str(run.path), runs=runs,
+        overrides=["guards.window_s=20", "limits.requests_per_minute=0", "limits.running=64"],
+    )  # fmt: skip
+    with endpoint.running(settings, endpoint_settings.Door(port=PORT)):
+        yield Served(run, query, admin)
+
+
+def test_models_are_listed_and_all_forms_of_request_work(served: Served) -> None:
+    names = [model.id for model in served.client.models.list()]
+    assert names == ["policy", "policy@latest", "policy@1"]
+    chat = served.client.chat.completions.create(
+        model="policy", messages=[{"role": "user", "content": "1 + 2 ="}], n=2, seed=3,
+        max_tokens=8, logprobs=True, top_logprobs=2, stop=["\n"],
+    )  # fmt: skip
+    assert chat.model == "policy@1"
+    assert len(chat.choices) == 2
+    assert chat.usage.completion_tokens == sum(len(c.logprobs.content) for c in chat.choices)
+    assert {span["policy_version"] for span in chat.policy_versions} == {1}
+    first, same, other = served.ask(), served.ask(), served.ask(seed=2)
+    assert first.choices[0].text == same.choices[0].text != other.choices[0].text
+    assert first.choices[0].finish_reason == "length"
+
+
+def test_a_stream_carries_text_usage_and_versions(served: Served) -> None:
+    whole = served.ask(max_tokens=20)
+    chunks = list(served.ask(max_tokens=20, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
+    assert chunks[-1].usage.completion_tokens == 20
+    [last] = [c for c in chunks if c.choices and c.choices[0].finish_reason]
+    assert last.policy_versions == [{"choice": 0, "policy_version": 1, "start": 0, "end": 20}]
+    assert {c.model for c in chunks} == {"policy@1"}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"messages": "x"}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": "1"}], "n": 17}, 400, "n"),
+        ({"messages": [{"role": "user", "content": "1"}], "temperature": -1}, 400, "temperature"),
+        ({"messages": [{"role": "user", "content": "1"}], "max_tokens": 10**6}, 400, "max_tokens"),
+        ({"messages": [{"role": "user", "content": "1"}], "kv_transfer_params": {}}, 400,
+         "kv_transfer_params"),
+        ({"messages": [{"role": "user", "content": "1" * 500}]}, 400, "input_tokens"),
+    ],
+)  # fmt: skip
+def test_a_bad_request_is_refused_as_openai_does(
+    served: Served, body: dict[str, Any], status: int, param: str
+) -> None:
+    answer = served.post("/v1/chat/completions", json={"model": "policy", **body})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (status, param), error
+    assert error["type"] == "invalid_request_error"
+    assert error["message"]
+
+
+def test_the_client_sees_the_right_exceptions(served: Served) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        served.ask("policy@77")
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.AuthenticationError) as unknown:
+        openai.OpenAI(base_url=f"{URL}/v1", api_key="hone-wrong").models.list()
+    assert unknown.value.code == "invalid_api_key"
+    assert served.post("/admin/release", json={"action": "follow"}).status_code == 403
+    assert served.post("/v1/completions", content=b"{}" * 2**21, headers={
+        "Content-Type": "application/json"}).status_code == 413  # fmt: skip
+    assert served.post("/v1/completions", content=b'{"a":NaN}', headers={
+        "Content-Type": "application/json"}).status_code == 400  # fmt: skip
+    assert served.post("/pause").status_code == 404
+
+
+def test_requests_live_through_weight_updates(served: Served) -> None:
+    """Long answers across 6 updates: none fails, none is cut, spans are honest."""
+    publisher = Publisher(served.run, first=2, count=6, every_s=0.5)
+
+    async def load() -> list[Any]:
+        client = openai.AsyncOpenAI(base_url=f"{URL}/v1", api_key=served.query, max_retries=0)
+        gate = asyncio.Semaphore(16)
+
+        async def one(seed: int) -> Any:
+            async with gate:
+                return await client.completions.create(
+                    model="policy", prompt="1 + 2 =", max_tokens=100, seed=seed,
+                    temperature=1.0, extra_body={"ignore_eos": True},
+                )  # fmt: skip
+
+        publisher.start()
+        return await asyncio.gather(*[one(seed) for seed in range(200)])
+
+    answers = asyncio.run(load())
+    publisher.join()
+    crossed = 0
+    for answer in answers:
+        spans = answer.policy_versions
+        assert answer.usage.completion_tokens == 100
+        assert (spans[0]["start"], spans[-1]["end"]) == (0, 100)
+        assert all(a["end"] == b["start"] for a, b in pairwise(spans))
+        crossed += len(spans) > 1
+    assert crossed > 0
+    until(lambda: served.ask().model == "policy@7")
+
+
+def test_the_weights_that_answer_are_the_published_ones(served: Served) -> None:
+    """Log-probs of the endpoint equal those of the published file in transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    answer = served.ask(max_tokens=12, logprobs=0, extra_body={"return_token_ids": True})
+    choice = answer.choices[0]
+    model = AutoModelForCausalLM.from_pretrained(served.run.policy, dtype=torch.float32)
+    path = served.run.weights / "policy_00000007.safetensors"
+    model.load_state_dict(load_file(path), strict=False)
+    prompt = AutoTokenizer.from_pretrained(served.run.policy).encode("1 + 2 =")
+    tokens = torch.tensor([prompt + choice.token_ids])
+    with torch.no_grad():
+        logprobs = model(tokens).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+    expected = logprobs.gather(1, tokens[0, len(prompt) :, None])[:, 0].numpy()
+    assert np.abs(expected - np.array(choice.logprobs.token_logprobs)).max() < 1e-4
+
+
+def test_a_broken_file_is_refused_and_the_old_version_goes_on(served: Served) -> None:
+    tensors = load_file(served.run.policy / "model.safetensors")
+    name = next(iter(tensors))
+    put(served.run, 8, tensors | {name: torch.full_like(tensors[name], torch.nan)})
+    until(lambda: bool(served.events("release_refused")))
+    [event] = served.events("release_refused")
+    assert event["version"] == 8
+    assert "not finite" in str(event["reason"])
+    assert served.ask().model == "policy@7"
+
+
+def test_a_pinned_version_stays_while_the_policy_moves(served: Served) -> None:
+    """The first pin starts a second engine; it answers with the old weights, exactly."""
+    pinned = served.ask("policy@7", max_tokens=30)
+    publish(served.run, 9)
+    until(lambda: served.ask().model == "policy@9")
+    again = served.ask("policy@7", max_tokens=30)
+    assert again.model == "policy@7"
+    assert again.choices[0].text == pinned.choices[0].text
+    assert served.ask("policy@latest").model == "policy@9"
+
+
+def test_a_canary_gets_its_share_and_is_promoted(served: Served) -> None:
+    state = served.release(action="canary", version=7, share=0.25)
+    assert (state["stable"], state["canary"], state["is_following"]) == (9, 7, False)
+    models = [served.ask(max_tokens=1).model for _ in range(40)]
+    assert models.count("policy@7") == 10
+    assert models.count("policy@9") == 30
+    assert served.release(action="promote")["stable"] == 7
+    assert {served.ask(max_tokens=1).model for _ in range(4)} == {"policy@7"}
+    assert served.release(action="rollback")["stable"] == 9
+    assert served.ask(max_tokens=1).model == "policy@9"
+    kinds = [event.kind for event in served.run.read_events()]
+    assert {"release_canary", "release_promoted", "release_rolled_back"} <= set(kinds)
+
+
+def test_an_eval_drop_rolls_a_canary_back_by_itself(served: Served) -> None:
+    publish(served.run, 10)
+    until(lambda: "policy@10" in [model.id for model in served.client.models.list()])
+    served.release(action="canary", version=10, share=0.5)
+    served.run.append_metrics(9, {"policy_version": 9, "eval/pass@1": 0.8})
+    served.run.append_metrics(10, {"policy_version": 10, "eval/pass@1": 0.3})
+    until(lambda: served.state()["canary"] is None, timeout_s=10)
+    state = served.state()
+    assert (state["stable"], state["refused"]) == (9, [7, 8, 10])
+    last = served.events("release_rolled_back")[-1]
+    assert last["author"] == "guard"
+    assert "held-out pass@1" in str(last["reason"])
+    assert {served.ask(max_tokens=1).model for _ in range(4)} == {"policy@9"}
+
+
+def test_every_documented_route_survives_fuzz(served: Served) -> None:
+    """Random bodies, parameters and paths on every route of the API document: never a 5xx."""
+    document = httpx.get(f"{URL}/openapi.json").json()
+    assert {"/v1/models", "/v1/completions", "/admin/release"} <= document["paths"].keys()
+    routes = [(p, m) for p, methods in document["paths"].items() for m in methods]
+    random = np.random.default_rng(0)
+    junk = [None, True, -1, 0, 10**30, 2**62, 1e18, "", "\u0000", "x" * 3000, "policy@9", [],
+            [[]], {}, {"a": {}}, {"999999": 1}, {"-5": 9}, ["", 1], "../../etc/passwd",
+            "\u00e9"]  # fmt: skip
+    fields = ["model", "messages", "prompt", "n", "stop", "seed", "max_tokens", "temperature",
+              "logprobs", "logit_bias", "stream", "action", "share", "version", "top_p",
+              "stream_options", "echo", "min_tokens", "top_k", "min_p", "repetition_penalty",
+              "presence_penalty", "stop_token_ids", "other"]  # fmt: skip
+    base = {"model": "policy", "prompt": "1", "max_tokens": 1}
+    with httpx.Client(base_url=URL, timeout=60) as http:
+        for round_ in range(400):
+            path, method = routes[round_ % len(routes)]
+            chosen = random.choice(fields, 3, replace=False)
+            body = {f: junk[random.integers(len(junk))] for f in chosen}
+            if random.random() < 0.5:
+                body = base | body
+            if body.get("action") in ("canary", "promote", "rollback", "follow"):
+                continue
+            run = ("demo", "..", "%2e%2e%2f", "a" * 300)[random.integers(4)]
+            answer = http.request(
+                method, path.replace("{run}", run),
+                params={"step": str(junk[random.integers(len(junk))])[:200]},
+                headers={"Authorization": f"Bearer {(served.query, served.admin)[round_ % 2]}"},
+                **({"json": body} if method == "post" else {}),
+            )  # fmt: skip
+            assert answer.status_code < 500, (path, body, answer.text)
+            if answer.status_code >= 400:
+                assert answer.json()["error"]["message"], (path, body)
+
+
+def test_the_admin_client_speaks_the_api(served: Served) -> None:
+    with AdminClient(URL, served.admin) as admin:
+        assert admin.runs() == Runs(runs=["demo"], served="demo")
+        assert admin.release().stable == 9
+        assert admin.metrics("demo", after=10)[0]["eval/pass@1"] == 0.3
+        assert [v.policy_version for v in admin.versions().versions][-1] == 10
+        assert admin.events("demo")[-1].kind == "release_rolled_back"
+        with pytest.raises(AdminError, match="404 model_not_found"):
+            admin.promote(77)
+    with AdminClient(URL, served.query) as admin, pytest.raises(AdminError, match="403"):
+        admin.release()
+
+
+def test_a_conversation_in_the_terminal(served: Served) -> None:
+    sink = io.StringIO()
+    source = io.StringIO("1 + 2 =\n/new\n3 + 4 =\n\n")
+    chat.talk(chat.connect(URL, served.query), "policy", source, sink, max_tokens=8)
+    assert sink.getvalue().count("[policy@9]") == 2
+    assert "\x1b" not in sink.getvalue()
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium")
+def test_the_page_shows_the_run_and_changes_the_release(served: Served) -> None:
+    """Curves move, a trajectory shows its text, a promotion takes effect, phone width fits."""
+    sample = Sample(step=9, group_id="group-1", task_id="t", prompt="1 + 2 =",
+                    completion="<b>3</b>", reward=1.0, policy_version=9, status="completed",
+                    verdicts=[Verdict(score=1.0, name="correct", evidence="3 = 3")])  # fmt: skip
+    served.run.append_sample(sample)
+    for step in range(1, 5):
+        served.run.append_metrics(step, {"reward/mean": step / 10, "policy/entropy": 1 / step})
+    with browser.Browser() as page:
+        page.go(URL)
+        page.until("!document.getElementById('login').hidden")
+        page.run(f"document.getElementById('key').value = {served.admin!r}")
+        page.run("document.querySelector('#login button').click()")
+        page.until("document.querySelectorAll('#curves polyline').length >= 2")
+        before = page.run("document.querySelector('#curves polyline').getAttribute('points')")
+        served.run.append_metrics(5, {"reward/mean": 0.9})
+        page.until(
+            "document.querySelector('#curves polyline').getAttribute('points') != "
+            + json.dumps(before)
+        )
+        text = page.until("document.querySelector('#samples-a article')?.innerText")
+        assert "<b>3</b>" in text
+        assert "correct 1.00 3 = 3" in text
+        page.run("document.getElementById('version').value = '10'")
+        page.run("document.querySelector('[data-action=promote]').click()")
+        page.until("document.getElementById('release').textContent.includes('version 10')")
+        assert served.ask(max_tokens=1).model == "policy@10"
+        unnamed = page.run(
+            "[...document.querySelectorAll('button, select, input')].filter((e) => "
+            "!(e.textContent.trim() && e.tagName == 'BUTTON') && !e.labels?.length).length"
+        )
+        assert unnamed == 0
+        page.go(URL, width=375, height=800)
+        page.until("document.querySelectorAll('#curves polyline').length >= 2")
+        assert page.run("document.documentElement.scrollWidth") <= 375
+
+
+def test_secrets_are_in_no_file_of_the_run(served: Served) -> None:
+    for path in served.run.path.parent.rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            assert served.query.encode() not in data, path
+            assert served.admin.encode() not in data, path

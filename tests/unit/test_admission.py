@@ -1,0 +1,117 @@
+"""What the door refuses before an engine sees it: bodies, rates, places, scopes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.requests import Request
+
+from serve.admission import Admission, Bucket, Limits, check_body, parse_json
+from serve.api_errors import ApiError
+from serve.api_keys import KeyStore
+
+CHAT = {"model": "policy", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def problem(call: Callable[[], object]) -> ApiError | None:
+    try:
+        call()
+    except ApiError as error:
+        return error
+    return None
+
+
+def request(authorization: str) -> Request:
+    headers = [(b"authorization", authorization.encode())] if authorization else []
+    return Request({"type": "http", "headers": headers})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"[]", b"{", b"\xff", b'{"a": NaN}', b'{"a": Infinity}', b'{"a": 1, "a": 2}',
+     b'{"a": "\\ud800"}', b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}",
+     b'{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", b'\xef\xbb\xbf{}',
+     b'{"a": 1' + b"0" * 5000 + b"}", b'{"a": 1e999}', b'{"a": 18446744073709551616}',
+    ],
+)  # fmt: skip
+def test_what_is_not_strict_json_is_a_400(data: bytes) -> None:
+    with pytest.raises(ApiError) as refused:
+        parse_json(data)
+    assert refused.value.status == 400
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_an_object_or_a_400(data: bytes) -> None:
+    error = problem(lambda: parse_json(data))
+    assert error is None or error.status == 400
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["messages", "n", "stop", "seed", "stream", "max_tokens", "prompt"]), JSON
+    )
+)
+def test_any_fields_pass_or_are_a_400_that_names_one(fields: dict) -> None:
+    for api in ("chat", "completion"):
+        body = CHAT | fields if api == "chat" else fields
+        error = problem(lambda api=api, body=body: check_body(api, body, Limits()))
+        assert error is None or (error.status, error.param in {*fields, *CHAT}) == (400, True)
+
+
+def test_a_key_needs_its_scope(tmp_path: Path) -> None:
+    keys = KeyStore(tmp_path / "keys.json")
+    secret = keys.create("alice", ["query"])
+    door = Admission(keys, Limits(), is_open=False)
+    assert door.identify(request(f"Bearer {secret}"), "query").name == "alice"
+    for header in ("", "Bearer", f"Basic {secret}", f"Bearer {secret[:-1]}"):
+        with pytest.raises(ApiError) as refused:
+            door.identify(request(header), "query")
+        assert refused.value.status == 401
+        assert refused.value.response().headers["www-authenticate"] == "Bearer"
+    with pytest.raises(ApiError) as refused:
+        door.identify(request(f"Bearer {secret}"), "admin")
+    assert refused.value.status == 403
+    assert secret not in json.dumps(refused.value.body())
+
+
+def test_a_flood_is_a_429_that_says_when_to_come_again(tmp_path: Path) -> None:
+    keys = KeyStore(tmp_path / "keys.json")
+    limits = Limits(requests_per_minute=60, tokens_per_minute=600, running=1, queued=1)
+    door = Admission(keys, limits, is_open=True)
+    key = door.identify(request(""), "query")
+    refusals = [problem(lambda: door.charge_request(key)) for _ in range(200)]
+    [refused] = {error.status for error in refusals if error}
+    assert (refused, refusals.index(next(filter(None, refusals)))) == (429, 120)
+    assert int(refusals[-1].response().headers["retry-after"]) >= 1
+    with door.place(), door.place(), pytest.raises(ApiError) as full, door.place():
+        pass
+    assert (full.value.status, full.value.code) == (429, "queue_full")
+    assert door.num_inside == 0
+
+
+def test_tokens_already_spent_are_waited_for(tmp_path: Path) -> None:
+    limits = Limits(requests_per_minute=0, tokens_per_minute=600)
+    door = Admission(KeyStore(tmp_path / "keys.json"), limits, is_open=True)
+    key = door.identify(request(""), "query")
+    door.charge_request(key)
+    door.charge_tokens(key, 1220)
+    with pytest.raises(ApiError, match="600 tokens per minute") as refused:
+        door.charge_request(key)
+    assert refused.value.retry_after_s == pytest.approx(2.0, abs=0.2)
+
+
+def test_a_bucket_never_gives_more_than_its_rate_and_its_savings() -> None:
+    bucket = Bucket(rate=2.0, capacity=4.0)
+    start = bucket._filled_at
+    taken = [t for t in range(1000) if bucket.take(1.0, start + t / 100) == 0.0]
+    assert len(taken) == 4 + int(9.99 * 2.0)
