@@ -19,6 +19,7 @@ from rewards.base import Verifier, VerifierIO
 VERIFIERS = {
     "math": "rewards.math_verifier:MathVerifier",
     "task": "rewards.gym_taskset:TasksetVerifier",
+    "code": "rewards.code_verifier:CodeVerifier",
     "format": "rewards.text_rules:FormatVerifier",
     "length": "rewards.text_rules:LengthVerifier",
     "repetition": "rewards.text_rules:RepetitionVerifier",
