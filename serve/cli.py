@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.errors import ConfigError, HoneError, StageError, boundary
+from serve import rewards_cli
 
 if TYPE_CHECKING:
     from cluster.config import Config
@@ -28,6 +29,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(rewards_cli.app, name="rewards")
 
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")
