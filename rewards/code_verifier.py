@@ -152,7 +152,7 @@ def read_tests(entry: str) -> Tests:
     if isinstance(raw, str):
         raw = {"unittest": raw}
     if isinstance(raw, list):
-        raw = {"cases": raw}
+        raw = {"cases": cast(list[object], raw)}
     if not raw:
         raise ValueError("has no tests")
     tests = msgspec.convert(raw, Tests)

@@ -20,6 +20,8 @@ VERIFIERS = {
     "math": "rewards.math_verifier:MathVerifier",
     "task": "rewards.gym_taskset:TasksetVerifier",
     "code": "rewards.code_verifier:CodeVerifier",
+    "judge": "rewards.judge:JudgeVerifier",
+    "generative": "rewards.judge:GenerativeVerifier",
     "format": "rewards.text_rules:FormatVerifier",
     "length": "rewards.text_rules:LengthVerifier",
     "repetition": "rewards.text_rules:RepetitionVerifier",
