@@ -24,6 +24,9 @@ VERIFIERS = {
     "generative": "rewards.judge:GenerativeVerifier",
     "format": "rewards.text_rules:FormatVerifier",
     "length": "rewards.text_rules:LengthVerifier",
+    "efficiency": "rewards.trace_rules:EfficiencyVerifier",
+    "language": "rewards.trace_rules:LanguageVerifier",
+    "trace": "rewards.trace_rules:TraceVerifier",
     "repetition": "rewards.text_rules:RepetitionVerifier",
 }
 TASKSETS = {
