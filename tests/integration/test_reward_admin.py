@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -30,6 +31,7 @@ from rewards.self_check import group_of
 
 PLUGIN = """
 import os
+import sys
 from pathlib import Path
 from cluster.types import Verdict
 
@@ -329,3 +331,39 @@ async def test_a_request_past_its_deadline_is_not_carried_out(tmp_path: Path, ur
         with pytest.raises(DeadlineError, match="not answered in 1 s"):
             await asyncio.to_thread(client.ask, "rewards.rollback", {}, 1.0)
         assert home.admin._server.next(0.1) is None
+
+
+@pytest.mark.timeout(200)
+async def test_the_command_line_changes_a_run_of_another_process(tmp_path: Path, url: str):
+    root = Path(__file__).parents[2]
+
+    async def hone(*arguments: str) -> tuple[int, str]:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", "from serve.cli import main; main()", "rewards", *arguments,
+            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)},
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        output, _ = await process.communicate()
+        return process.returncode or 0, output.decode()
+
+    async with house(tmp_path, url) as home:
+        await home.score()
+        first = home.pool.live.label
+        code, output = await hone("swap", "demo", "answer.settings={bonus: 1.0}")
+        assert code == 0, output
+        assert f"{first} -> {home.pool.live.label} (keep 0 buffered)" in output
+        assert (await home.score()).rewards == [2.0, 1.0, 1.0, 2.0]
+        code, output = await hone("swap", "demo", "answer.use=live_rewards:Wrong")
+        assert code == 1
+        assert "gold answers fail" in output
+        code, output = await hone("rollback", "demo")
+        assert (code, home.pool.live.label) == (0, first), output
+        code, output = await hone("list", "demo")
+        assert f"live    {first}" in output
+        code, output = await hone("try", "demo", "answer.weight=2.0", "--groups", "4")
+        assert "groups 2" in output
+    code, output = await hone("rollback", "demo")
+    assert code == 2
+    assert "must be training to be changed" in output
+    code, output = await hone("list", "demo")
+    assert "(the run is not training)" in output
