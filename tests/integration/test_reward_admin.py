@@ -240,8 +240,12 @@ async def test_a_shadow_has_no_influence_reports_and_may_die(tmp_path: Path, url
         for _ in range(22):
             assert (await home.score()).rewards == [1.0, 0.0, 0.0, 1.0]
             await asyncio.sleep(0.05)
-        listing = await home.ask("list")
-        report = listing["report"]
+        report = (await home.ask("list"))["report"]
+        for _ in range(50):
+            if report["num_groups"] + report["num_skipped"] == 22:
+                break
+            await asyncio.sleep(0.2)
+            report = (await home.ask("list"))["report"]
         assert report["num_groups"] + report["num_skipped"] >= 20
         assert report["mean_difference"] == pytest.approx(1.0)
         assert report["num_disagree"] == 2 * report["num_groups"]
