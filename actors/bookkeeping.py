@@ -140,7 +140,9 @@ class Bookkeeping:
         """Scored groups that wait for the learner."""
         return (await asyncio.to_thread(self._buffer.stats)).ready
 
-    async def save(self, learner: LearnerGroup, curriculum: Curriculum) -> str:
+    async def save(
+        self, learner: LearnerGroup, curriculum: Curriculum, reward_versions: dict[str, str]
+    ) -> str:
         """Make the current step durable, then acknowledge what it consumed; returns the directory.
 
         Does nothing when the step is durable already.
@@ -155,6 +157,7 @@ class Bookkeeping:
             policy_version=self.policy_version,
             config_hash=config_hash(self._config),
             curriculum=curriculum.state(),
+            reward_versions=reward_versions,
         )
         path = await asyncio.to_thread(self._store.commit, self.step, state)
         await asyncio.to_thread(self._buffer.acknowledge, self.step)

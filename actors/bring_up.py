@@ -18,7 +18,10 @@ from actors.curriculum import Curriculum
 from actors.fleet import RolloutFleet
 from actors.observer import Observer
 from actors.placement import QUIET_ENV, Placement
+from actors.reward_admin import RewardAdmin
+from actors.reward_buffered import BufferedGroups
 from actors.reward_pool import RewardPool
+from actors.reward_set import RewardHome
 from actors.rollout import Sampling
 from actors.stages import within
 from actors.weight_sync import WeightSync
@@ -41,6 +44,8 @@ class Parts:
     learner: LearnerGroup
     fleet: RolloutFleet
     rewards: RewardPool
+    admin: RewardAdmin
+    buffered: BufferedGroups
     sync: WeightSync
     curriculum: Curriculum
     sampling: Sampling
@@ -49,6 +54,8 @@ class Parts:
 
     async def stop(self) -> None:
         """End engines and actors; safe to call once at any time."""
+        await self.admin.stop()
+        self.rewards.stop()
         await self.fleet.stop()
         self.learner.shutdown()
         self.sync.close()
@@ -73,11 +80,12 @@ async def bring_up(
     )
 
     num_workers = config.rollout.workers
-    observer.phase(
-        "starting", f"loading {num_workers} vLLM engine(s) and the learner", ENGINE_START_S
-    )
+    loading = f"loading {num_workers} vLLM engine(s) and the learner"
+    observer.phase("starting", loading, ENGINE_START_S)
     fleet = RolloutFleet(run.name, placement, policy.directory, str(run.path), observer.event)
-    rewards = RewardPool(run.name, placement, buffer_url, str(run.path))
+    rewards = RewardPool(RewardHome(run, placement, buffer_url, observer.event))
+    buffered = BufferedGroups.of(config, run.name, buffer_url)
+    admin = RewardAdmin(rewards, train_tasks, buffered)
 
     async def start_learner() -> tuple[LearnerGroup, dict[str, float]]:
         learner = await LearnerGroup.start(
@@ -102,12 +110,14 @@ async def bring_up(
         return learner, metrics
 
     (learner, warm_metrics), _, _ = await asyncio.gather(
-        start_learner(), fleet.start(), rewards.start()
+        start_learner(), fleet.start(), admin.start()
     )
     return Parts(
         learner=learner,
         fleet=fleet,
         rewards=rewards,
+        admin=admin,
+        buffered=buffered,
         sync=WeightSync(config.sync, learner, fleet, run.weights, observer.event),
         curriculum=Curriculum(train_tasks, config.run.seed, sampling, config.rollout.group_size),
         sampling=sampling,

@@ -105,6 +105,7 @@ class Controller:
 
     async def _begin(self, parts: Parts) -> None:
         """Back to the last state if there is one; first weights to the engines, first eval."""
+        parts.buffered.on_drop = lambda ids, reason: self._drop(parts, ids, reason)
         if self._is_resumed:
             num_groups = await self._books.restore(parts.learner, parts.curriculum)
             self._observer.event("restored", step=self._books.step, num_groups=num_groups)
@@ -239,7 +240,7 @@ class Controller:
         return {"eval/pass@1": result.pass_at_1, "eval/pass@k": result.pass_at_k}
 
     async def _save(self, parts: Parts) -> None:
-        path = await self._books.save(parts.learner, parts.curriculum)
+        path = await self._books.save(parts.learner, parts.curriculum, parts.admin.versions)
         if path:
             self._observer.event("checkpoint", step=self._books.step, path=path)
 

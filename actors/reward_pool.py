@@ -1,84 +1,81 @@
-"""The pool of reward actors as the controller sees it: calls with deadlines, spread over the
-workers.
+"""The live rubric as the controller sees it: score a group, whichever version is live.
 
-Invariant: a call either returns a summary or raises a `StageError` that names the stage; a
-crashed worker is restarted by Ray and the call tried again elsewhere, which is safe because
-adding a group twice is a no-op.
+Invariant: a group is scored by one version from start to end; a cut-over is one assignment between
+two groups, which no group waits for: groups under way finish with the version they began with. The
+version before the live one stays warm, so that a rollback is as fast. Owned by the controller's
+parts; versions are changed by `actors.reward_admin` only.
 """
 
 import asyncio
-import itertools
 from typing import Any
 
-import ray
-from ray.exceptions import RayActorError
-
-from actors.placement import Placement
-from actors.reward_worker import GroupSummary, RewardWorker
-from actors.stages import within
+from actors.reward_candidate import Candidate
+from actors.reward_set import RewardHome, WorkerSet
+from actors.reward_worker import GroupSummary
 from cluster.errors import StageError
+from cluster.reward_state import RubricVersion
 from cluster.status import ActorStatus
-
-MAX_TRIES = 3
 
 
 class RewardPool:
-    """`rewards.workers` actors named `hone/<run>/reward/<i>`."""
+    """Reward workers of the live version, of the one before, and perhaps a shadow."""
 
-    def __init__(self, run_id: str, placement: Placement, buffer_url: str, run_dir: str) -> None:
-        config = placement.config
-        self._config = config
-        self._call_s = 60.0 + sum(v.timeout_s for v in config.rewards.verifiers.values())
-        actor = ray.remote(RewardWorker)
-        self._workers = [
-            actor.options(
-                name=f"hone/{run_id}/reward/{i}", max_concurrency=64, **placement.reward_options()
-            ).remote(i, config.rewards.verifiers, run_id, buffer_url, config.buffer, run_dir)
-            for i in range(config.rewards.workers)
-        ]
-        self._turn = itertools.cycle(range(len(self._workers)))
-        self._pids = [0] * len(self._workers)
-
-    async def start(self) -> None:
-        deadline_s = self._config.resources.start_timeout_s
-        self._pids = await within(
-            asyncio.gather(*[worker.ping.remote() for worker in self._workers]),
-            stage="score",
-            what="reward workers to start",
-            deadline_s=deadline_s,
-            knob="resources.start_timeout_s",
-        )
+    def __init__(self, home: RewardHome) -> None:
+        self.home = home
+        self.shadow: Candidate | None = None
+        self._config = home.placement.config
+        self._live: WorkerSet | None = None
+        self._previous: WorkerSet | None = None
+        self._draining: set[asyncio.Task[None]] = set()
 
     async def score_and_add(self, group: Any) -> GroupSummary:
         """`group` is the encoded group or an object reference to it, which never passes through
         here.
         """
-        return await self._call(
+        summary = await self._set().call(
             "score_and_add", group, self._config.tasks.skip_uniform, self._config.rollout.timeout_s
         )
+        if self.shadow is not None:
+            self.shadow.offer(group, summary)
+        return summary
 
     async def score(self, group: Any) -> tuple[GroupSummary, bytes]:
-        return await self._call("score", group)
+        return await self._set().call("score", group)
 
-    async def _call(self, method: str, *arguments: Any) -> Any:
-        for attempt in range(MAX_TRIES):
-            worker = self._workers[next(self._turn)]
-            try:
-                return await within(
-                    getattr(worker, method).remote(*arguments),
-                    stage="score",
-                    what=f"a reward worker to {method}",
-                    deadline_s=self._call_s + self._config.rollout.timeout_s,
-                    knob="rewards.verifiers.*.timeout_s",
-                )
-            except RayActorError as error:
-                if attempt == MAX_TRIES - 1:
-                    raise StageError("score", f"reward workers keep dying: {error}") from error
-                await asyncio.sleep(1.0)
-        raise AssertionError("unreachable")
+    @property
+    def live(self) -> RubricVersion:
+        return self._set().version
+
+    async def prepare(self, version: RubricVersion) -> WorkerSet:
+        """Workers of `version`, started and idle: the warm ones where there are any."""
+        if self._previous is not None and self._previous.version.label == version.label:
+            return self._previous
+        workers = WorkerSet(self.home, version)
+        await workers.start()
+        return workers
+
+    def cut_over(self, workers: WorkerSet) -> None:
+        """New groups go to `workers`; all but the version before are drained and ended."""
+        retired, self._previous, self._live = self._previous, self._live, workers
+        if retired is not None and retired is not workers:
+            task = asyncio.create_task(retired.drain())
+            self._draining.add(task)
+            task.add_done_callback(self._draining.discard)
 
     def statuses(self) -> list[ActorStatus]:
-        return [
-            ActorStatus(name=f"reward/{i}", state="healthy" if pid else "starting", pid=pid)
-            for i, pid in enumerate(self._pids)
-        ]
+        return self._live.statuses() if self._live else []
+
+    def stop(self) -> None:
+        """End all reward actors."""
+        for task in self._draining:
+            task.cancel()
+        for workers in (self._live, self._previous):
+            if workers is not None:
+                workers.kill()
+        if self.shadow is not None:
+            self.shadow.close()
+
+    def _set(self) -> WorkerSet:
+        if self._live is None:
+            raise StageError("score", "reward workers must be started first")
+        return self._live

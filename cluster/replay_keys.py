@@ -1,7 +1,8 @@
 """Every Redis key of a run, spelled here and nowhere else.
 
 Invariant: all keys of a run share the hash tag `{hone:<run_id>}`, so they live in one cluster slot
-and one Lua script may touch them together. Used by `cluster.replay_buffer`.
+and one Lua script may touch them together. Used by `cluster.replay_buffer`
+and `cluster.control`.
 """
 
 import re
@@ -31,6 +32,8 @@ class Keys:
         self.finished = self._key("finished")  # ZSET: group_id that left, by time (server ms)
         self.dead = self._key("dead")  # STREAM of dead letters
         self.wake = self._key("wake")  # LIST: one token while something is ready
+        self.requests = self._key("requests")  # LIST of control requests
+        self.alive = self._key("alive")  # STRING that expires unless the run renews it
 
     @property
     def state(self) -> list[str]:
@@ -51,6 +54,10 @@ class Keys:
     def last_claim(self, owner: str) -> str:
         """STRING: an owner's latest claim, so that a retried claim gets the same groups."""
         return self._key(f"claim:{owner}")
+
+    def reply(self, request_id: str) -> str:
+        """LIST: the one reply to a control request; expires."""
+        return self._key(f"reply:{request_id}")
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}:{name}"

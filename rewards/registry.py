@@ -19,8 +19,14 @@ from rewards.base import Verifier, VerifierIO
 VERIFIERS = {
     "math": "rewards.math_verifier:MathVerifier",
     "task": "rewards.gym_taskset:TasksetVerifier",
+    "code": "rewards.code_verifier:CodeVerifier",
+    "judge": "rewards.judge:JudgeVerifier",
+    "generative": "rewards.judge:GenerativeVerifier",
     "format": "rewards.text_rules:FormatVerifier",
     "length": "rewards.text_rules:LengthVerifier",
+    "efficiency": "rewards.trace_rules:EfficiencyVerifier",
+    "language": "rewards.trace_rules:LanguageVerifier",
+    "trace": "rewards.trace_rules:TraceVerifier",
     "repetition": "rewards.text_rules:RepetitionVerifier",
 }
 TASKSETS = {

@@ -7,6 +7,8 @@ one instance per process is enough.
 """
 
 import asyncio
+import hashlib
+import json
 import math
 import time
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ from dataclasses import dataclass
 import msgspec
 
 from cluster.config import VerifierConfig
-from cluster.errors import HoneError, boundary
+from cluster.errors import ConfigError, HoneError, boundary
+from cluster.reward_state import RUBRIC
 from cluster.types import Trajectory, TrajectoryGroup, TrajectoryStatus, Verdict
 from rewards.base import HasExample, Verifier
 from rewards.isolation import IsolatedPool
@@ -40,6 +43,8 @@ class Rubric:
 
     def __init__(self, verifiers: dict[str, VerifierConfig]) -> None:
         """Build every verifier. Raises `ConfigError` naming the knob."""
+        if RUBRIC in verifiers:
+            raise ConfigError(f"rewards.verifiers.{RUBRIC}: this name is taken, choose another")
         self._signals = [
             _Signal(
                 name=name,
@@ -56,6 +61,12 @@ class Rubric:
     def versions(self) -> dict[str, str]:
         """Signal to `reward_version`: changes when the verifier's code or settings change."""
         return {signal.name: signal.version for signal in self._signals}
+
+    @property
+    def version(self) -> str:
+        """Eight hex digits over all that shapes a reward: signals, weights and time limits."""
+        content = [[s.name, s.version, s.weight, s.timeout_s] for s in self._signals]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
 
     @property
     def full_reward(self) -> float:

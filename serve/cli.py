@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.errors import ConfigError, HoneError, StageError, boundary
-from serve import endpoint_cli
+from serve import endpoint_cli, rewards_cli
 
 if TYPE_CHECKING:
     from cluster.config import Config
@@ -30,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 endpoint_cli.register(app)
+app.add_typer(rewards_cli.app, name="rewards")
 
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")

@@ -1,0 +1,295 @@
+"""Changes of the live rubric while a run trains: list, try, shadow, promote, rollback, swap.
+
+Invariant: a version goes live only after its own process has built it and paid its gold answers in
+full, and after `rewards.json` names it; whatever fails before that changes nothing but a line
+`reward_refused` in events.jsonl. One change at a time. Requests come through `cluster.control`.
+Owned by the controller's parts.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from pydantic import ValidationError
+
+from actors.reward_buffered import BufferedGroups
+from actors.reward_candidate import Candidate, Tally
+from actors.reward_pool import RewardPool
+from cluster import reward_state
+from cluster.config import RewardsSection, VerifierConfig
+from cluster.control import ControlServer, Reply, Request
+from cluster.errors import ConfigError, HoneError, StageError, boundary
+from cluster.redis_client import connect
+from cluster.reward_state import RewardState, RubricVersion
+from cluster.types import Task
+
+REPORT_EVERY_GROUPS = 20
+POLL_S = 0.5
+log = logging.getLogger(__name__)
+
+
+class RewardAdmin:
+    """Serves requests `rewards.<command>` for one run."""
+
+    def __init__(self, pool: RewardPool, tasks: list[Task], buffered: BufferedGroups) -> None:
+        home = pool.home
+        self._pool = pool
+        self._run = home.run
+        self._tasks = tasks
+        self._buffered = buffered
+        self._on_event = home.on_event
+        self._origin = _plain(home.placement.config.rewards.verifiers)
+        self._state = RewardState(origin=self._origin)
+        self._server = ControlServer(connect(home.buffer_url), home.run.name)
+        self._door: asyncio.Task[None] | None = None
+        self._change = asyncio.Lock()
+        self._answering: set[asyncio.Task[None]] = set()
+        self._shadowed: RubricVersion | None = None
+        self._num_reported = 0
+        self._commands: dict[str, Callable[[dict[str, Any]], Awaitable[Any]]] = {
+            "rewards.try": self._try,
+            "rewards.shadow": self._start_shadow,
+            "rewards.promote": self._promote,
+            "rewards.rollback": self._rollback,
+            "rewards.swap": self._swap,
+        }
+
+    async def start(self) -> None:
+        """Bring the rubric up that was last live, or the config's, and open the door."""
+        known = await asyncio.to_thread(reward_state.load, self._run.path)
+        if known is not None and known.origin == self._origin:
+            self._state = known
+        last = self._state.get(self._state.active)
+        verifiers = _parsed(last.verifiers if last else self._origin)
+        candidate = Candidate(self._pool.home, verifiers)
+        try:
+            version = self._register(await candidate.start(), verifiers)
+        finally:
+            candidate.close()
+        self._pool.cut_over(await self._pool.prepare(version))
+        await self._save(self._state.activate(version.label))
+        if last is not None and last.label != version.label:
+            self._tell("resume", last.label, version, "its code has changed since")
+        await asyncio.to_thread(self._server.open)
+        self._door = asyncio.create_task(self._serve())
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What `RunState.reward_versions` of a checkpoint holds."""
+        live = self._pool.live
+        return {reward_state.RUBRIC: live.label, **live.signals}
+
+    async def stop(self) -> None:
+        """Close the door; the pool is stopped by its owner."""
+        for task in (self._door, *self._answering):
+            if task is not None:
+                task.cancel()
+        try:
+            await asyncio.to_thread(self._server.close)
+        except HoneError as error:
+            log.warning("%s", error)
+
+    async def _serve(self) -> None:
+        while True:
+            try:
+                request = await asyncio.to_thread(self._server.next, POLL_S)
+            except HoneError as error:
+                log.warning("requests cannot be read: %s", error)
+                await asyncio.sleep(POLL_S)
+                continue
+            self._watch_shadow()
+            if request is not None:
+                task = asyncio.create_task(self._answer(request))
+                self._answering.add(task)
+                task.add_done_callback(self._answering.discard)
+
+    async def _answer(self, request: Request) -> None:
+        try:
+            with boundary("rewards"):
+                reply = Reply(body=await self._carry_out(request))
+        except HoneError as error:
+            reply = Reply(error=str(error))
+            self._on_event("reward_refused", command=request.command, reason=str(error)[:1000])
+        try:
+            await asyncio.to_thread(self._server.answer, request, reply)
+        except HoneError as error:
+            log.warning("%s was not told of %s: %s", request.id, request.command, error)
+
+    async def _carry_out(self, request: Request) -> Any:
+        if request.command == "rewards.list":
+            return self._listing()
+        command = self._commands.get(request.command)
+        if command is None:
+            raise ConfigError(f"unknown request {request.command!r}")
+        async with self._change:
+            return await command(request.arguments)
+
+    def _listing(self) -> dict[str, Any]:
+        shadow, version = self._pool.shadow, self._shadowed
+        report = shadow.tally.result() if shadow else None
+        return {
+            "state": msgspec.to_builtins(self._state),
+            "shadow": version.label if shadow and version else "",
+            "report": msgspec.to_builtins(report),
+        }
+
+    async def _try(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Score stored groups with a candidate; nothing in the run changes."""
+        groups = await self._buffered.sample(int(arguments.get("groups", 16)))
+        if not groups:
+            raise StageError("try", "no group is stored yet: ask again after the first step")
+        candidate, verifiers = self._candidate(arguments)
+        tally = Tally()
+        gold = ""
+        try:
+            facts = await candidate.start()
+            try:
+                await candidate.self_check(self._tasks)
+            except StageError as error:
+                gold = str(error)
+            for group, encoded in groups:
+                mine = await candidate.preview(encoded)
+                tally.add(
+                    group.rewards,
+                    full_reward(self._pool.live),
+                    mine.rewards,
+                    facts.full_reward,
+                    mine.max_latency_s,
+                )
+        finally:
+            candidate.close()
+        return {
+            "hash": facts.hash,
+            "gold": gold,
+            "verifiers": _plain(verifiers),
+            "report": msgspec.to_builtins(tally.result()),
+        }
+
+    async def _start_shadow(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        if arguments.get("stop"):
+            return {"report": msgspec.to_builtins(self._end_shadow("stopped"))}
+        if self._pool.shadow is not None:
+            raise StageError("shadow", "another candidate is in the shadow: promote or stop it")
+        candidate, verifiers = self._candidate(arguments)
+        try:
+            version = self._register(await candidate.start(), verifiers)
+            warnings = await candidate.self_check(self._tasks)
+        except HoneError:
+            candidate.close()
+            raise
+        await self._save(self._state)
+        candidate.follow(full_reward(self._pool.live))
+        self._shadowed, self._pool.shadow, self._num_reported = version, candidate, 0
+        self._on_event("reward_shadow_started", version=version.label, live=self._state.active)
+        return {"version": version.label, "warnings": warnings}
+
+    async def _promote(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        if self._pool.shadow is None or self._shadowed is None:
+            raise StageError("promote", "no candidate is in the shadow: start one, or use swap")
+        answer = await self._go_live("promote", self._shadowed, arguments)
+        self._end_shadow("promoted")
+        return answer
+
+    async def _rollback(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        version = self._state.get(self._state.previous)
+        if version is None:
+            raise StageError("rollback", "no version was live before this one")
+        return await self._go_live("rollback", version, arguments)
+
+    async def _swap(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        candidate, verifiers = self._candidate(arguments)
+        try:
+            version = self._register(await candidate.start(), verifiers)
+            if version.label == self._state.active:
+                raise StageError("swap", f"{version.label} is live already")
+            warnings = await candidate.self_check(self._tasks)
+        finally:
+            candidate.close()
+        return await self._go_live("swap", version, arguments) | {"warnings": warnings}
+
+    async def _go_live(
+        self, action: str, version: RubricVersion, arguments: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Start its workers, write it down, cut over, treat the groups that wait in the buffer."""
+        choice = self._buffered.choice(arguments)
+        workers = await self._pool.prepare(version)
+        before = self._state.active
+        await self._save(self._state.activate(version.label))
+        started = time.perf_counter()
+        self._pool.cut_over(workers)
+        if self._pool.shadow is not None:
+            self._pool.shadow.follow(full_reward(version))
+        cutover_ms = (time.perf_counter() - started) * 1000
+        num_buffered = await self._buffered.treat(choice, version.label, self._pool)
+        self._tell(action, before, version, f"{choice} {num_buffered} buffered", cutover_ms)
+        return {"from": before, "to": version.label, "buffered": num_buffered, "choice": choice}
+
+    def _tell(
+        self, action: str, before: str, version: RubricVersion, note: str, cutover_ms: float = 0.0
+    ) -> None:
+        signals = " ".join(f"{name}={value}" for name, value in version.signals.items())
+        self._on_event(
+            "reward_swapped",
+            action=action,
+            before=before,
+            after=version.label,
+            signals=signals,
+            note=note,
+            cutover_ms=round(cutover_ms, 3),
+        )
+
+    def _candidate(self, arguments: dict[str, Any]) -> tuple[Candidate, dict[str, VerifierConfig]]:
+        verifiers = _parsed(arguments.get("verifiers"))
+        return Candidate(self._pool.home, verifiers), verifiers
+
+    def _register(self, facts: Any, verifiers: dict[str, VerifierConfig]) -> RubricVersion:
+        self._state, version = self._state.register(facts.hash, _plain(verifiers), facts.signals)
+        return version
+
+    async def _save(self, state: RewardState) -> None:
+        await asyncio.to_thread(reward_state.save, self._run.path, state)
+        self._state = state
+
+    def _watch_shadow(self) -> None:
+        shadow = self._pool.shadow
+        if shadow is None:
+            return
+        if shadow.is_lost:
+            self._end_shadow("failed")
+        elif shadow.tally.num_groups >= self._num_reported + REPORT_EVERY_GROUPS:
+            self._report_shadow("reward_shadow_report")
+
+    def _end_shadow(self, reason: str) -> Any:
+        if self._pool.shadow is None:
+            raise StageError("shadow", "no candidate is in the shadow")
+        report = self._report_shadow(f"reward_shadow_{reason}")
+        self._pool.shadow.close()
+        self._pool.shadow, self._shadowed = None, None
+        return report
+
+    def _report_shadow(self, kind: str) -> Any:
+        assert self._pool.shadow
+        assert self._shadowed
+        report = self._pool.shadow.tally.result()
+        self._num_reported = report.num_groups
+        self._on_event(kind, version=self._shadowed.label, **msgspec.to_builtins(report))
+        return report
+
+
+def full_reward(version: RubricVersion) -> float:
+    return sum(max(0.0, float(v.get("weight", 1.0))) for v in version.verifiers.values())
+
+
+def _plain(verifiers: dict[str, VerifierConfig]) -> dict[str, dict[str, Any]]:
+    return {name: v.model_dump(mode="json") for name, v in verifiers.items()}
+
+
+def _parsed(verifiers: Any) -> dict[str, VerifierConfig]:
+    try:
+        return RewardsSection.model_validate({"verifiers": verifiers}).verifiers
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(f"rewards.{'; rewards.'.join(lines)}") from None

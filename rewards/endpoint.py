@@ -1,0 +1,216 @@
+"""A client for OpenAI-compatible chat endpoints that a judge can lean on.
+
+Invariant: a call returns a checked completion or raises `EndpointError` within its deadline; an
+endpoint that fails is left alone for a while (circuit breaker) and comes back by itself; equal
+requests at temperature 0 are asked once. Used by `rewards.judge`; keys come from the environment
+only and never appear in a message.
+"""
+
+import asyncio
+import hashlib
+import importlib
+import json
+import os
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from cluster.errors import ConfigError, HoneError
+
+RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
+MAX_REPLY_BYTES = 1 << 20
+MAX_CACHED = 10_000
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 8.0
+
+
+class EndpointError(HoneError):
+    """No usable answer: says nothing about the text that was to be judged."""
+
+
+class Alternative(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """`first_token` holds the most likely first tokens, empty where the endpoint gives none."""
+
+    text: str
+    first_token: list[Alternative] = []
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Usage(msgspec.Struct, kw_only=True):
+    """Counts since the start; `cost` in the unit of the prices."""
+
+    calls: int = 0
+    cached: int = 0
+    retries: int = 0
+    failures: int = 0
+    refused_by_breaker: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+
+
+class Breaker:
+    """Open for `open_s` after `threshold` failures in a row; then one call may try."""
+
+    def __init__(self, threshold: int, open_s: float) -> None:
+        self._threshold = threshold
+        self._open_s = open_s
+        self._failures = 0
+        self._open_until = 0.0
+
+    def check(self) -> None:
+        left = self._open_until - time.monotonic()
+        if left > 0:
+            raise EndpointError(f"the endpoint is left alone for another {left:.1f} s")
+        if self._failures >= self._threshold:
+            self._open_until = time.monotonic() + self._open_s  # only this call tries
+
+    def record(self, is_ok: bool) -> None:
+        self._failures = 0 if is_ok else self._failures + 1
+        if is_ok:
+            self._open_until = 0.0
+        elif self._failures >= self._threshold:
+            self._open_until = time.monotonic() + self._open_s
+
+
+class Endpoint:
+    """One model behind `base_url` (`http://host:8000/v1`)."""
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        api_key_env: str,
+        call_timeout_s: float,
+        retries: int,
+        max_parallel: int,
+        breaker: Breaker,
+        prices: tuple[float, float],
+    ) -> None:
+        if not base_url.startswith(("http://", "https://")):
+            raise ConfigError(f"base_url must begin with http:// or https://, got {base_url!r}")
+        if api_key_env and api_key_env not in os.environ:
+            raise ConfigError(f"api_key_env: the variable {api_key_env} is not set")
+        self._url = base_url.rstrip("/") + "/chat/completions"
+        self._model = model
+        self._key_env = api_key_env
+        self._call_timeout_s = call_timeout_s
+        self._retries = retries
+        self._parallel = asyncio.Semaphore(max_parallel)
+        self._breaker = breaker
+        self._prices = prices  # of a million prompt and completion tokens
+        self._cache: OrderedDict[str, Answer] = OrderedDict()
+        self._client: Any = None
+        self._loop: object = None
+        self.usage = Usage()
+
+    async def ask(self, messages: list[dict[str, str]], **sampling: Any) -> Answer:
+        """One completion. Raises `EndpointError`."""
+        request = {"model": self._model, "messages": messages, **sampling}
+        key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        if sampling.get("temperature") == 0 and key in self._cache:
+            self.usage.cached += 1
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        async with self._parallel:
+            answer = await self._try(request)
+        self._cache[key] = answer
+        if len(self._cache) > MAX_CACHED:
+            self._cache.popitem(last=False)
+        return answer
+
+    async def _try(self, request: Mapping[str, Any]) -> Answer:
+        pause_s, problem = FIRST_PAUSE_S, ""
+        for attempt in range(self._retries + 1):
+            try:
+                self._breaker.check()
+            except EndpointError:
+                self.usage.refused_by_breaker += 1
+                raise
+            if attempt:
+                self.usage.retries += 1
+            try:
+                answer, wait_s = await self._post(request)
+            except EndpointError as error:
+                self.usage.failures += 1
+                self._breaker.record(False)
+                raise error
+            if answer is not None:
+                self._breaker.record(True)
+                return answer
+            problem, wait_hint = wait_s
+            self._breaker.record(False)
+            await asyncio.sleep(max(wait_hint, random.uniform(0.5, 1.0) * pause_s))
+            pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
+        self.usage.failures += 1
+        raise EndpointError(f"{self._url}: gave up after {self._retries + 1} tries: {problem}")
+
+    async def _post(
+        self, request: Mapping[str, Any]
+    ) -> tuple[Answer | None, tuple[str, float]]:  # fmt: skip
+        """The answer, or what was wrong and how long the endpoint asks to wait: try again."""
+        httpx, client = self._http()
+        self.usage.calls += 1
+        headers = {"Authorization": f"Bearer {os.environ[self._key_env]}"} if self._key_env else {}
+        try:
+            async with asyncio.timeout(self._call_timeout_s):
+                response = await client.post(self._url, json=request, headers=headers)
+        except (httpx.HTTPError, TimeoutError) as error:
+            return None, (f"{type(error).__name__}: {error}"[:200], 0.0)
+        if response.status_code in RETRIED:
+            hint = response.headers.get("retry-after", "")
+            wait_s = min(LONGEST_PAUSE_S, float(hint)) if hint.isdigit() else 0.0
+            return None, (f"status {response.status_code}", wait_s)
+        if response.status_code != 200:
+            raise EndpointError(
+                f"{self._url}: status {response.status_code}: {response.text[:200]!r}"
+            )
+        try:
+            answer = _read(response.content)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            return None, (f"no chat completion: {type(error).__name__}: {error}"[:200], 0.0)
+        self.usage.prompt_tokens += answer.prompt_tokens
+        self.usage.completion_tokens += answer.completion_tokens
+        spent = (answer.prompt_tokens, answer.completion_tokens)
+        self.usage.cost += sum(p * n / 1e6 for p, n in zip(self._prices, spent, strict=True))
+        return answer, ("", 0.0)
+
+    def _http(self) -> tuple[Any, Any]:
+        """httpx and a client that belongs to the running event loop."""
+        httpx: Any = importlib.import_module("httpx")
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._client = httpx.AsyncClient(timeout=self._call_timeout_s, trust_env=False)
+            self._loop = loop
+        return httpx, self._client
+
+
+def _read(body: bytes) -> Answer:
+    if len(body) > MAX_REPLY_BYTES:
+        raise ValueError(f"{len(body)} bytes")
+    reply: dict[str, Any] = msgspec.json.decode(body)
+    choice: dict[str, Any] = reply["choices"][0]
+    usage: dict[str, int] = reply.get("usage") or {}
+    logprobs: dict[str, Any] = choice.get("logprobs") or {}
+    tokens: list[dict[str, Any]] = logprobs.get("content") or []
+    top: list[dict[str, Any]] = tokens[0].get("top_logprobs") or [] if tokens else []
+    text = choice["message"]["content"]
+    if not isinstance(text, str):
+        raise ValueError("the content is no text")
+    return Answer(
+        text=text,
+        first_token=[Alternative(str(t["token"]), float(t["logprob"])) for t in top],
+        prompt_tokens=int(usage.get("prompt_tokens", 0)),
+        completion_tokens=int(usage.get("completion_tokens", 0)),
+    )

@@ -1,0 +1,259 @@
+"""Runs model-written Python so that it can neither harm the machine nor learn its own verdict.
+
+Covered in tier `namespaces`, layer by layer: user, PID, network, IPC, UTS, cgroup and mount
+namespaces; a root that holds Python, its libraries (read-only), three devices and a 32 MiB /tmp;
+no capabilities, no_new_privs; Landlock; a seccomp allow list of system calls, without processes,
+sockets or exec; rlimits for memory, CPU, files, threads; a keeper outside that owns the clock and
+the pipes. Tier `landlock` (no namespaces) keeps Landlock, seccomp and rlimits and has no writable
+directory at all. Both must pass `self_test` before any program runs; without either, Hone refuses,
+unless `unsafe_ok` asks for tier `none` (rlimits only).
+Not covered: kernel bugs, side channels (timing, caches), other languages, GPUs, network access on
+purpose, C extensions outside the standard library, programs that start processes (they fail).
+
+Invariant: what comes back is data, never a verdict; expected values are never sent in. Runs inside
+an isolated worker (`rewards.isolation`); called by `rewards.code_verifier` by its path.
+"""
+
+import json
+import logging
+import os
+import select
+import socket
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from cluster.errors import ConfigError, HoneError
+
+Tier = Literal["namespaces", "landlock", "none"]
+TIERS: tuple[Tier, ...] = ("namespaces", "landlock")
+START_S = 10.0
+GRACE_S = 2.0  # of the keeper beyond the program's own limit
+MAX_REPLY = 4 << 20
+_REPOSITORY = str(Path(__file__).resolve().parents[1])
+_ZYGOTE = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from rewards.sandbox_zygote import main; main()"
+)
+log = logging.getLogger(__name__)
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one run. A run is stopped by whichever comes first."""
+
+    wall_s: float = 5.0
+    cpu_s: int = 5
+    memory_bytes: int = 512 << 20
+    file_bytes: int = 16 << 20
+    output_bytes: int = 64 << 10
+    threads: int = 16
+
+
+class RunResult(msgspec.Struct, frozen=True, kw_only=True):
+    """`status` ok, model_error, crash, cpu_timeout, wall_timeout, memory_limit, output_limit: the
+    program's doing; infra_error: ours.
+    """
+
+    status: str
+    stdout: str = ""
+    stderr: str = ""
+    result: str = ""  # what it wrote on descriptor 3: data to be distrusted
+    error: str = ""
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+
+
+class SandboxError(HoneError):
+    """The sandbox could not run a program; it says nothing about the program."""
+
+
+class Sandbox:
+    """One zygote. Example: `Sandbox("namespaces").run("program", "print(1)").stdout == "1\\n"`."""
+
+    def __init__(self, tier: Tier) -> None:
+        self.tier: Tier = tier
+        self._process: subprocess.Popen[bytes] | None = None
+        self._door: socket.socket | None = None
+
+    def run(self, mode: str, code: str, limits: Limits | None = None, **fields: Any) -> RunResult:
+        """One program to its end. Raises `SandboxError` when nothing can be said about it."""
+        return self.start(mode, code, limits or Limits(), None, **fields).result()
+
+    def run_tests(self, code: str, tests: str, limits: Limits) -> RunResult:
+        """Trusted test code in one sandbox, the program in another; plain data between them."""
+        mine, theirs = socket.socketpair()
+        with mine, theirs:
+            server = self.start("server", code, limits, mine)
+            outcome = self.start("tests", tests, limits, theirs)
+        try:
+            return outcome.result()
+        finally:
+            server.abandon()
+
+    def start(
+        self, mode: str, code: str, limits: Limits, peer: socket.socket | None, **fields: Any
+    ) -> "Running":
+        request = {"mode": mode, "code": code, "stdin": "", "limits": msgspec.to_builtins(limits)}
+        body = json.dumps(request | fields).encode()
+        ours, theirs = socket.socketpair()
+        descriptors = [theirs.fileno()] + ([peer.fileno()] if peer else [])
+        try:
+            with theirs:
+                socket.send_fds(self._open(), [b"x"], descriptors)
+            running = Running(ours, limits.wall_s + GRACE_S)
+            ours.settimeout(START_S)
+            ours.sendall(struct.pack("<I", len(body)) + body)
+        except OSError as error:
+            ours.close()
+            self.close()
+            raise SandboxError(f"sandbox ({self.tier}): cannot start a run: {error}") from error
+        return running
+
+    def close(self) -> None:
+        if self._door is not None:
+            self._door.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(START_S)
+        self._process = self._door = None
+
+    def _open(self) -> socket.socket:
+        if self._door is None or self._process is None or self._process.poll() is not None:
+            self.close()
+            self._door, inner = socket.socketpair()
+            with inner:
+                self._process = subprocess.Popen(
+                    [_python(), "-I", "-S", "-W", "ignore", "-c", _ZYGOTE, _REPOSITORY,
+                     str(inner.fileno()), self.tier, *_read_only()],
+                    pass_fds=[inner.fileno()], env={"LANG": "C.UTF-8", "PATH": os.defpath},
+                    cwd="/", stdin=subprocess.DEVNULL, start_new_session=True,
+                )  # fmt: skip
+        return self._door
+
+
+class Running:
+    """A program that runs."""
+
+    def __init__(self, connection: socket.socket, limit_s: float) -> None:
+        self._connection = connection
+        self._deadline = time.monotonic() + limit_s
+
+    def result(self) -> RunResult:
+        with self._connection:
+            (size,) = struct.unpack("<I", self._read(4))
+            if size > MAX_REPLY:
+                raise SandboxError(f"sandbox: a reply of {size} bytes")
+            reply = msgspec.json.decode(self._read(size), type=RunResult)
+        if reply.status == "infra_error":
+            raise SandboxError(f"sandbox: {reply.error or 'the run did not start'}")
+        return reply
+
+    def abandon(self) -> None:
+        """The keeper sees the closed connection and kills the program."""
+        self._connection.close()
+
+    def _read(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            left = self._deadline - time.monotonic()
+            if left <= 0 or not select.select([self._connection], [], [], left)[0]:
+                raise SandboxError("sandbox: no reply from the keeper in time")
+            chunk = self._connection.recv(size - len(data))
+            if not chunk:
+                raise SandboxError("sandbox: the keeper has died")
+            data += chunk
+        return bytes(data)
+
+
+def choose(unsafe_ok: bool = False) -> Tier:
+    """The strongest tier that works here and passes its self-test, named in the log.
+
+    Raises `ConfigError` with what each tier lacks when none does, unless `unsafe_ok`.
+    """
+    faults: list[str] = []
+    for tier in TIERS:
+        escapes = self_test(tier)
+        if not escapes:
+            log.info("model-written code runs in the sandbox tier %r", tier)
+            return tier
+        faults.append(f"{tier}: {', '.join(escapes)}")
+    if not unsafe_ok:
+        raise ConfigError(
+            "no sandbox contains model-written code on this machine "
+            f"({'; '.join(faults)}); `unsafe_ok: true` would run it with rlimits only"
+        )
+    log.warning("model-written code runs WITHOUT isolation (unsafe_ok): %s", "; ".join(faults))
+    return "none"
+
+
+def self_test(tier: Tier) -> list[str]:
+    """What of the machine a program could reach in this tier; empty when it is contained."""
+    sandbox = Sandbox(tier)
+    try:
+        reply = sandbox.run("program", _PROBES.replace("PARENT", str(os.getpid())))
+    except SandboxError as error:
+        return [str(error)]
+    finally:
+        sandbox.close()
+    if reply.status != "ok" or "done" not in reply.stdout:
+        return [f"the self-test ended with {reply.status}: {reply.stderr[-200:]}"]
+    return [line for line in reply.stdout.splitlines() if line != "done"]
+
+
+def _python() -> str:
+    return str(getattr(sys, "_base_executable", "") or sys.executable)
+
+
+def _read_only() -> list[str]:
+    """Directories that the interpreter needs: its prefix and the system's libraries."""
+    prefix = os.path.realpath(sys.base_prefix)
+    libraries = ["/lib", "/lib64", "/usr/lib", "/usr/local/lib"]
+    return [prefix, *(p for p in libraries if os.path.isdir(p) and not p.startswith(prefix + "/"))]
+
+
+_PROBES = """
+import ctypes, os, signal, socket, threading
+libc = ctypes.CDLL(None, use_errno=True)
+
+def attempt(name, action):
+    try:
+        worked = action()
+    except (OSError, ValueError, ProcessLookupError):
+        return
+    if worked is not False:
+        print("can", name, flush=True)
+
+def reads(path):
+    return lambda: open(path, "rb").read(1)
+
+attempt("read /etc/passwd", reads("/etc/passwd"))
+attempt("read /etc/hostname", reads("/etc/hostname"))
+attempt("read /proc of others", reads("/proc/PARENT/cmdline"))
+attempt("list /root", lambda: [f for f in os.listdir("/root") if f != ".pyenv"] or False)
+attempt("list /home", lambda: os.listdir("/home"))
+attempt("write to /", lambda: open("/canary", "w"))
+attempt("write to /usr/lib", lambda: open("/usr/lib/canary", "w"))
+attempt("open a TCP socket", lambda: socket.socket())
+attempt("open a unix socket", lambda: socket.socket(socket.AF_UNIX))
+attempt("start a process", os.fork)
+attempt("signal others", lambda: os.kill(PARENT, 0))
+attempt("ptrace", lambda: libc.ptrace(0, 0, 0, 0) == 0)
+attempt("unshare", lambda: libc.unshare(0x10000000) == 0)
+attempt("mount", lambda: libc.mount(b"none", b"/tmp", b"tmpfs", 0, None) == 0)
+attempt("see the environment", lambda: len(os.environ) > 3)
+attempt("become root", lambda: libc.setuid(0) == 0)
+attempt("exec a program", lambda: os.execv("/bin/sh", ["sh", "-c", "echo can exec; echo done"]))
+print("done")
+"""
+
+
+_sandboxes: dict[str, Sandbox] = {}
+
+
+def sandbox_of(tier: Tier) -> Sandbox:
+    """This process's sandbox of a tier."""
+    return _sandboxes.setdefault(tier, Sandbox(tier))

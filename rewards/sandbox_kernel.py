@@ -1,0 +1,212 @@
+"""What a sandboxed process gives up, as plain system calls: namespaces, root, files, calls, limits.
+
+Invariant: standard library only, because this module is loaded by `rewards.sandbox_zygote` in an
+interpreter without site-packages; each function raises `OSError` when the kernel refuses, and the
+caller then runs nothing. The layers are listed in `rewards.sandbox`.
+"""
+
+import ctypes
+import os
+import platform
+import resource
+import signal
+import struct
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x2000000, 0x4000000, 0x8000000
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
+_CLONE_THREAD = 0x10000
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT = 1, 2, 4, 32
+_MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
+_MNT_DETACH = 2
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP = 1, 4, 22
+_PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 24, 38
+_AUDIT_ARCH_X86_64 = 0xC000003E
+_EPERM, _ENOSYS = 1, 38
+_SYS_PIVOT_ROOT, _SYS_CAPSET, _SYS_CLONE, _SYS_CLONE3, _SYS_IOCTL = 155, 126, 56, 435, 16
+_SYS_PRLIMIT = 302
+_IOCTLS = (0x5401, 0x5421, 0x5450, 0x5451)  # TCGETS, FIONBIO, FIONCLEX, FIOCLEX
+# x86-64 numbers of all that single-process Python needs: memory, open files, time, threads, polls.
+_ALLOWED = (
+    *range(16), *range(17, 29), 32, 33, 34, 35, 36, 37, 38, 39, 53, 60, 63, 72, 74, 75, 76, 77,
+    78, 79, 80, 82, 83, 84, 85, 87, 89, 90, 95, 96, 97, 98, 99, 100, 102, 104, 107, 108, 110, 111,
+    131, 158, 186, 202, 204, 217, 218, 219, 228, 229, 230, 231, 232, 233, 257, 258, 262, 263, 264,
+    267, 269, 270, 271, 273, 274, 280, 281, 290, 291, 292, 293, 316, 318, 332, 334, 439,
+)  # fmt: skip
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def die_with_parent() -> None:
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
+
+
+def enter_namespaces(read_only: list[str], tmp_bytes: int, tmp_files: int) -> None:
+    """A user namespace in which this process has rights over nothing but its own namespaces, and a
+    root of its own. Children go into the new PID namespace.
+
+    Real root builds the root directory first and then becomes `nobody`; another user maps itself.
+    """
+    flags = CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
+    flags |= CLONE_NEWCGROUP
+    proc = os.open("/proc", os.O_PATH)
+    if os.getuid() == 0:
+        _check(_libc.unshare(CLONE_NEWNS), "unshare")
+        enter_root(read_only, tmp_bytes, tmp_files)
+        os.setgroups([])
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+        _libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)  # else /proc/self/uid_map is not ours
+        _unshare(flags, proc)
+    else:
+        _unshare(flags | CLONE_NEWNS, proc)
+        enter_root(read_only, tmp_bytes, tmp_files)
+    os.close(proc)
+
+
+def _unshare(flags: int, proc: int) -> None:
+    uid, gid = os.getuid(), os.getgid()
+    _check(_libc.unshare(flags), "unshare")
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"),
+                       ("gid_map", f"{gid} {gid} 1")):  # fmt: skip
+        descriptor = os.open(f"self/{name}", os.O_WRONLY, dir_fd=proc)
+        os.write(descriptor, text.encode())
+        os.close(descriptor)
+
+
+def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
+    result = _libc.mount(
+        source.encode(), target.encode(), kind.encode() or None, ctypes.c_ulong(flags),
+        data.encode() or None,
+    )  # fmt: skip
+    _check(result, f"mount {target}")
+
+
+def enter_root(read_only: list[str], tmp_bytes: int, tmp_files: int) -> None:
+    """A root of its own: the given directories read-only, three devices and a small /tmp. Nothing
+    else of the machine exists there.
+    """
+    _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
+    base = "/tmp"
+    sources = {path: os.open(path, os.O_PATH) for path in read_only}
+    devices = {name: os.open(f"/dev/{name}", os.O_PATH) for name in ("null", "zero", "urandom")}
+    _mount("none", base, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,nr_inodes=256,mode=755")
+    for path, descriptor in sources.items():
+        os.makedirs(base + path, exist_ok=True)
+        _mount(f"/proc/self/fd/{descriptor}", base + path, "", _MS_BIND | _MS_REC)
+        locked = _MS_NOSUID | _MS_NODEV
+        _mount("none", base + path, "", _MS_BIND | _MS_REMOUNT | _MS_RDONLY | locked)
+        os.close(descriptor)
+    os.makedirs(f"{base}/dev")
+    for name, descriptor in devices.items():
+        os.close(os.open(f"{base}/dev/{name}", os.O_CREAT | os.O_WRONLY))
+        _mount(f"/proc/self/fd/{descriptor}", f"{base}/dev/{name}", "", _MS_BIND)
+        os.close(descriptor)
+    for name in ("old", "tmp"):
+        os.makedirs(f"{base}/{name}")
+    _mount(
+        "none", f"{base}/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV,
+        f"size={tmp_bytes},nr_inodes={tmp_files},mode=777",
+    )  # fmt: skip
+    os.chdir(base)
+    _check(_libc.syscall(_SYS_PIVOT_ROOT, b".", b"old"), "pivot_root")
+    os.chdir("/")
+    _check(_libc.umount2(b"/old", _MNT_DETACH), "umount")
+    os.rmdir("/old")
+    _mount("none", "/", "", _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV)
+
+
+def drop_capabilities() -> None:
+    for capability in range(64):
+        if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
+            break
+    header, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)
+    _check(_libc.syscall(_SYS_CAPSET, header, nothing), "capset")
+
+
+def set_limits(memory_bytes: int, cpu_s: int, file_bytes: int, threads: int) -> None:
+    limits = {
+        resource.RLIMIT_AS: memory_bytes,
+        resource.RLIMIT_FSIZE: file_bytes,
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MSGQUEUE: 0,
+        resource.RLIMIT_STACK: 64 << 20,
+    }
+    if threads:
+        limits[resource.RLIMIT_NPROC] = threads
+    for kind, value in limits.items():
+        _, hard = resource.getrlimit(kind)
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
+
+
+def no_new_privileges() -> None:
+    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+
+
+def landlock_abi() -> int:
+    """The Landlock version of this kernel; 0 without it."""
+    return max(0, _libc.syscall(444, None, ctypes.c_size_t(0), ctypes.c_uint32(1)))
+
+
+def enter_landlock(readable: list[str], writable: list[str]) -> None:
+    """Only these directories and files from now on; no TCP, signals or abstract sockets outside."""
+    abi = landlock_abi()
+    if abi < 1:
+        raise OSError(_ENOSYS, "the kernel has no Landlock")
+    handled = (1 << (13 if abi < 2 else 14 if abi < 3 else 15 if abi < 5 else 16)) - 1
+    fields = [handled] + ([3] if abi >= 4 else []) + ([3] if abi >= 6 else [])
+    attributes = struct.pack(f"{len(fields)}Q", *fields)
+    size = ctypes.c_size_t(len(attributes))
+    ruleset = _check(_libc.syscall(444, attributes, size, ctypes.c_uint32(0)), "landlock")
+    for paths, access in ((readable, 0b1101), (writable, handled & ~0b1111111000000 | 0b110010110)):
+        for path in paths:
+            descriptor = os.open(path, os.O_PATH)
+            wanted = access if os.path.isdir(path) else access & 0b110 | (access & 1 << 14)
+            rule = struct.pack("=Qi", wanted & handled, descriptor)
+            _check(_libc.syscall(445, ruleset, 1, rule, ctypes.c_uint32(0)), f"landlock {path}")
+            os.close(descriptor)
+    _check(_libc.syscall(446, ruleset, ctypes.c_uint32(0)), "landlock_restrict_self")
+    os.close(ruleset)
+
+
+def enter_seccomp() -> None:
+    """Only `_ALLOWED` system calls, threads but no processes; a foreign ABI is killed."""
+    if platform.machine() != "x86_64":
+        raise OSError(_ENOSYS, f"no system call table for {platform.machine()}")
+    allow, deny = (0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050000 | _EPERM)
+
+    def load(offset: int) -> tuple[int, int, int, int]:
+        return (0x20, 0, 0, offset)
+
+    def when_equal(value: int, block: list[tuple[int, int, int, int]]) -> None:
+        program.extend([(0x15, 0, len(block), value), *block])
+
+    program: list[tuple[int, int, int, int]] = [
+        load(4), (0x15, 1, 0, _AUDIT_ARCH_X86_64), (0x06, 0, 0, 0x80000000),
+        load(0), (0x35, 0, 1, 0x40000000), deny,
+    ]  # fmt: skip
+    when_equal(_SYS_CLONE, [load(16), (0x45, 0, 1, _CLONE_THREAD), allow, deny])
+    when_equal(_SYS_CLONE3, [(0x06, 0, 0, 0x00050000 | _ENOSYS)])
+    when_equal(_SYS_PRLIMIT, [load(16), (0x15, 0, 1, 0), allow, deny])
+    request = [load(24)]
+    for value in _IOCTLS:
+        request += [(0x15, 0, 1, value), allow]
+    when_equal(_SYS_IOCTL, [*request, (0x06, 0, 0, 0x00050000 | 25)])
+    for number in _ALLOWED:
+        when_equal(number, [allow])
+    program.append(deny)
+    code = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    filters = ctypes.create_string_buffer(
+        struct.pack("HxxxxxxQ", len(program), ctypes.addressof(buffer))
+    )
+    _check(_libc.prctl(_PR_SET_SECCOMP, 2, filters, 0, 0), "seccomp")

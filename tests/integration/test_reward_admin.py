@@ -1,0 +1,373 @@
+"""Live reward administration on real Ray actors, a real Redis and the real door."""
+
+import asyncio
+import os
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import ray
+
+from actors.placement import Placement
+from actors.reward_admin import RewardAdmin
+from actors.reward_buffered import BufferedGroups
+from actors.reward_pool import RewardPool
+from actors.reward_set import RewardHome
+from actors.reward_worker import GroupSummary
+from cluster import config_file, reward_state, wire
+from cluster.control import ControlClient
+from cluster.embedded_redis import EmbeddedRedis
+from cluster.errors import ConfigError, DeadlineError, StageError
+from cluster.redis_client import connect
+from cluster.replay_buffer import ReplayBuffer
+from cluster.run_dir import RunDir
+from cluster.types import Message, Task, TrajectoryGroup, VersionSpan
+from rewards.self_check import group_of
+
+PLUGIN = """
+import os
+import sys
+from pathlib import Path
+from cluster.types import Verdict
+
+HERE = Path(__file__).parent
+
+class Answer:
+    def __init__(self, bonus=0.0):
+        self.bonus = bonus
+    async def score(self, group, io):
+        gold = group.task.reference
+        return [Verdict(score=float(t.text == gold) + self.bonus) for t in group.trajectories]
+
+class Wrong(Answer):
+    async def score(self, group, io):
+        return [Verdict(score=0.0) for t in group.trajectories]
+
+class DiesOnGold(Answer):
+    async def score(self, group, io):
+        os._exit(9)
+
+class DiesLive(Answer):
+    async def score(self, group, io):
+        if group.group_id.startswith("live"):
+            os._exit(9)
+        return await super().score(group, io)
+
+class DiesInWorkers(Answer):
+    def __init__(self, bonus=0.0):
+        super().__init__(bonus)
+        count = HERE / "started"
+        count.write_text(count.read_text() + "x" if count.exists() else "x")
+        if count.stat().st_size > 1:
+            os._exit(9)
+"""
+
+
+@pytest.fixture(scope="module")
+def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plugins")
+    (path / "live_rewards.py").write_text(PLUGIN)
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(plugins: Path):
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(plugins)])
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, namespace="hone",
+        log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}},
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+class House:
+    """A run without engines: its pool, its door and its client."""
+
+    def __init__(self, run: RunDir, pool: RewardPool, admin: RewardAdmin, buffer: ReplayBuffer):
+        self.run = run
+        self.pool = pool
+        self.admin = admin
+        self.buffer = buffer
+        self.events: list[tuple[str, dict[str, object]]] = []
+        self.num_groups = 0
+
+    def event(self, kind: str, **fields: object) -> None:
+        self.events.append((kind, fields))
+
+    async def ask(self, command: str, **arguments: object):
+        client = await asyncio.to_thread(ControlClient, self.run)
+        return await asyncio.to_thread(client.ask, f"rewards.{command}", arguments, 90.0)
+
+    async def score(self) -> GroupSummary:
+        self.num_groups += 1
+        group = live_group(self.num_groups)
+        return await self.pool.score_and_add(wire.encode(group))
+
+
+def live_group(number: int) -> TrajectoryGroup:
+    group = group_of(task(number), [str(number), "no", "never", str(number)])
+    trajectories = [
+        msgspec.structs.replace(
+            t, group_id=f"live-{number}", version_spans=[VersionSpan(0, 0, 1)],
+            token_ids=np.zeros(1, np.int32),
+        )
+        for t in group.trajectories
+    ]  # fmt: skip
+    return msgspec.structs.replace(group, group_id=f"live-{number}", trajectories=trajectories)
+
+
+def task(number: int) -> Task:
+    message = Message(role="user", content=f"Say {number}.")
+    return Task(task_id=f"t{number}", taskset="x", messages=[message], reference=str(number))
+
+
+@asynccontextmanager
+async def house(tmp_path: Path, url: str, name: str = "demo") -> AsyncIterator[House]:
+    config = config_file.parse(
+        {
+            "run": {"name": name},
+            "policy": {"type": "tiny"},
+            "tasks": {"train": {"use": "file"}},
+            "rewards": {"verifiers": {"answer": {"use": "live_rewards:Answer"}}},
+            "buffer": {"url": url, "capacity_groups": 100000},
+        },
+        "test",
+    )
+    run = RunDir.create(tmp_path / "runs", name, config_file.dump(config), exist_ok=True)
+    holder: list[House] = []
+    pool = RewardPool(
+        RewardHome(
+            run, Placement.of(config), url, lambda kind, **fields: holder[0].event(kind, **fields)
+        )
+    )
+    buffered = BufferedGroups.of(config, name, url)
+    buffer = ReplayBuffer(
+        connect(url), name, capacity_groups=1024, lease_s=60.0, max_deliveries=3
+    )  # fmt: skip
+    admin = RewardAdmin(pool, [task(i) for i in range(100, 108)], buffered)
+    holder.append(House(run, pool, admin, buffer))
+    await admin.start()
+    try:
+        yield holder[0]
+    finally:
+        await admin.stop()
+        pool.stop()
+
+
+@pytest.fixture
+def url(tmp_path: Path):
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        yield server.url
+
+
+def verifiers(use: str = "Answer", **settings: object) -> dict[str, object]:
+    return {"answer": {"use": f"live_rewards:{use}", "settings": settings}}
+
+
+@pytest.mark.timeout(280)
+async def test_twenty_changes_under_load_lose_nothing_and_mix_nothing(tmp_path: Path, url: str):
+    async with house(tmp_path, url) as home:
+        summaries: list[GroupSummary] = []
+        is_over = asyncio.Event()
+
+        async def load() -> None:
+            while not is_over.is_set():
+                summaries.extend(await asyncio.gather(*[home.score() for _ in range(4)]))
+                await asyncio.sleep(0.05)
+
+        loads = asyncio.create_task(load())
+        for i in range(7):
+            await home.ask("swap", verifiers=verifiers(bonus=float(i + 1)))
+            await home.ask("rollback")
+            await home.ask("shadow", verifiers=verifiers(bonus=float(i + 101)))
+            await home.ask("promote")
+        is_over.set()
+        await loads
+        swaps = [fields for kind, fields in home.events if kind == "reward_swapped"]
+        assert Counter(s["action"] for s in swaps) == {"swap": 7, "rollback": 7, "promote": 7}
+        assert max(float(str(s["cutover_ms"])) for s in swaps) < 1000
+        ids = [f"live-{i + 1}" for i in range(home.num_groups)]
+        assert sorted(s.group_id for s in summaries) == sorted(ids)
+        assert {s.outcome for s in summaries} == {"added"}
+        assert home.buffer.stats().added == len(ids)
+        known = reward_state.load(home.run.path)
+        assert known is not None
+        for group in home.buffer.fetch(ids):
+            version = known.get(group.reward_versions["rubric"])
+            assert version is not None
+            bonus = version.verifiers["answer"]["settings"].get("bonus", 0.0)
+            assert group.rewards == [1 + bonus, bonus, bonus, 1 + bonus]
+            stamps = {t.verdicts[0].reward_version for t in group.trajectories}
+            assert stamps == {version.signals["answer"]}
+        assert len({s.reward_versions["rubric"] for s in summaries}) >= 10
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    ("use", "words"),
+    [
+        ("Nothing", "has no 'Nothing'"),
+        ("Wrong", "gold answers fail"),
+        ("DiesOnGold", "died in self_check"),
+        ("DiesInWorkers", "rubric 2-"),
+    ],
+)
+async def test_a_bad_candidate_is_refused_and_changes_nothing(
+    tmp_path: Path, url: str, plugins: Path, use: str, words: str
+):
+    (plugins / "started").unlink(missing_ok=True)
+    async with house(tmp_path, url) as home:
+        before = home.pool.live.label
+        with pytest.raises(StageError) as refused:
+            await home.ask("swap", verifiers=verifiers(use))
+        assert words in str(refused.value)
+        assert home.pool.live.label == before
+        assert (await home.score()).reward_versions["rubric"] == before
+        assert [kind for kind, _ in home.events] == ["reward_refused"]
+
+
+@pytest.mark.timeout(200)
+async def test_a_shadow_has_no_influence_reports_and_may_die(tmp_path: Path, url: str):
+    async with house(tmp_path, url) as home:
+        await home.ask("shadow", verifiers=verifiers(bonus=1.0))
+        for _ in range(22):
+            assert (await home.score()).rewards == [1.0, 0.0, 0.0, 1.0]
+            await asyncio.sleep(0.05)
+        report = (await home.ask("list"))["report"]
+        for _ in range(50):
+            if report["num_groups"] + report["num_skipped"] == 22:
+                break
+            await asyncio.sleep(0.2)
+            report = (await home.ask("list"))["report"]
+        assert report["num_groups"] + report["num_skipped"] >= 20
+        assert report["mean_difference"] == pytest.approx(1.0)
+        assert report["num_disagree"] == 2 * report["num_groups"]
+        await asyncio.sleep(1.0)
+        await home.ask("shadow", stop=True)
+        await home.ask("shadow", verifiers=verifiers("DiesLive"))
+        for _ in range(6):
+            assert (await home.score()).rewards == [1.0, 0.0, 0.0, 1.0]
+            await asyncio.sleep(0.2)
+        await asyncio.sleep(1.5)
+        assert [k for k, _ in home.events if k.startswith("reward_shadow")] == [
+            "reward_shadow_started", "reward_shadow_report", "reward_shadow_stopped",
+            "reward_shadow_started", "reward_shadow_failed",
+        ]  # fmt: skip
+        with pytest.raises(StageError, match="no candidate is in the shadow"):
+            await home.ask("promote")
+
+
+@pytest.mark.timeout(200)
+async def test_buffered_groups_are_kept_rescored_or_dropped(tmp_path: Path, url: str):
+    async with house(tmp_path, url) as home:
+        dropped: list[str] = []
+
+        async def note(ids: list[str], reason: str) -> None:
+            dropped.extend(ids)
+
+        home.admin._buffered.on_drop = note
+        for _ in range(3):
+            await home.score()
+        answer = await home.ask("try", verifiers=verifiers(bonus=2.0), groups=8)
+        assert answer["report"]["num_groups"] == 3
+        assert answer["report"]["mean_difference"] == pytest.approx(2.0)
+        first = home.pool.live.label
+        await home.ask("swap", verifiers=verifiers(bonus=1.0), buffered="keep")
+        assert {g.reward_versions["rubric"] for g in home.buffer.sample(8)} == {first}
+        answer = await home.ask("swap", verifiers=verifiers(bonus=2.0), buffered="rescore")
+        assert answer["buffered"] == 3
+        for group in home.buffer.sample(8):
+            assert group.reward_versions["rubric"] == answer["to"]
+            assert group.rewards == [3.0, 2.0, 2.0, 3.0]
+        assert home.buffer.stats().ready == 3
+        answer = await home.ask("rollback", buffered="drop")
+        assert len(dropped) == 3
+        assert home.buffer.stats().ready == 0
+        assert home.buffer.stats().dropped == {"reward_swapped": 3}
+
+
+@pytest.mark.timeout(200)
+async def test_a_resumed_run_goes_on_with_the_promoted_rubric(tmp_path: Path, url: str):
+    async with house(tmp_path, url) as home:
+        await home.ask("swap", verifiers=verifiers(bonus=1.0))
+        promoted = home.pool.live.label
+    with pytest.raises(ConfigError, match="must be training"):
+        await asyncio.to_thread(ControlClient, home.run)
+    async with house(tmp_path, url) as home:
+        assert home.pool.live.label == promoted
+        assert (await home.score()).rewards == [2.0, 1.0, 1.0, 2.0]
+        answer = await home.ask("rollback")
+        assert answer["to"].startswith("1-")
+        assert home.admin.versions["rubric"] == answer["to"]
+
+
+@pytest.mark.timeout(200)
+async def test_changed_code_is_another_version_and_a_killed_worker_is_replaced(
+    tmp_path: Path, url: str, plugins: Path
+):
+    async with house(tmp_path, url) as home:
+        first = home.pool.live.label
+        os.kill(home.pool.statuses()[0].pid, 9)
+        assert (await home.score()).rewards == [1.0, 0.0, 0.0, 1.0]
+        assert "worker_died" in [kind for kind, _ in home.events]
+        path = plugins / "live_rewards.py"
+        path.write_text(PLUGIN.replace("bonus=0.0):\n        self", "bonus=0.5):\n        self"))
+        try:
+            answer = await home.ask("swap", verifiers=verifiers())
+            assert answer["from"] == first
+            assert (await home.score()).rewards == [1.5, 0.5, 0.5, 1.5]
+        finally:
+            path.write_text(PLUGIN)
+
+
+async def test_a_request_past_its_deadline_is_not_carried_out(tmp_path: Path, url: str):
+    async with house(tmp_path, url) as home:
+        client = ControlClient(home.run)
+        home.admin._door.cancel()  # nobody answers
+        await asyncio.sleep(1.0)
+        with pytest.raises(DeadlineError, match="not answered in 1 s"):
+            await asyncio.to_thread(client.ask, "rewards.rollback", {}, 1.0)
+        assert home.admin._server.next(0.1) is None
+
+
+@pytest.mark.timeout(200)
+async def test_the_command_line_changes_a_run_of_another_process(tmp_path: Path, url: str):
+    root = Path(__file__).parents[2]
+
+    async def hone(*arguments: str) -> tuple[int, str]:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", "from serve.cli import main; main()", "rewards", *arguments,
+            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)},
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        output, _ = await process.communicate()
+        return process.returncode or 0, output.decode()
+
+    async with house(tmp_path, url) as home:
+        await home.score()
+        first = home.pool.live.label
+        code, output = await hone("swap", "demo", "answer.settings={bonus: 1.0}")
+        assert code == 0, output
+        assert f"{first} -> {home.pool.live.label} (keep 0 buffered)" in output
+        assert (await home.score()).rewards == [2.0, 1.0, 1.0, 2.0]
+        code, output = await hone("swap", "demo", "answer.use=live_rewards:Wrong")
+        assert code == 1
+        assert "gold answers fail" in output
+        code, output = await hone("rollback", "demo")
+        assert (code, home.pool.live.label) == (0, first), output
+        code, output = await hone("list", "demo")
+        assert f"live    {first}" in output
+        code, output = await hone("try", "demo", "answer.weight=2.0", "--groups", "4")
+        assert "groups 2" in output
+    code, output = await hone("rollback", "demo")
+    assert code == 2
+    assert "must be training to be changed" in output
+    code, output = await hone("list", "demo")
+    assert "(the run is not training)" in output
