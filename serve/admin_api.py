@@ -17,7 +17,6 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import status as run_status
-from cluster.errors import ConfigError
 from cluster.run_dir import RunDir
 from serve.admission import Admission
 from serve.api_errors import ApiError
@@ -52,7 +51,7 @@ def attach(
 
     def opened(request: Request, run: str) -> RunDir:
         admission.identify(request, "admin")
-        return _find(runs_dir, run)
+        return find_run(runs_dir, run)
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
@@ -123,18 +122,11 @@ def _release(service: PolicyService) -> dict[str, Any]:
     return {"state": state, "problem": service.last_problem}
 
 
-def _find(parent: Path, run: str) -> RunDir:
-    """A run by its plain name; paths are not names."""
-    if "/" in run or "\\" in run or run.startswith("."):
-        raise ApiError(404, "no such run", code="run_not_found")
-    try:
-        return RunDir.open(run, parent) if (parent / run / "config.yaml").is_file() else _none(run)
-    except ConfigError:
-        return _none(run)
-
-
-def _none(run: str) -> RunDir:
-    raise ApiError(404, f"no run {run[:80]!r}", code="run_not_found")
+def find_run(parent: Path, run: str) -> RunDir:
+    """The run of this plain name under `parent`; a path is no name, and 404 answers the rest."""
+    if run not in {path.parent.name for path in parent.glob("*/config.yaml")}:
+        raise ApiError(404, f"no run {run[:80]!r}", code="run_not_found")
+    return RunDir((parent / run).resolve())
 
 
 def _json(value: object) -> JSONResponse:
