@@ -67,6 +67,7 @@ class Browser:
             width=width, height=height, deviceScaleFactor=1, mobile=width < 600,
         )  # fmt: skip
         self.call("Page.navigate", url=url)
+        self.until(f"location.href.startsWith({url!r}) && document.readyState == 'complete'")
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page; awaits a promise."""

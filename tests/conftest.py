@@ -54,9 +54,9 @@ def tiny_policy_dir(tiny_config: Config, tmp_path_factory: pytest.TempPathFactor
     return prepare(tiny_config.policy, texts, root / "cache", root / "tiny")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    """A Ray of this test session alone. Tests may inject faults into engine processes."""
+    """A Ray of this test module alone. Tests may inject faults into engine processes."""
     import ray
 
     from actors.placement import QUIET_ENV

@@ -38,7 +38,10 @@ async def test_tasks_are_short_and_the_same_each_time():
     for task in tasks:
         assert len(task.messages[0].content) < 16
         assert eval(task.messages[0].content.rstrip("= ")) == int(task.reference)
-        assert task.solution == task.reference
+        *steps, answer = task.solution.splitlines()
+        assert len(steps) == 2
+        assert all(eval(step.replace("=", "==")) for step in steps)
+        assert answer == task.reference
         assert json.loads(task.entry)[0] == "chain_sum"
 
 
