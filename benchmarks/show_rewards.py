@@ -4,15 +4,11 @@
 """
 
 import asyncio
-import os
-import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
+from benchmarks.proofs import proven
 from benchmarks.show import Row
 from cluster.config import VerifierConfig
 from cluster.types import Message, Task
@@ -20,8 +16,6 @@ from rewards.rubric import Rubric
 from rewards.sandbox import TIERS, Sandbox, self_test
 from rewards.self_check import group_of
 
-ROOT = Path(__file__).parents[1]
-TIMEOUT_S = 900
 TESTS = "tests/integration/test_"
 BOMBS = (r"\boxed{9^{9^{9^9}}}", r"\boxed{(x+1)^{99999}}", r"\boxed{10000000!}",
          r"\boxed{" + "(" * 4000 + "}", r"\boxed{\sqrt{x^{99}+\sin(x)^{98}}^{97}}")  # fmt: skip
@@ -59,29 +53,13 @@ def rows(quick: bool) -> Iterator[Row]:
         if quick:
             yield Row(claim, "-", "all tests", "not shown here", "takes minutes: leave QUICK out")
         else:
-            yield _tests(claim, arguments)
+            yield proven(claim, arguments, "all tests")
     for claim, arguments in SHORT:
-        yield _tests(claim, arguments)
+        yield proven(claim, arguments, "all tests")
     yield from _sandbox(quick)
     yield from asyncio.run(_math(200 if quick else 1000))
     for claim, bound, why in NOT_SHOWN:
         yield Row(claim, "-", bound, "not shown here", why)
-
-
-def _tests(claim: str, arguments: list[str]) -> Row:
-    """A claim that holds when all its tests pass and there are some."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--show-capture=no",
-         *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    passed = len(re.findall(r" PASSED", run.stdout))
-    failed = len(re.findall(r" (?:FAILED|ERROR) ", run.stdout))
-    is_held = run.returncode == 0 and passed > 0
-    why = "" if is_held else f"{failed} failed, exit code {run.returncode}"
-    measured = f"{passed} tests pass"
-    return Row(claim, measured, "all tests", "holds" if is_held else "falls short", why)
 
 
 def _sandbox(quick: bool) -> Iterator[Row]:
@@ -147,7 +125,7 @@ async def _math(num_bombs: int) -> list[Row]:
     claim = f"{num_bombs} expression bombs leave the next honest check as fast as before"
     measured = f"{1000 * before:.1f} ms before, {1000 * after:.1f} after ({bombs_s:.1f} s of bombs)"
     return [
-        Row(claim, measured, "within 3x, none paid", "holds" if is_held else "falls short"),
+        Row(claim, measured, "within 3x + 50 ms, none paid", "holds" if is_held else "falls short"),
         Row("number checks per second on one core", f"{rate:.0f}", "> 1000",
             "holds" if rate > 1000 else "falls short"),
     ]  # fmt: skip

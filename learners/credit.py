@@ -7,6 +7,7 @@ gets credit nor shapes its siblings' credit. What needs the whole batch is decla
 that was scored again needs no new rollouts.
 """
 
+from abc import ABC, abstractmethod
 from typing import Literal, Protocol, get_args
 
 import numpy as np
@@ -35,7 +36,7 @@ class Credit(Protocol):
         ...
 
 
-class _Outcome:
+class _Outcome(ABC):
     """Known rewards of a group; `drop_truncated` leaves out completions cut by the token limit.
 
     Leaving them out is DAPO's overlong filtering (arXiv 2503.14476); its soft punishment is the
@@ -60,9 +61,9 @@ class _Outcome:
         is_dropped = self._drop_truncated and trajectory.status is TrajectoryStatus.TRUNCATED
         return None if is_dropped else trajectory.reward
 
+    @abstractmethod
     def _advantages(self, rewards: np.ndarray) -> np.ndarray:
         """[K] known rewards to [K] advantages; K may be 0."""
-        raise NotImplementedError
 
 
 class GroupNormalized(_Outcome):

@@ -7,6 +7,7 @@ taken against the rollout policy or, decoupled from it, against the proximal one
 
 # ruff: noqa: F722 (shapes in annotations)
 
+from abc import ABC, abstractmethod
 from typing import Any, get_args
 
 import torch
@@ -25,7 +26,7 @@ _MAX_SEQUENCE_LOG = 10.0
 Losses = tuple[Float[Tensor, " N"], Float[Tensor, " N"]]  # token losses; 1.0 where clipped
 
 
-class Surrogate:
+class Surrogate(ABC):
     """What all surrogates share; a subclass gives the loss of each token.
 
     `ratio_to="proximal"` is decoupled PPO (arXiv 2505.24298): the trust region lies around the
@@ -79,8 +80,9 @@ class Surrogate:
         assert self._filter is not None
         return self._filter.begin(table)
 
+    @abstractmethod
     def _token_losses(self, ratio_log: Tensor, rows: MicroBatch, outputs: TokenOutputs) -> Losses:
-        raise NotImplementedError
+        """Loss [N] of each token from its log-ratio [N], and which tokens were clipped [N]."""
 
 
 def _check_clip(clip_low: float, clip_high: float) -> None:
