@@ -5,25 +5,26 @@ directory, one after the other, with the same client, prompts and engine argumen
 """
 
 import asyncio
-import os
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import httpx
 import openai
 import torch
 from safetensors.torch import load_file
 
-from actors.placement import QUIET_ENV
+from benchmarks.endpoint_load import (
+    PROMPT,
+    TOKENS,
+    Load,
+    free_port,
+    measure,
+    plain_vllm,
+    until,
+)
 from benchmarks.show import Row
 from cluster import config_file
 from cluster.run_dir import RunDir
@@ -34,24 +35,12 @@ from serve.client import AdminClient
 from tests.conftest import TINY
 from tests.endpoint_cases import Publisher, make_run, publish, put
 
-PROMPT = "12 + 34 ="
-TOKENS = 64
-START_S = 240.0
 MAX_OVERHEAD = 0.10
 MAX_EXTRA_S = 0.015
 
 
-@dataclass(frozen=True)
-class Load:
-    """One load level: tokens per second, and percentiles of the time to first token in seconds."""
-
-    tokens_per_s: float
-    p50_s: float
-    p99_s: float
-
-
 def rows(quick: bool) -> Iterator[Row]:
-    """All rows; about 4 minutes on two cores, `quick` about 3."""
+    """All rows; `quick` sends fewer requests."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         config = config_file.parse(TINY, "show_serve")
@@ -67,15 +56,15 @@ def rows(quick: bool) -> Iterator[Row]:
             overrides=["limits.requests_per_minute=0", "limits.tokens_per_minute=0",
                        "guards.window_s=10"],
         )  # fmt: skip
-        door = endpoint_settings.Door(port=_free_port())
+        door = endpoint_settings.Door(port=free_port())
         with endpoint.running(settings, door):
             yield _while_weights_move(run, door.url, query, quick)
-            ours = _measure(door.url, query, "policy", quick)
+            ours = measure(door.url, query, "policy", quick)
             yield _doors(door.url, query)
             yield _share(door.url, query, admin, run, quick)
             yield _bad_version(door.url, admin, run)
-        with _plain_vllm(policy_dir) as url:
-            theirs = _measure(url, "none", str(policy_dir), quick)
+        with plain_vllm(policy_dir) as url:
+            theirs = measure(url, "none", str(policy_dir), quick)
         for clients in ours:
             yield from _compare(clients, ours[clients], theirs[clients])
         yield from _flood(settings, limited)
@@ -129,11 +118,11 @@ def _covers(spans: list[dict[str, int]]) -> bool:
 
 def _share(url: str, query: str, admin: str, run: RunDir, quick: bool) -> Row:
     stable = publish_newer(run)
-    _until(lambda: _stable(url, admin) == stable)
+    until(lambda: _stable(url, admin) == stable)
     with AdminClient(url, admin) as client:
         client.promote(stable)
         publish(run, stable + 1)
-        _until(lambda: stable + 1 in _known(url, admin))
+        until(lambda: stable + 1 in _known(url, admin))
         client.start_canary(stable + 1, 0.1)
     number = 500 if quick else 5000
 
@@ -166,19 +155,19 @@ def _bad_version(url: str, admin: str, run: RunDir) -> Row:
     with AdminClient(url, admin) as client:
         client.promote(good)
         publish(run, bad)
-        _until(lambda: bad in _known(url, admin))
+        until(lambda: bad in _known(url, admin))
         client.start_canary(bad, 0.5)
         run.append_metrics(good, {"policy_version": good, "eval/pass@1": 0.8})
         run.append_metrics(bad, {"policy_version": bad, "eval/pass@1": 0.2})
         started = time.monotonic()
-        _until(lambda: client.release().canary is None)
+        until(lambda: client.release().canary is None)
         eval_s = time.monotonic() - started
         client.follow()
         tensors = load_file(run.policy / "model.safetensors")
         broken = {name: torch.full_like(t, torch.nan) for name, t in tensors.items()}
         started = time.monotonic()
         put(run, bad + 1, broken)
-        _until(lambda: bad + 1 in client.release().refused)
+        until(lambda: bad + 1 in client.release().refused)
         nan_s = time.monotonic() - started
     measured = f"rolled back {eval_s:.1f} s after its eval; a NaN file refused after {nan_s:.1f} s"
     verdict = "holds" if max(eval_s, nan_s) <= 10 else "falls short"
@@ -235,67 +224,6 @@ def _compare(clients: int, ours: Load, theirs: Load) -> Iterator[Row]:
     )  # fmt: skip
 
 
-def _measure(url: str, key: str, model: str, quick: bool) -> dict[int, Load]:
-    per_client = {1: 8, 8: 6, 64: 2} if quick else {1: 24, 8: 16, 64: 6}
-    asyncio.run(_load(url, key, model, 8, 2))  # the first batches pay for warming up
-    return {c: asyncio.run(_load(url, key, model, c, n)) for c, n in per_client.items()}
-
-
-async def _load(url: str, key: str, model: str, clients: int, per_client: int) -> Load:
-    """`clients` at once, each asking `per_client` times for a streamed answer of 64 tokens."""
-    firsts: list[float] = []
-    body = {"model": model, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 1.0,
-            "ignore_eos": True, "stream": True}  # fmt: skip
-
-    async def client(session: aiohttp.ClientSession) -> None:
-        for _ in range(per_client):
-            started = time.monotonic()
-            is_first = True
-            async with session.post(f"{url}/v1/completions", json=body) as answer:
-                answer.raise_for_status()
-                async for line in answer.content:
-                    if is_first and line.startswith(b"data: "):
-                        firsts.append(time.monotonic() - started)
-                        is_first = False
-
-    headers = {"Authorization": f"Bearer {key}"}
-    async with aiohttp.ClientSession(
-        headers=headers, connector=aiohttp.TCPConnector(limit=0)
-    ) as session:
-        started = time.monotonic()
-        await asyncio.gather(*[client(session) for _ in range(clients)])
-        elapsed = time.monotonic() - started
-    firsts.sort()
-    p99 = firsts[min(len(firsts) - 1, int(0.99 * len(firsts)))]
-    total = TOKENS * clients * per_client
-    return Load(total / elapsed, firsts[len(firsts) // 2], p99)
-
-
-@contextmanager
-def _plain_vllm(policy_dir: Path) -> Generator[str]:
-    """`vllm serve` with the engine arguments that the endpoint uses."""
-    port = _free_port()
-    env = os.environ | QUIET_ENV
-    env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(policy_dir),
-         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
-         "--max-model-len", "128", "--max-num-seqs", "256", "--no-enable-chunked-prefill",
-         "--max-num-batched-tokens", "2048", "--kv-cache-memory-bytes", str(2**28),
-         "--disable-log-stats", "--disable-uvicorn-access-log"],
-        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _until(lambda: process.poll() is not None or _answers(url), START_S)
-        if process.poll() is not None:
-            raise RuntimeError(f"vllm serve ended with {process.returncode}")
-        yield url
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
 def publish_newer(run: RunDir) -> int:
     """Publish one version above all published ones; returns it."""
     newest = max(int(p.stem.split("_")[1]) for p in run.weights.glob("policy_*.safetensors"))
@@ -311,24 +239,3 @@ def _stable(url: str, admin: str) -> int | None:
 def _known(url: str, admin: str) -> list[int]:
     with AdminClient(url, admin) as client:
         return [version.policy_version for version in client.versions().versions]
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=2).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-def _until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError("the endpoint did not get there")
-        time.sleep(0.1)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
