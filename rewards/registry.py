@@ -31,7 +31,8 @@ VERIFIERS = {
 }
 TASKSETS = {
     "reasoning_gym": "rewards.gym_taskset:ReasoningGymTaskset",
-    "file": "rewards.tasksets:FileTaskset",
+    "file": "rewards.table_taskset:FileTaskset",
+    "hub": "rewards.table_taskset:HubTaskset",
 }
 
 

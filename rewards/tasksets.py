@@ -5,11 +5,9 @@ and every process agree on it. Called by `actors.bring_up` and `hone check`.
 """
 
 import hashlib
-import importlib
 import json
 import logging
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -21,7 +19,6 @@ from rewards.registry import TASKSETS
 
 HELD_OUT_FRACTION = 0.1
 MAX_HELD_OUT = 200
-MAX_PROBLEMS_SHOWN = 10
 log = logging.getLogger(__name__)
 
 
@@ -96,92 +93,3 @@ def _with_system_prompt(task: Task, prompt: str) -> Task:
         return task
     messages = [Message(role="system", content=prompt), *task.messages]
     return msgspec.structs.replace(task, messages=messages)
-
-
-class FileTaskset:
-    """Tasks of a `.jsonl` or `.parquet` file, one a line or row.
-
-    Columns: `prompt` (text or chat messages), `answer`, and optionally `hints` (list, weakest
-    first), `solution`, `tests`, `tags` (list), `id`; `prompt` and `answer` may be named otherwise.
-    Example: the line `{"prompt": "2 + 2 =", "answer": 4}` is a task with the reference "4".
-    """
-
-    def __init__(self, path: str, prompt: str = "prompt", answer: str = "answer") -> None:
-        self._path = Path(path).expanduser()
-        if not self._path.is_file():
-            raise ConfigError(f"path: no such file: {path}")
-        if self._path.suffix not in (".jsonl", ".parquet"):
-            raise ConfigError(f"path: must end in .jsonl or .parquet, got {path}")
-        self._prompt = prompt
-        self._answer = answer
-        self.name = self._path.stem
-
-    def load(self) -> list[Task]:
-        """One task per row. Raises `ConfigError` with one `file:line: column: problem` a line."""
-        tasks: list[Task] = []
-        problems: list[str] = []
-        for line, row in self._rows():
-            try:
-                tasks.append(self._task(row))
-            except (ValueError, msgspec.MsgspecError) as error:
-                problems.append(f"{self._path}:{line}: {error}")
-        if problems:
-            shown = problems[:MAX_PROBLEMS_SHOWN]
-            if len(problems) > len(shown):
-                shown.append(f"... and {len(problems) - len(shown)} more")
-            raise ConfigError("\n".join(shown))
-        return tasks
-
-    def _rows(self) -> list[tuple[int, Any]]:
-        if self._path.suffix == ".parquet":
-            parquet: Any = importlib.import_module("pyarrow.parquet")
-            rows: list[Any] = parquet.read_table(self._path).to_pylist()
-            return list(enumerate(rows, start=1))
-        lines = self._path.read_bytes().split(b"\n")
-        return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-
-    def _task(self, row: Any) -> Task:
-        values: dict[str, Any] = msgspec.json.decode(row) if isinstance(row, bytes) else row
-        if not isinstance(values, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ValueError(f"must be an object with columns, got {str(values)[:40]!r}")
-        messages = _messages(values, self._prompt)
-        reference = _text(values, self._answer)
-        tests = values.get("tests")
-        if not reference and not tests:
-            raise ValueError(f"column {self._answer!r}: required (or 'tests'), missing or empty")
-        identity = _text(values, "id")
-        return Task(
-            task_id=task_id(messages, reference),
-            taskset=self.name,
-            messages=messages,
-            reference=reference,
-            solution=_text(values, "solution"),
-            hints=_texts(values, "hints"),
-            tags=_texts(values, "tags") + ([f"id:{identity}"] if identity else []),
-            entry=json.dumps({"tests": tests}) if tests else "",
-        )
-
-
-def _text(values: dict[str, Any], column: str) -> str:
-    value = _convert(values, column, str | int | float | None)
-    return "" if value is None else str(value)
-
-
-def _texts(values: dict[str, Any], column: str) -> list[str]:
-    return _convert(values, column, list[str] | None) or []
-
-
-def _messages(values: dict[str, Any], column: str) -> list[Message]:
-    value = _convert(values, column, str | list[Message] | None)
-    if not value or (isinstance(value, str) and not value.strip()):
-        raise ValueError(
-            f"column {column!r}: required, missing or empty (columns: {', '.join(values)})"
-        )
-    return [Message(role="user", content=value)] if isinstance(value, str) else value
-
-
-def _convert(values: dict[str, Any], column: str, kind: Any) -> Any:
-    try:
-        return msgspec.convert(values.get(column), kind)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"column {column!r}: {error}") from error

@@ -9,7 +9,8 @@ from pyarrow import parquet
 from cluster.config import Plugin, TasksSection
 from cluster.errors import ConfigError
 from cluster.types import Task
-from rewards.tasksets import FileTaskset, load_tasks
+from rewards.table_taskset import FileTaskset, HubTaskset
+from rewards.tasksets import load_tasks
 
 
 def write(path: Path, rows: list[Any]) -> str:
@@ -54,6 +55,26 @@ def test_a_row_with_every_column_becomes_a_task(tmp_path: Path, suffix: str):
     assert task.tags == ["sum", "id:17"]
     assert json.loads(task.entry) == {"tests": ["assert f() == 4"]}
     assert task.taskset == "sums"
+
+
+def test_a_dataset_folder_loads_by_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "sums"
+    folder.mkdir()
+    for split, rows in (("train", sums(3)), ("test", sums(1, start=9))):
+        parquet.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
+    train, test = (HubTaskset(str(folder), split=split).load() for split in ("train", "test"))
+    assert [task.reference for task in train] == ["1", "2", "3"]
+    assert [(task.messages[0].content, task.taskset) for task in test] == [("9 + 1 =", "sums")]
+    with pytest.raises(ConfigError, match=r"split validation: could not be loaded"):
+        HubTaskset(str(folder), split="validation").load()
+
+
+def test_a_hub_that_cannot_be_reached_blames_the_dataset(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    plugin = Plugin(use="hub", settings={"dataset": "no-such-owner/no-such-sums"})
+    with pytest.raises(ConfigError, match=r"tasks\.train: dataset: no-such-owner/no-such-sums"):
+        load_tasks(TasksSection(train=plugin), "train")
 
 
 def test_columns_may_be_renamed_and_numbers_are_references(tmp_path: Path):
