@@ -82,7 +82,9 @@ class HubTaskset:
                 f"dataset: {self._dataset}, config {self._config}, split {self._split}: "
                 f"could not be loaded: {reason}"
             ) from error
-        return _tasks(enumerate(cast(list[Any], rows), start=1), self._columns, self.name, self._dataset)
+        return _tasks(
+            enumerate(cast(list[Any], rows), start=1), self._columns, self.name, self._dataset
+        )
 
 
 class Columns(msgspec.Struct, frozen=True):
