@@ -230,14 +230,14 @@ class Controller:
         with self._stages.busy("eval"):
             result = await evaluate(
                 parts.fleet,
-                parts.rewards,
+                parts.rewards.score,
                 parts.eval_tasks,
                 self._config.eval,
                 parts.sampling,
                 self._books.policy_version,
             )
         self._observer.phase("training", "", 0.0)
-        return {"eval/pass@1": result.pass_at_1, "eval/pass@k": result.pass_at_k}
+        return {"eval/pass@1": result.pass_at_1.value, "eval/pass@k": result.pass_at_k.value}
 
     async def _save(self, parts: Parts) -> None:
         path = await self._books.save(parts.learner, parts.curriculum, parts.admin.versions)

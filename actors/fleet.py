@@ -79,6 +79,12 @@ class RolloutFleet:
         """Load all engines; they end STALE, waiting for the first weight sync."""
         await asyncio.gather(*[self._launch(worker) for worker in self.workers])
 
+    async def serve_as_loaded(self) -> None:
+        """Let engines serve the weights that they loaded, as version 0: no learner will follow."""
+        for worker in self.serving:
+            worker.state, worker.policy_version = WorkerState.HEALTHY, 0
+        await self.notify()
+
     async def rollout(self, request: RolloutRequest) -> Any:
         """Produce one group; an object reference to its encoded bytes, already complete."""
         for _ in range(MAX_TRIES):

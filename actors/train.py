@@ -53,7 +53,7 @@ def run(config: Config, *, run_dir: RunDir, resume: bool, address: str) -> int:
         server = None if config.buffer.url else stack.enter_context(EmbeddedRedis(run_dir.redis))
         url = config.buffer.url or (server.url if server else "")
         _announce(config, run_dir, "starting Ray", 6.0)
-        stack.enter_context(_cluster(config, run_dir, address))
+        stack.enter_context(ray_session(config, run_dir, address))
         _note_signals(interrupt)  # starting Ray has put its own handlers in place
         _announce(config, run_dir, "starting the controller", 4.0)
         return _conduct(config, run_dir, url, resume, interrupt, server)
@@ -103,7 +103,7 @@ def _cause(error: RayTaskError) -> HoneError:
 
 
 @contextmanager
-def _cluster(config: Config, run_dir: RunDir, address: str) -> Iterator[None]:
+def ray_session(config: Config, run_dir: RunDir, address: str) -> Iterator[None]:
     """Connect to Ray; a local one is ours alone and leaves nothing behind."""
     os.environ.update(QUIET_ENV)
     common: dict[str, Any] = {
