@@ -49,7 +49,7 @@ def processes_of(run: Path) -> list[str]:
     return found
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 def test_trains_resumes_and_leaves_a_whole_run_directory(tmp_path: Path) -> None:
     process = start(tmp_path, "run.steps=2")
     output, _ = process.communicate(timeout=200)
@@ -79,6 +79,16 @@ def test_trains_resumes_and_leaves_a_whole_run_directory(tmp_path: Path) -> None
     assert len(used) == len(set(used)) == 12
     restored = [event for event in rows(run, "events.jsonl") if event["kind"] == "restored"]
     assert [event["step"] for event in restored] == [2]
+
+    done = subprocess.run(
+        [HONE, "eval", "demo", "--json"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["num_tasks"], result["k"], result["num_abstained"]) == (8, 4, 0)
+    trained = float(str(rows(run, "metrics.jsonl")[-1]["eval/pass@1"]))
+    assert abs(result["pass@1"]["value"] - trained) <= 2 / 32  # same seeds, other batches
 
 
 @pytest.mark.timeout(480)
