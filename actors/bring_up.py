@@ -31,7 +31,7 @@ from cluster.run_dir import RunDir
 from cluster.types import Task
 from learners.group import LearnerGroup
 from learners.warm_start import Example
-from rewards.tasksets import load_tasks
+from rewards.tasksets import load_splits
 
 CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hone"
 ENGINE_START_S = 45.0  # on two CPU cores; shown to the user as an estimate
@@ -71,8 +71,7 @@ async def bring_up(
     """Start all parts of `run`. The policy is warm-started unless the run is resumed."""
     placement = Placement.of(config)
     observer.phase("starting", "reading tasks", 5.0)
-    train_tasks = await asyncio.to_thread(load_tasks, config.tasks, "train")
-    eval_tasks = await asyncio.to_thread(load_tasks, config.tasks, "eval")
+    train_tasks, eval_tasks = await asyncio.to_thread(load_splits, config.tasks)
     observer.phase("starting", "preparing the policy", 10.0)
     policy = await _prepare(config, train_tasks, run, is_resumed)
     sampling = Sampling(

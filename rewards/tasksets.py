@@ -39,7 +39,12 @@ def task_id(messages: list[Message], reference: str) -> str:
 
 
 def load_tasks(section: TasksSection, split: Literal["train", "eval"]) -> list[Task]:
-    """The tasks of one split, without duplicates, with `tasks.system_prompt` in front.
+    """The tasks of one split; see `load_splits`."""
+    return load_splits(section)[0 if split == "train" else 1]
+
+
+def load_splits(section: TasksSection) -> tuple[list[Task], list[Task]]:
+    """Training and held-out tasks, without duplicates, with `tasks.system_prompt` in front.
 
     Without `tasks.eval` the last tenth of the training tasks (at most 200) is held out. Training
     tasks whose prompt is also held out are dropped. A task that has a system message keeps its own.
@@ -56,8 +61,11 @@ def load_tasks(section: TasksSection, split: Literal["train", "eval"]) -> list[T
             "tasks.train: must hold at least 2 different tasks, so that one can be held out for "
             f"evaluation, got {len(train)} (or name a taskset in tasks.eval)"
         )
-    chosen = held_out if split == "eval" else _without(train, held_out)
-    return [_with_system_prompt(task, section.system_prompt) for task in chosen]
+    train = _without(train, held_out)
+    return (
+        [_with_system_prompt(task, section.system_prompt) for task in train],
+        [_with_system_prompt(task, section.system_prompt) for task in held_out],
+    )
 
 
 def _load(plugin: Plugin, knob: str) -> list[Task]:

@@ -68,10 +68,11 @@ def build(config: Config, *, address: str, announce: Announce) -> CheckReport:
     with report.collect("buffer"):
         _check_buffer(config, address)
     tasks: dict[str, list[Task]] = {}
-    for split in ("train", "eval"):
-        with report.collect(f"tasks.{split}"):
-            tasks[split] = _load_tasks(config, split)
-            announce(f"  {len(tasks[split])} {split} tasks")
+    with report.collect("tasks"):
+        from rewards.tasksets import load_splits
+
+        tasks["train"], tasks["eval"] = load_splits(config.tasks)
+        announce(f"  {len(tasks['train'])} train tasks, {len(tasks['eval'])} eval tasks")
     prompts = None
     if tasks.get("train"):
         with report.collect("policy"):
@@ -159,15 +160,6 @@ def _check_buffer(config: Config, address: str) -> None:
         server_program()
     else:
         redis_client.connect(config.buffer.url, retry_s=BUFFER_RETRY_S).close()
-
-
-def _load_tasks(config: Config, split: str) -> list[Task]:
-    from rewards.tasksets import load_tasks
-
-    tasks = load_tasks(config.tasks, "train" if split == "train" else "eval")
-    if not tasks:
-        raise ConfigError(f"tasks.{split}: must hold at least one task, got none")
-    return tasks
 
 
 def _measure_prompts(config: Config, tasks: list[Task]) -> Prompts:

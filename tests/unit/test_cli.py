@@ -78,7 +78,7 @@ def screen(state: RunStatus, step_s: float | None = None, now: float | None = No
 
 def test_help_starts_fast_and_imports_nothing_heavy():
     code = (
-        "import sys, time; t = time.perf_counter(); import serve.cli; d = time.perf_counter() - t\n"
+        "import sys, time; t = time.process_time(); import serve.cli; d = time.process_time() - t\n"
         f"print(d, [m for m in {HEAVY!r} if m in sys.modules])"
     )
     times: list[float] = []
