@@ -152,6 +152,14 @@ class LossConfig(Plugin):
     weight: float = 1.0
 
 
+class CriticSection(Section):
+    """The value network that credits such as `gae` need; optimised on its own."""
+
+    lr: PositiveFloat = 1e-5
+    pretrain_steps: Annotated[int, Field(ge=0)] = 0  # first steps, in which the policy stays
+    loss: Plugin = Plugin(use="value")
+
+
 class SyncSection(Section):
     probe_sequences: Annotated[int, Field(ge=0)] = 4
     probe_bound: PositiveFloat = 0.05  # mean |engine - learner| log-prob that quarantines an engine
@@ -183,6 +191,7 @@ class Config(Section):
     buffer: BufferSection = BufferSection()
     learner: LearnerSection = LearnerSection()
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
+    critic: CriticSection | None = None
     sync: SyncSection = SyncSection()
     eval: EvalSection = EvalSection()
     resources: ResourcesSection = ResourcesSection()
@@ -203,6 +212,11 @@ class Config(Section):
             raise ValueError(
                 f"learner.minibatches ({self.learner.minibatches}) must be at most "
                 f"rollout.groups_per_step ({self.rollout.groups_per_step}): each needs a group"
+            )
+        if self.critic is not None and self.critic.pretrain_steps >= self.run.steps:
+            raise ValueError(
+                f"critic.pretrain_steps ({self.critic.pretrain_steps}) must be below run.steps "
+                f"({self.run.steps}), or the policy would never move"
             )
         needed = (self.rollout.max_policy_age + 2) * self.rollout.groups_per_step
         if self.buffer.capacity_groups < needed:

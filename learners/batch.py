@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cluster.types import Trajectory
+from cluster.types import Trajectory, TrajectoryStatus
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Row:
     temperature: float = 1.0
     policy_age: np.ndarray | None = None  # [L] versions between sampling and now; None is 0
     is_guided: bool = False  # sampled from another context than the one trained on
+    is_truncated: bool = False  # ended by the token limit
 
     def __post_init__(self) -> None:
         if len(self.context) == 0 and self.loss_mask[:1].any():
@@ -52,6 +53,7 @@ class Row:
             temperature=trajectory.temperature,
             policy_age=age,
             is_guided=context is not None,
+            is_truncated=trajectory.status is TrajectoryStatus.TRUNCATED,
         )
 
     @classmethod
@@ -84,12 +86,13 @@ class MicroBatch:
     sequence_loss_tokens: Int[Tensor, " S"]
     policy_age: Float[Tensor, " N"]
     is_guided: Bool[Tensor, " N"]
+    is_truncated: Bool[Tensor, " N"]
     num_tokens: int
     num_sequences: int  # with at least one loss token
     proximal_logprobs: Float[Tensor, " N"] | None = None  # None: those of the present learner
     ref_logprobs: Float[Tensor, " N"] | None = None
-    values: Float[Tensor, " N"] | None = None
-    returns: Float[Tensor, " N"] | None = None
+    values: Float[Tensor, " N"] | None = None  # of the critic before the step
+    returns: Float[Tensor, " N"] | None = None  # what the critic should have said
 
     @property
     def num_loss_tokens(self) -> int:
@@ -147,6 +150,7 @@ class MicroBatch:
                 torch.float32,
             ),
             is_guided=put(repeated([row.is_guided for row in rows]), torch.bool),
+            is_truncated=put(repeated([row.is_truncated for row in rows]), torch.bool),
             num_tokens=num_tokens,
             num_sequences=int((counts > 0).sum()),
         )

@@ -3,24 +3,26 @@
 Invariant: credit sees whole groups only, and a trajectory whose reward is unknown (None) neither
 gets credit nor shapes its siblings' credit. What needs the whole batch is declared, not done here:
 `whitening` is carried out by `learners.whitening` when all groups of the step are in, and a
-`TokenRewards` credit is finished by the critic. Called by the learner at batch time, so a group
-that was scored again needs no new rollouts.
+`ValueBased` credit is finished by its `estimate` when the critic has filled in values. Called by
+the learner at batch time, so a group that was scored again needs no new rollouts.
 """
 
 from abc import ABC, abstractmethod
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
 from cluster.config import Plugin
 from cluster.plugins import build
 from cluster.types import Trajectory, TrajectoryGroup, TrajectoryStatus
+from learners.batch import MicroBatch
 
 CREDITS = {
     "grpo": "learners.credit:GroupNormalized",
     "rloo": "learners.credit:LeaveOneOut",
     "reinforce_pp": "learners.credit:BatchNormalized",
     "process": "learners.process_credit:ProcessNormalized",
+    "gae": "learners.gae:GeneralizedAdvantage",
 }
 
 Whitening = Literal["none", "tokens", "sequences"]
@@ -32,6 +34,22 @@ class Credit(Protocol):
 
         A credit may also have `whitening` ("tokens" or "sequences"): subtract the mean and divide
         by the std of its advantages over the global batch, each token or each sequence once.
+        """
+        ...
+
+
+@runtime_checkable
+class ValueBased(Protocol):
+    """A credit that needs the critic. What its `assign` returns are rewards per token.
+
+    May also have `needs_reference = True` (fill `rows.ref_logprobs`).
+    """
+
+    def assign(self, group: TrajectoryGroup) -> list[np.ndarray | None]: ...
+
+    def estimate(self, rows: MicroBatch) -> MicroBatch:
+        """`rows`, whose `advantages` are rewards and whose `values` are known, with advantages and
+        with the `returns` that the critic learns.
         """
         ...
 

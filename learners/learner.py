@@ -26,7 +26,8 @@ from cluster.errors import ConfigError
 from cluster.types import StepResult, TrajectoryGroup
 from learners import checkpoint, weight_source
 from learners.batch import MicroBatch, Row
-from learners.credit import build_credit, whitening_of
+from learners.credit import ValueBased, build_credit, whitening_of
+from learners.critic import check_critic, open_critic
 from learners.model import PolicyModel, load_policy, shard
 from learners.objectives import WeightedLosses
 from learners.optimizer import ShardedAdamW, learning_rate
@@ -47,7 +48,7 @@ class ScoreRequest:
 
 
 class Learner:
-    """Policy, optimizer and process group of one rank.
+    """Policy, critic, optimizers and process group of one rank.
 
     `master` is "host:port" of rank 0; `num_threads` is for torch on this rank (1 where several
     processes share two cores). Runs on the GPU unless `resources.accelerator` is cpu or there is
@@ -73,6 +74,7 @@ class Learner:
         self._dtype: torch.dtype = getattr(torch, config.policy.dtype)
         self._credit = build_credit(config.objective.credit)
         self._losses = WeightedLosses(config.objective)
+        check_critic(config.critic, self._credit)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if self._device.type == "cuda" else "gloo",
             init_method=f"tcp://{master}",
@@ -82,20 +84,29 @@ class Learner:
         )
         mesh = init_device_mesh(self._device.type, (world_size,))
 
+        def load() -> PolicyModel:
+            return load_policy(policy_dir, self._device, config.learner.activation_checkpointing)
+
         def open_policy() -> PolicyModel:
-            policy = load_policy(policy_dir, self._device, config.learner.activation_checkpointing)
+            policy = load()
             shard(policy, mesh, self._dtype)
             return policy
 
         self._policy = open_policy()
         self._optimizer = ShardedAdamW(self._policy, config.learner.weight_decay)
-        self._reference = Reference(open_policy()) if self._losses.needs_reference else None
+        needs_reference = any(
+            getattr(part, "needs_reference", False) for part in (self._losses, self._credit)
+        )
+        self._reference = Reference(open_policy()) if needs_reference else None
+        self._critic = open_critic(config, load, mesh, self._device)
+        self._num_frozen = 0 if config.critic is None else config.critic.pretrain_steps
         self._update = PolicyUpdate(
             self._policy,
             self._optimizer,
             self._losses,
             self._device,
             config.learner.max_grad_norm,
+            self._critic,
         )
         self._pending: dict[int, list[MicroBatch]] = {}
         self._busy_s = 0.0
@@ -127,14 +138,20 @@ class Learner:
                 trajectory, credit = group.trajectories[ref.index], advantages[ref.index]
                 if credit is not None and trajectory.num_loss_tokens > 0:
                     rows.append(Row.of(trajectory, credit, self.policy_version))
-            pack = MicroBatch.pack(rows, self._device)
-            if self._reference is not None:
-                pack = self._reference.annotate(pack)
+            pack = self._annotated(MicroBatch.pack(rows, self._device))
             if self._is_streaming:
                 self._update.accumulate(pack)
             else:
                 self._pending.setdefault(minibatch, []).append(pack)
         self._busy_s += time.perf_counter() - started
+
+    def _annotated(self, pack: MicroBatch) -> MicroBatch:
+        """`pack` with what the frozen reference and the critic say of it, credit finished."""
+        if self._reference is not None:
+            pack = self._reference.annotate(pack)
+        if self._critic is not None and isinstance(self._credit, ValueBased):
+            pack = self._credit.estimate(self._critic.annotate(pack))
+        return pack
 
     def optim_step(self) -> StepResult:
         """One update per mini-batch, each normalised by its global counts; same on every rank.
@@ -144,14 +161,18 @@ class Learner:
         """
         started = time.perf_counter()
         settings = self._config.learner
+        is_frozen = self.policy_version < self._num_frozen
         rate = learning_rate(
-            self.policy_version,
+            max(0, self.policy_version - self._num_frozen),
             peak=settings.lr,
             schedule=settings.schedule,
             warmup_steps=settings.warmup_steps,
-            total_steps=self._config.run.steps,
+            total_steps=self._config.run.steps - self._num_frozen,
         )
-        results = [self._update.apply(rate)] if self._is_streaming else self._updates(rate)
+        if self._is_streaming:
+            results = [self._update.apply(rate, is_frozen)]
+        else:
+            results = self._updates(rate, is_frozen)
         self.step += 1
         self.policy_version += any(result.is_step for result in results)
         sums = StepSums(torch.device("cpu"))
@@ -162,7 +183,7 @@ class Learner:
         metrics = mean_metrics(results) | {"lr": rate, "learner/tokens_per_s": num_tokens / busy_s}
         return StepResult(step=self.step, policy_version=self.policy_version, metrics=metrics)
 
-    def _updates(self, rate: float) -> list[UpdateResult]:
+    def _updates(self, rate: float, is_frozen: bool) -> list[UpdateResult]:
         """The updates of a step whose groups are all in."""
         order = sorted(self._pending)
         packs = [pack for minibatch in order for pack in self._pending[minibatch]]
@@ -178,7 +199,7 @@ class Learner:
             self._update.survey(share)
             for pack in share:
                 self._update.accumulate(pack)
-            results.append(self._update.apply(rate))
+            results.append(self._update.apply(rate, is_frozen))
         return results
 
     @torch.no_grad()
@@ -222,6 +243,8 @@ class Learner:
         )
         if self._reference is not None:
             self._reference.copy_from(self._policy)
+        if self._critic is not None:
+            self._critic.copy_from(self._policy)
 
     def export_weights(self, path: Path) -> None:
         """Safetensors of the full weights in `policy.dtype`; rank 0 writes, then renames."""
@@ -246,6 +269,8 @@ class Learner:
         parts = {"model": checkpoint.Part(self._policy, self._optimizer.inner)}
         if self._reference is not None:
             parts["reference"] = checkpoint.Part(self._reference.module)
+        if self._critic is not None:
+            parts["critic"] = self._critic.part
         return parts
 
     def _progress(self) -> checkpoint.Progress:

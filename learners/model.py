@@ -1,12 +1,13 @@
-"""The policy network: a Hugging Face causal LM that answers with log-probs instead of logits.
+"""The networks: a Hugging Face decoder that answers with log-probs (policy) or values (critic).
 
-Invariant: its value for a token does not depend on the layout (packed or padded) or on the other
-sequences in the micro-batch. `PolicyModel` is the FSDP2 root, so the output head is whole while
-`forward` uses it. Called by the learner, warm start and the weight probe.
+Invariant: its answer for a token does not depend on the layout (packed or padded) or on the other
+sequences in the micro-batch. Each model is an FSDP2 root, so its head is whole while `forward` uses
+it. Called by the learner, warm start and the weight probe.
 """
 
 # ruff: noqa: F722 (shapes in annotations)
 
+from abc import ABC, abstractmethod
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -28,23 +29,21 @@ Layout = Literal["packed", "padded"]
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
-class PolicyModel(nn.Module):
+class DecoderModel(nn.Module, ABC):
     """`packed` runs one row of [1, T] (variable-length attention); `padded` runs [S, longest]."""
 
-    def __init__(self, causal_lm: nn.Module, layout: Layout) -> None:
+    def __init__(self, layout: Layout) -> None:
         super().__init__()
-        self.causal_lm: Any = causal_lm
-        self.layout = layout
+        self.layout: Layout = layout
 
     @property
+    @abstractmethod
     def decoder(self) -> Any:
-        return self.causal_lm.base_model
+        """The Hugging Face decoder, without a head."""
 
-    def forward(self, rows: MicroBatch, nucleus: Nucleus | None = None) -> TokenOutputs:
-        """Log-prob and entropies, float32, of each loss token at its own temperature."""
-        run = self._packed if self.layout == "packed" else self._padded
-        head: Tensor = self.causal_lm.get_output_embeddings().weight
-        return token_outputs(run(rows), head, rows.labels, rows.temperature, nucleus)
+    def hidden(self, rows: MicroBatch) -> Float[Tensor, "N D"]:
+        """Hidden state from which each loss token is predicted: it has seen what came before."""
+        return self._packed(rows) if self.layout == "packed" else self._padded(rows)
 
     def _packed(self, rows: MicroBatch) -> Float[Tensor, "N D"]:
         output = self.decoder(
@@ -71,6 +70,45 @@ class PolicyModel(nn.Module):
         return output.last_hidden_state.flatten(0, 1)[places[rows.loss_index]]
 
 
+class PolicyModel(DecoderModel):
+    """Decoder and output head."""
+
+    def __init__(self, causal_lm: nn.Module, layout: Layout) -> None:
+        super().__init__(layout)
+        self.causal_lm: Any = causal_lm
+
+    @property
+    def decoder(self) -> Any:
+        return self.causal_lm.base_model
+
+    def forward(self, rows: MicroBatch, nucleus: Nucleus | None = None) -> TokenOutputs:
+        """Log-prob and entropies, float32, of each loss token at its own temperature."""
+        head: Tensor = self.causal_lm.get_output_embeddings().weight
+        return token_outputs(self.hidden(rows), head, rows.labels, rows.temperature, nucleus)
+
+
+class ValueModel(DecoderModel):
+    """The decoder of a policy and a linear value head, which starts at 0."""
+
+    def __init__(self, policy: PolicyModel) -> None:
+        super().__init__(policy.layout)
+        self.backbone: Any = policy.decoder
+        width = self.backbone.config.get_text_config().hidden_size
+        weight = next(self.backbone.parameters())
+        self.head = nn.Linear(width, 1, device=weight.device, dtype=weight.dtype)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def decoder(self) -> Any:
+        return self.backbone
+
+    def forward(self, rows: MicroBatch) -> Float[Tensor, " N"]:
+        """Expected return before each loss token is written, at least float32."""
+        values = self.hidden(rows) @ self.head.weight[0] + self.head.bias
+        return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def load_policy(
     policy_dir: Path, device: torch.device, activation_checkpointing: bool
 ) -> PolicyModel:
@@ -91,12 +129,12 @@ def load_policy(
     return PolicyModel(causal_lm, "packed" if has_flash else "padded")
 
 
-def shard(policy: PolicyModel, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+def shard(model: DecoderModel, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
     """FSDP2 over `mesh`, one unit per decoder layer; gradients are reduced in float32."""
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    for layer in policy.decoder.layers:
+    for layer in model.decoder.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(policy, mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision)
 
 
 def _check_head(causal_lm: Any, policy_dir: Path) -> None:

@@ -59,3 +59,20 @@ def reverse_sums(values: Float[Tensor, " N"], rows: MicroBatch) -> Float[Tensor,
     padded = torch.cat([before, before.new_zeros(1)])
     own_before = before - padded[starts][rows.sequence_ids]
     return totals[rows.sequence_ids] - own_before
+
+
+def discounted_sums(
+    values: Float[Tensor, " N"], factors: Float[Tensor, " N"], rows: MicroBatch
+) -> Float[Tensor, " N"]:
+    """S_t = value_t + factor_t S_(t+1), 0 after the last loss token of a sequence; float64 inside,
+    without gradient.
+
+    Values [1, 1, 1] of one sequence with factor .5: [1.75, 1.5, 1].
+    """
+    sequences = rows.sequence_ids.tolist()
+    sums = values.double().tolist()
+    scales = factors.tolist()
+    for t in range(len(sums) - 2, -1, -1):
+        if sequences[t] == sequences[t + 1]:
+            sums[t] += scales[t] * sums[t + 1]
+    return values.new_tensor(sums)

@@ -1,4 +1,4 @@
-"""One optimizer update of the policy: survey, gradients, normalisation, step.
+"""One optimizer update of the policy, and of its critic: survey, gradients, normalisation, step.
 
 Invariant: the gradient of an update is that of the loss over all its rows, divided by global
 counts, however the rows are split over micro-batches and ranks. Where one count divides all losses
@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from learners.aggregation import Denominator
 from learners.batch import MicroBatch
+from learners.critic import Critic
 from learners.model import PolicyModel
 from learners.objectives import WeightedLosses
 from learners.optimizer import ShardedAdamW, clip_factor
@@ -46,12 +47,14 @@ class PolicyUpdate:
         losses: WeightedLosses,
         device: torch.device,
         max_grad_norm: float,
+        critic: Critic | None = None,
     ) -> None:
         self._policy = policy
         self._optimizer = optimizer
         self._losses = losses
         self._device = device
         self._max_grad_norm = max_grad_norm
+        self._critic = critic
         self._sums = StepSums(device)
         self._counts: Counts | None = None
         self._surveyed: dict[str, float] = {}
@@ -96,12 +99,14 @@ class PolicyUpdate:
                 "num_tokens": rows.num_tokens,
             }
         )
+        if self._critic is not None:
+            self._critic.accumulate(rows)
 
     def apply(self, rate: float, is_frozen: bool = False) -> UpdateResult:
         """Normalise by the global counts, clip, step; the same result on every rank.
 
         A non-finite loss or gradient skips the step, and so does an update without a loss token.
-        `is_frozen` leaves the weights alone and reports as if they had moved.
+        `is_frozen` leaves the policy alone and reports as if it had moved: only the critic learns.
         """
         self._sums.add({"grad_square": self._optimizer.grad_square()})
         totals = self._sums.reduce()
@@ -125,6 +130,8 @@ class PolicyUpdate:
             "grad/skipped": float(not is_step),
             "learner/num_loss_tokens": num_loss_tokens,
         }
+        if self._critic is not None:
+            metrics |= self._critic.apply(is_step)
         self._counts, self._surveyed = None, {}
         return UpdateResult(is_step, totals["num_tokens"], metrics)
 
@@ -133,6 +140,8 @@ class PolicyUpdate:
         self._optimizer.skip()
         self._sums = StepSums(self._device)
         self._counts, self._surveyed = None, {}
+        if self._critic is not None:
+            self._critic.drop()
 
     def _divisor(self, totals: dict[str, float]) -> float:
         """What still divides the sums: nothing when each loss was divided by its own count."""

@@ -125,13 +125,18 @@ def _leaves(config: Config) -> dict[str, object]:
 def _build_plugins(config: Config, report: CheckReport) -> None:
     from actors.programs import PROGRAMS
     from learners.credit import build_credit
+    from learners.critic import check_critic
     from learners.objectives import WeightedLosses
+    from learners.value_loss import build_value_loss
 
     program = config.rollout.program
     with report.collect("rollout.program"):
         plugins.build(program.use, program.settings, PROGRAMS, "rollout.program")
     with report.collect("objective.credit"):
-        build_credit(config.objective.credit)
+        check_critic(config.critic, build_credit(config.objective.credit))
+    if config.critic is not None:
+        with report.collect("critic.loss"):
+            build_value_loss(config.critic)
     with report.collect("objective.losses"):
         WeightedLosses(config.objective)
 

@@ -75,8 +75,9 @@ def num_parameters(policy_dir: Path) -> int:
 
 def _learner_memory(config: Config, num_parameters: int) -> str:
     world_size = config.learner.world_size
-    gib = num_parameters * LEARNER_BYTES_PER_PARAMETER / world_size / GIB
-    return f"about {gib:.2f} GiB a rank for weights, gradients and AdamW, plus activations"
+    num_trained, what = (1, "") if config.critic is None else (2, " of policy and critic")
+    gib = num_trained * num_parameters * LEARNER_BYTES_PER_PARAMETER / world_size / GIB
+    return f"about {gib:.2f} GiB a rank for weights, gradients and AdamW{what}, plus activations"
 
 
 def _engine_memory(config: Config, placement: Placement, num_parameters: int) -> str:

@@ -13,6 +13,7 @@ def rows_of(
     rollout_logprobs: list[list[float]] | None = None,
     guided: list[bool] | None = None,
     ages: list[float] | None = None,
+    truncated: list[bool] | None = None,
 ) -> MicroBatch:
     """Sequences of one context token and as many loss tokens as they have advantages."""
     rollout = rollout_logprobs or [[0.0] * len(values) for values in advantages]
@@ -25,6 +26,7 @@ def rows_of(
                 rollout_logprobs=np.array(rollout[i], dtype=np.float32),
                 advantages=np.array(values, dtype=np.float32),
                 is_guided=bool(guided and guided[i]),
+                is_truncated=bool(truncated and truncated[i]),
                 policy_age=np.full(len(values), ages[i] if ages else 0.0, dtype=np.float32),
             )
             for i, values in enumerate(advantages)

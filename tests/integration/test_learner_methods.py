@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from cluster.config import Config, LossConfig, ObjectiveSection, Plugin
+from cluster.config import Config, CriticSection, LossConfig, ObjectiveSection, Plugin
 from learners.batch import MicroBatch, Row
 from learners.credit import build_credit
 from learners.logprobs import TokenOutputs
@@ -142,6 +142,9 @@ METHODS: dict[str, Config] = {
     "filtered": _config(
         {"policy": _loss("policy_gradient", token_filter={"use": "forking_tokens"})}
     ),
+    "ppo": _config({"policy": _loss("policy_gradient")}, credit="gae", minibatches=2).model_copy(
+        update={"critic": CriticSection(lr=1e-3)}
+    ),
 }
 
 
@@ -198,28 +201,32 @@ def test_two_ranks_equal_one(name: str, policy_dir: Path, two_ranks: Path, tmp_p
                 assert theirs[key] == pytest.approx(ours[key], abs=2e-5, rel=2e-5), key
 
 
-@pytest.mark.parametrize("name", ["siren", "kl", "guide"])
+@pytest.mark.parametrize("name", ["siren", "kl", "guide", "ppo"])
 def test_one_rank_goes_on_from_a_checkpoint_of_two(
     name: str, policy_dir: Path, two_ranks: Path, tmp_path: Path
 ) -> None:
-    """SIREN's anchor, the reference policy and the adaptive coefficient come with the weights."""
+    """SIREN's anchor, the reference policy, the adaptive coefficient and the critic come with the
+    weights.
+    """
     with open_learner(METHODS[name], policy_dir) as learner:
         learner.load(two_ranks / f"{name}_checkpoint")
-        result = train_step(learner, 2)
+        result = train_step(learner, 2, minibatches=METHODS[name].learner.minibatches)
         learner.export_weights(tmp_path / "weights.safetensors")
     assert_same_weights(tmp_path / "weights.safetensors", two_ranks / f"{name}_2.safetensors", 1e-5)
     theirs = json.loads((two_ranks / f"{name}_2_0.json").read_text())
-    for key in {"siren/anchor", "policy/reference_kl", "policy/entropy_coefficient"} & set(theirs):
+    kept = {"siren/anchor", "policy/reference_kl", "policy/entropy_coefficient", "value/loss"}
+    for key in kept & set(theirs):
         assert result.metrics[key] == pytest.approx(theirs[key], rel=1e-5)
         assert result.metrics[key] != 0.0
 
 
-@pytest.mark.parametrize("name", ["siren", "guide", "filtered"])
+@pytest.mark.parametrize("name", ["siren", "guide", "filtered", "ppo"])
 def test_microbatches_do_not_change_an_update(name: str, policy_dir: Path, tmp_path: Path) -> None:
     for budget in (CONTEXT_LENGTH, 4096):
         with open_learner(METHODS[name], policy_dir) as learner:
             for step in range(2):
-                result = train_step(learner, step, budget=budget)
+                minibatches = METHODS[name].learner.minibatches
+                result = train_step(learner, step, budget=budget, minibatches=minibatches)
             learner.export_weights(tmp_path / f"{budget}.safetensors")
     assert math.isfinite(result.metrics["loss/total"])
     assert_same_weights(

@@ -8,8 +8,10 @@ import yaml
 
 from cluster.config_file import parse
 from learners.credit import CREDITS, build_credit
+from learners.critic import check_critic
 from learners.objectives import OBJECTIVES, WeightedLosses
 from learners.token_filters import FILTERS
+from learners.value_loss import LOSSES, build_value_loss
 from tests.conftest import TINY
 
 PAGE = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text()
@@ -24,11 +26,13 @@ def test_a_block_builds(block: str) -> None:
         for section in TINY.keys() | override.keys()
     }
     config = parse(merged, "docs/algorithms.md")
-    build_credit(config.objective.credit)
+    check_critic(config.critic, build_credit(config.objective.credit))
+    if config.critic is not None:
+        build_value_loss(config.critic)
     WeightedLosses(config.objective)
 
 
-@pytest.mark.parametrize("name", [*CREDITS, *OBJECTIVES, *FILTERS])
+@pytest.mark.parametrize("name", [*CREDITS, *OBJECTIVES, *FILTERS, *LOSSES])
 def test_every_built_in_method_has_a_block(name: str) -> None:
     assert any(re.search(rf"use: {name}\b", block) for block in BLOCKS) or f"{name}` (" in PAGE, (
         name

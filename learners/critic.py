@@ -1,0 +1,146 @@
+"""The critic: a value network beside the policy, with an optimizer of its own.
+
+Invariant: values that credit is made of are those from before the step; the critic learns in the
+same updates as the policy, on the same micro-batches of every rank, so both run the same
+collectives everywhere. It exists when the configured credit is `ValueBased`. Owned by the learner.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+
+from cluster.config import Config, CriticSection
+from cluster.errors import ConfigError
+from learners.batch import MicroBatch
+from learners.checkpoint import Part
+from learners.credit import Credit, ValueBased
+from learners.model import PolicyModel, ValueModel, shard
+from learners.optimizer import ShardedAdamW, clip_factor
+from learners.step_sums import StepSums
+from learners.value_loss import ValueObjective, build_value_loss
+
+_MIN_VARIANCE = 1e-12
+
+
+@dataclass
+class Critic:
+    """`module` is sharded like the policy."""
+
+    module: ValueModel
+    section: CriticSection
+    loss: ValueObjective
+    device: torch.device
+    weight_decay: float
+    max_grad_norm: float
+
+    def __post_init__(self) -> None:
+        self._optimizer = ShardedAdamW(self.module, self.weight_decay)
+        self._sums = StepSums(self.device)
+
+    @property
+    def part(self) -> Part:
+        """What belongs into a checkpoint."""
+        return Part(self.module, self._optimizer.inner)
+
+    @torch.no_grad()
+    def copy_from(self, policy: PolicyModel) -> None:
+        """Take over the decoder that `policy` has now, shard by shard."""
+        theirs = policy.decoder.parameters()
+        for our, their in zip(self.module.decoder.parameters(), theirs, strict=True):
+            our.copy_(their)
+
+    @torch.no_grad()
+    def annotate(self, rows: MicroBatch) -> MicroBatch:
+        """`rows` with `values`; one forward pass, collective."""
+        values = self.module(rows)
+        cast(FSDPModule, self.module).reshard()
+        return replace(rows, values=values)
+
+    def accumulate(self, rows: MicroBatch) -> None:
+        """Add the gradient of one micro-batch, and what its values explained."""
+        assert rows.values is not None
+        assert rows.returns is not None
+        term = self.loss.loss(rows, self.module(rows))
+        term.total.backward()
+        returns = rows.returns[~rows.is_guided].double()
+        errors = returns - rows.values[~rows.is_guided].double()
+        self._sums.add(
+            {
+                "loss": term.total.detach(),
+                "tokens": rows.num_loss_tokens,
+                "sequences": rows.num_sequences,
+                "plain": len(returns),
+                "returns": returns.sum(),
+                "return_squares": returns.square().sum(),
+                "errors": errors.sum(),
+                "error_squares": errors.square().sum(),
+                **term.metrics,
+            }
+        )
+
+    def apply(self, is_step: bool) -> dict[str, float]:
+        """One optimizer step unless the policy's was unsound; the same metrics on every rank.
+
+        `value/explained_variance` is 1 - Var(return - value) / Var(return) of the values that
+        credit was made of; it is absent when all returns are equal.
+        """
+        self._sums.add({"grad_square": self._optimizer.grad_square()})
+        totals = self._sums.reduce()
+        divisor = max(1.0, totals[self.loss.denominator])
+        scale = dist.get_world_size() / divisor  # FSDP2 has averaged the ranks' sums
+        grad_norm = math.sqrt(totals["grad_square"]) * scale
+        if is_step and math.isfinite(grad_norm):
+            factor = scale * clip_factor(grad_norm, self.max_grad_norm)
+            self._optimizer.step(self.section.lr, factor)
+        else:
+            self._optimizer.skip()
+        count = max(1.0, totals["plain"])
+        metrics = {
+            "value/loss": totals["loss"] / divisor,
+            "value/grad_norm": grad_norm,
+            "value/return_mean": totals["returns"] / count,
+        }
+        metrics |= {
+            name: total / max(1.0, totals["tokens"])
+            for name, total in totals.items()
+            if name.startswith("value/")
+        }
+        variance, unexplained = (
+            totals[f"{name}_squares"] / count - (totals[f"{name}s"] / count) ** 2
+            for name in ("return", "error")
+        )
+        if variance > _MIN_VARIANCE:
+            metrics["value/explained_variance"] = 1 - unexplained / variance
+        return metrics
+
+    def drop(self) -> None:
+        """Forget the gradients and sums that had no step yet."""
+        self._optimizer.skip()
+        self._sums = StepSums(self.device)
+
+
+def open_critic(
+    config: Config, load: Callable[[], PolicyModel], mesh: DeviceMesh, device: torch.device
+) -> Critic | None:
+    """The configured critic, on the decoder of a policy that `load` opens unsharded."""
+    section, learner = config.critic, config.learner
+    if section is None:
+        return None
+    module = ValueModel(load())
+    shard(module, mesh, getattr(torch, config.policy.dtype))
+    loss = build_value_loss(section)
+    return Critic(module, section, loss, device, learner.weight_decay, learner.max_grad_norm)
+
+
+def check_critic(section: CriticSection | None, credit: Credit) -> None:
+    """Refuse a credit without the critic that it needs, and a critic that nobody asks."""
+    if isinstance(credit, ValueBased) and section is None:
+        raise ConfigError("critic: objective.credit needs values, so this section must be there")
+    if section is not None and not isinstance(credit, ValueBased):
+        raise ConfigError("critic: objective.credit needs no values; use gae, or leave critic out")

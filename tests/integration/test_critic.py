@@ -1,0 +1,173 @@
+"""The critic: equal to its slow reference, alone while it is pre-trained, whole in a checkpoint.
+
+That it is the same on two ranks, in any micro-batches and after a checkpoint of two ranks, the
+method `ppo` of `test_learner_methods` shows.
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cluster.config import Config, CriticSection, Plugin, WarmStartSection
+from cluster.errors import ConfigError
+from learners.batch import MicroBatch, Row
+from learners.gae import GeneralizedAdvantage
+from learners.model import PolicyModel, ValueModel
+from learners.value_loss import ClippedValue
+from tests import reference_critic as reference
+from tests.learner_cases import (
+    assert_same_weights,
+    make_config,
+    make_groups,
+    make_policy,
+    open_learner,
+    train_step,
+)
+
+GAMMA, LAMBDAS, CLIP = 0.98, (0.9, 0.95), 0.2
+
+
+@pytest.fixture(scope="module")
+def policy_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_policy(tmp_path_factory.mktemp("policy"))
+
+
+def _config(critic: dict[str, Any], credit: dict[str, Any] | None = None, **learner: Any) -> Config:
+    config = make_config(**learner)
+    plugin = Plugin(use="gae", settings=credit or {})
+    return config.model_copy(
+        update={
+            "objective": config.objective.model_copy(update={"credit": plugin}),
+            "critic": CriticSection(**critic),
+        }
+    )
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_values_and_gradients_equal_the_reference_in_float64(
+    policy_dir: Path, layout: Literal["packed", "padded"]
+) -> None:
+    causal_lm = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float64)
+    critic = ValueModel(PolicyModel(causal_lm, layout))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(critic.head.weight, std=0.3)
+    heads = [(critic.head.weight.detach()[0].clone(), critic.head.bias.detach()[0].clone())]
+    credit = GeneralizedAdvantage(GAMMA, *LAMBDAS)
+    groups = make_groups(0)
+    rows = [
+        Row.of(trajectory, rewards)
+        for group in groups
+        for trajectory, rewards in zip(group.trajectories, credit.assign(group), strict=True)
+        if rewards is not None
+    ]
+    packs = [MicroBatch.pack(part) for part in (rows[:3], rows[3:], [])]
+    with torch.no_grad():
+        packs = [credit.estimate(replace(pack, values=critic(pack))) for pack in packs]
+        critic.head.weight += 0.3 * torch.randn_like(critic.head.weight)
+    now = critic.head.weight[0], critic.head.bias[0]
+    slow = reference.valued(critic.decoder, now, heads[0], groups, GAMMA, LAMBDAS)
+    advantages = torch.cat([pack.advantages for pack in packs]).tolist()
+    assert advantages == pytest.approx([a for row in slow for a in row.advantages], abs=1e-6)
+
+    expected = reference.value_loss(slow, CLIP)
+    loss = torch.zeros((), dtype=torch.float64)
+    num_clipped = 0
+    for pack in packs:
+        term = ClippedValue(CLIP).loss(pack, critic(pack))
+        loss = loss + term.total / sum(pack.num_loss_tokens for pack in packs)
+        num_clipped += int(term.metrics["value/clip_fraction"])
+    assert num_clipped > 0, "the case must have something to show"
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    parameters = list(critic.parameters())
+    theirs = torch.autograd.grad(expected, parameters)
+    for ours, other in zip(torch.autograd.grad(loss, parameters), theirs, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-6, atol=1e-6)
+        assert ours.abs().max() > 0
+
+
+def test_a_step_reports_the_reference_value_loss(policy_dir: Path) -> None:
+    """The head starts at 0; a second step explains returns with what the first one learned."""
+    causal_lm = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float64)
+    width = causal_lm.config.hidden_size
+    zeros = torch.zeros(width, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    rows = reference.valued(causal_lm.base_model, zeros, zeros, make_groups(0), 1.0, (0.95, 1.0))
+    with open_learner(_config({"lr": 1e-2}), policy_dir) as learner:
+        metrics = train_step(learner, 0).metrics
+        assert metrics["value/loss"] == pytest.approx(reference.value_loss(rows, 0.5).item())
+        assert metrics["value/explained_variance"] == pytest.approx(0.0, abs=1e-6)
+        returns = [r for row in rows if not row.is_guided for r in row.returns]
+        assert metrics["value/return_mean"] == pytest.approx(sum(returns) / len(returns))
+        for _ in range(6):
+            metrics = train_step(learner, 0).metrics
+    assert metrics["value/explained_variance"] > 0.5
+    assert metrics["value/loss"] < 0.5 * reference.value_loss(rows, 0.5).item()
+
+
+def test_pretraining_moves_the_critic_alone(policy_dir: Path, tmp_path: Path) -> None:
+    config = _config({"lr": 1e-2, "pretrain_steps": 2}, {"whitening": False}, warmup_steps=2)
+    with open_learner(config, policy_dir) as learner:
+        results = []
+        for step in range(4):
+            learner.export_weights(tmp_path / f"{step}.safetensors")
+            results.append(train_step(learner, 0))
+        learner.export_weights(tmp_path / "4.safetensors")
+    assert_same_weights(tmp_path / "0.safetensors", tmp_path / "2.safetensors", 0)
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "2.safetensors", tmp_path / "3.safetensors", 0)
+    assert [result.policy_version for result in results] == [1, 2, 3, 4]
+    losses = [result.metrics["value/loss"] for result in results]
+    assert losses[2] < losses[1] < losses[0]
+    rate = config.learner.lr
+    assert [r.metrics["lr"] for r in results] == [rate / 2, rate / 2, rate / 2, rate]
+
+
+def test_a_checkpoint_repeats_the_next_step_exactly(policy_dir: Path, tmp_path: Path) -> None:
+    config = _config({"lr": 1e-2}, {"kl_coefficient": 0.01, "bootstrap_truncated": True})
+    with open_learner(config, policy_dir) as learner:
+        train_step(learner, 0)
+        learner.save(tmp_path / "checkpoint")
+        first = [train_step(learner, step).metrics for step in (1, 2)]
+        learner.export_weights(tmp_path / "first.safetensors")
+        learner.load(tmp_path / "checkpoint")
+        second = [train_step(learner, step).metrics for step in (1, 2)]
+        learner.export_weights(tmp_path / "second.safetensors")
+    assert_same_weights(tmp_path / "first.safetensors", tmp_path / "second.safetensors", 0)
+    for ours, theirs in zip(first, second, strict=True):
+        for name in ours.keys() - {"learner/tokens_per_s"}:
+            assert ours[name] == theirs[name], name
+
+
+def test_a_non_finite_step_leaves_the_critic_alone(policy_dir: Path) -> None:
+    with open_learner(_config({"lr": 1e-2}), policy_dir) as learner:
+        before = train_step(learner, 0).metrics["value/loss"]
+        learner._policy.causal_lm.get_input_embeddings().weight.data.to_local()[0] = math.nan
+        skipped = train_step(learner, 0)
+        assert skipped.metrics["grad/skipped"] == 1.0
+        again = train_step(learner, 0).metrics["value/loss"]
+        assert again == skipped.metrics["value/loss"] < before
+
+
+def test_the_critic_starts_from_the_warm_policy(policy_dir: Path) -> None:
+    section = WarmStartSection(steps=2, batch_size=2, lr=1e-2)
+    config = _config({}).model_copy(update={"warm_start": section})
+    with open_learner(config, policy_dir) as learner:
+        list(learner.warm_start([([1, 2], [3, 4]), ([5], [6, 7, 8])]))
+        critic = learner._critic
+        assert critic is not None
+        pairs = zip(
+            critic.module.decoder.parameters(), learner._policy.decoder.parameters(), strict=True
+        )
+        for ours, theirs in pairs:
+            assert ours is not theirs
+            assert torch.equal(ours.full_tensor(), theirs.full_tensor())
+
+
+def test_credit_without_its_critic_is_refused(policy_dir: Path) -> None:
+    config = _config({}).model_copy(update={"critic": None})
+    with pytest.raises(ConfigError, match="critic: objective"), open_learner(config, policy_dir):
+        pass
