@@ -9,16 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.types import Task
+from rewards.local_model import Asked
 
 DEFAULT_MARKER = "<|step|>"
-
-
-@dataclass(frozen=True)
-class StepTokens:
-    """`token_ids` [T] of question and steps; the model is asked at `positions` [S]."""
-
-    token_ids: list[int]
-    positions: list[int]
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,7 @@ class StepFormat:
             turns, tokenize=False, add_generation_prompt=True
         ), False
 
-    def encode(self, tokenizer: Any, task: Task, steps: list[str]) -> StepTokens:
+    def encode(self, tokenizer: Any, task: Task, steps: list[str]) -> Asked:
         """A step is asked about at the token that holds the last letter of its marker.
 
         Markers in the candidate's own text are taken out: they would be questions of its choosing.
@@ -69,4 +62,4 @@ class StepFormat:
             while spans[index][1] < end:
                 index += 1
             positions.append(index)
-        return StepTokens(list(encoded["input_ids"]), positions)
+        return Asked(list(encoded["input_ids"]), positions)

@@ -1,5 +1,7 @@
 """Steps and their token ends, on tokens that split text in the oddest places."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,7 +50,7 @@ def cut_texts(draw: st.DrawFn) -> tuple[str, list[bytes]]:
     data = text.encode()
     cuts = sorted(draw(st.sets(st.integers(1, max(1, len(data) - 1)), max_size=len(data))))
     bounds = [0, *(cut for cut in cuts if cut < len(data)), len(data)]
-    return text, [data[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return text, [data[a:b] for a, b in pairwise(bounds)]
 
 
 @given(TEXTS)
@@ -102,7 +104,11 @@ def test_tokens_that_do_not_say_the_text_have_no_ends() -> None:
 
 def test_other_separators_and_their_limits() -> None:
     sentences = compile_separator(r"(?<=[.!?])\s+")
-    assert split_steps("It is 3.5. So what? Done", sentences) == ["It is 3.5. ", "So what? ", "Done"]
+    assert split_steps("It is 3.5. So what? Done", sentences) == [
+        "It is 3.5. ",
+        "So what? ",
+        "Done",
+    ]
     assert split_steps(" \n ", LINES) == []
     many = split_steps("1\n" * (MAX_STEPS + 9), LINES)
     assert len(many) == MAX_STEPS
