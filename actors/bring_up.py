@@ -82,7 +82,9 @@ async def bring_up(
     loading = f"loading {num_workers} vLLM engine(s) and the learner"
     observer.phase("starting", loading, ENGINE_START_S)
     fleet = RolloutFleet(run.name, placement, policy.directory, str(run.path), observer.event)
-    rewards = RewardPool(RewardHome(run, placement, buffer_url, observer.event))
+    rewards = RewardPool(
+        RewardHome(run, placement, buffer_url, observer.event, str(policy.directory))
+    )
     buffered = BufferedGroups.of(config, run.name, buffer_url)
     admin = RewardAdmin(rewards, train_tasks, buffered)
 

@@ -37,6 +37,7 @@ class RewardHome:
     placement: Placement
     buffer_url: str
     on_event: EventSink
+    policy_dir: str = ""
 
     def worker(self, index: int, label: str, verifiers: dict[str, VerifierConfig]) -> Any:
         """A new actor `hone/<run>/reward/<label>.<generation>/<index>`."""
@@ -51,7 +52,14 @@ class RewardHome:
             ray.remote(RewardWorker)
             .options(**options)
             .remote(
-                index, label, verifiers, self.run.name, self.buffer_url, buffer, str(self.run.path)
+                index,
+                label,
+                verifiers,
+                self.run.name,
+                self.buffer_url,
+                buffer,
+                str(self.run.path),
+                self.policy_dir,
             )
         )
 

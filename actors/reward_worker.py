@@ -66,10 +66,11 @@ class RewardWorker:
         buffer_url: str,
         buffer: BufferSection,
         run_dir: str,
+        policy_dir: str = "",
     ) -> None:
         log.setup(f"reward-{index}", run_dir)
         self._label = label
-        self._rubric = Rubric(verifiers)
+        self._rubric = Rubric(verifiers, policy_dir)
         if label and label.partition("-")[2] != self._rubric.version:
             raise ConfigError(
                 f"rubric {label}: its code or settings have changed on disk, they are now "

@@ -42,7 +42,7 @@ class RolloutWorker:
     async def rollout(self, request: RolloutRequest) -> bytes:
         """Produce one group; the encoded `TrajectoryGroup`."""
         with boundary("rollout"):
-            io = _EngineIO(self._engine, self._tokenizer, request.sampling)
+            io = EngineIO(self._engine, self._tokenizer, request.sampling)
             return wire.encode(await self._program.run(request, io))
 
     async def load_weights(self, update_info: dict[str, Any], policy_version: int) -> float:
@@ -67,7 +67,7 @@ class RolloutWorker:
             self._engine.shutdown()
 
 
-class _EngineIO:
+class EngineIO:
     """`RolloutIO` over one engine."""
 
     def __init__(self, engine: Any, tokenizer: Any, sampling: Sampling) -> None:

@@ -15,6 +15,7 @@ class VerifierIO(Protocol):
     """What the rubric lends to a verifier for one group."""
 
     timeout_s: float  # for the whole group, not counting the start of worker processes
+    policy_dir: str  # the policy's tokenizer is there; "" where no policy is known
 
     async def run_isolated(
         self, function: str, *args: object, timeout_s: float | None = None

@@ -28,6 +28,7 @@ VERIFIERS = {
     "language": "rewards.trace_rules:LanguageVerifier",
     "trace": "rewards.trace_rules:TraceVerifier",
     "repetition": "rewards.text_rules:RepetitionVerifier",
+    "process": "rewards.process_reward:ProcessVerifier",
 }
 TASKSETS = {
     "reasoning_gym": "rewards.gym_taskset:ReasoningGymTaskset",

@@ -41,7 +41,7 @@ class Rubric:
     were `format` to abstain, the reward would be None, with weight 0 it would be 1.0.
     """
 
-    def __init__(self, verifiers: dict[str, VerifierConfig]) -> None:
+    def __init__(self, verifiers: dict[str, VerifierConfig], policy_dir: str = "") -> None:
         """Build every verifier. Raises `ConfigError` naming the knob."""
         if RUBRIC in verifiers:
             raise ConfigError(f"rewards.verifiers.{RUBRIC}: this name is taken, choose another")
@@ -56,6 +56,7 @@ class Rubric:
             for name, config in verifiers.items()
         ]
         self._pool = IsolatedPool()
+        self._policy_dir = policy_dir
 
     @property
     def versions(self) -> dict[str, str]:
@@ -128,7 +129,7 @@ class Rubric:
     async def _score_in_time(self, signal: _Signal, group: TrajectoryGroup) -> list[Verdict]:
         try:
             async with asyncio.timeout(signal.timeout_s) as clock:
-                io = GroupIO(self._pool, signal.timeout_s, clock)
+                io = GroupIO(self._pool, signal.timeout_s, clock, self._policy_dir)
                 verdicts = await signal.verifier.score(group, io)
         except TimeoutError:
             raise HoneError(
@@ -145,8 +146,11 @@ class Rubric:
 class GroupIO:
     """`VerifierIO` for one verifier and one group, which run against `clock`."""
 
-    def __init__(self, pool: IsolatedPool, timeout_s: float, clock: asyncio.Timeout) -> None:
+    def __init__(
+        self, pool: IsolatedPool, timeout_s: float, clock: asyncio.Timeout, policy_dir: str
+    ) -> None:
         self.timeout_s = timeout_s
+        self.policy_dir = policy_dir
         self._pool = pool
         self._clock = clock
         self._left_s = timeout_s

@@ -26,6 +26,8 @@ def reward_version(name: str, config: VerifierConfig) -> str:
     """
     target = resolve_verifier(name, config)
     digest = hashlib.sha256(json.dumps([config.use, config.settings], default=str).encode())
+    if (fingerprint := getattr(target, "fingerprint", None)) is not None:
+        digest.update(fingerprint(config.settings).encode())  # weights, code of its own plug-ins
     for module_name, source in sorted(sources_of(target.__module__).items()):
         digest.update(f"{module_name}\n{source}".encode())
     return digest.hexdigest()[:8]

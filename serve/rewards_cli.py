@@ -120,6 +120,29 @@ def swap(
     _print_change(answer)
 
 
+@app.command("train-process")
+def train_process(
+    run: Run,
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Directory to create.")],
+    tasks: Annotated[int, typer.Option(help="Training tasks to sample traces of.")] = 128,
+    traces: Annotated[int, typer.Option(help="Traces of each task.")] = 8,
+    completions: Annotated[int, typer.Option(help="Continuations of each step.")] = 4,
+    separator: Annotated[str, typer.Option(help="Regular expression that ends a step.")] = r"\n+",
+    epochs: Annotated[int, typer.Option(help="Passes over the traces.")] = 8,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
+    seed: Annotated[int, typer.Option(help="Of sampling and training.")] = 0,
+) -> None:
+    """Train a process reward model on step values estimated with a run's newest checkpoint."""
+    from serve import process_training
+
+    process_training.run(
+        _open(run),
+        dest,
+        process_training.TraceSettings(tasks, traces, completions, separator, seed),
+        process_training.ProcessModelSettings(epochs=epochs, lr=lr, seed=seed),
+    )
+
+
 def _open(run: str) -> "RunDir":
     from cluster.run_dir import RunDir
 

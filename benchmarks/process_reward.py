@@ -1,0 +1,142 @@
+"""`python -m benchmarks.process_reward RUN MODEL`: how well step scorers tell right from wrong.
+
+Held-out tasks of the run are sampled by its newest checkpoint. A step is right when all lines up to
+it are those of the worked solution, or the bare answer. Printed as JSON: for each scorer the AUC
+over all steps and over those up to the first wrong one, and the accuracy of best-of-n beside that
+of the majority vote and of one sample.
+"""
+
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.process_training import TraceSampler
+from cluster import config_file
+from cluster.config import Config, VerifierConfig
+from cluster.run_dir import RunDir
+from cluster.types import Task, TrajectoryGroup
+from learners.process_model import auc
+from rewards.rubric import Rubric
+from rewards.steps import compile_separator, split_steps
+from rewards.tasksets import load_tasks
+from serve import export
+
+NUM_TASKS, NUM_SAMPLES = 200, 8
+LINES = compile_separator(r"\n+")
+
+
+def main(run: str, model: str) -> None:
+    run_dir = RunDir.open(run)
+    config = config_file.load(run_dir.config)
+    with tempfile.TemporaryDirectory() as place:
+        policy_dir = export.write(run_dir, Path(place) / "policy", None)
+        print(json.dumps(asyncio.run(_measure(config, policy_dir, model))))
+
+
+async def _measure(config: Config, policy_dir: Path, model: str) -> dict[str, Any]:
+    tasks = load_tasks(config.tasks, "eval")[:NUM_TASKS]
+    sampler = TraceSampler(config, policy_dir)
+    try:
+        await sampler.start()
+        groups = await asyncio.gather(
+            *(sampler.sample(task, NUM_SAMPLES, 7000 + i) for i, task in enumerate(tasks))
+        )
+    finally:
+        await sampler.close()
+    results: dict[str, Any] = {
+        "tasks": len(tasks),
+        "one": float(np.mean([t.reward for group in groups for t in group.trajectories])),
+        "any": float(np.mean([any(t.reward for t in group.trajectories) for group in groups])),
+        "majority": float(np.mean([_majority(group) for group in groups])),
+    }
+    truths = [
+        [_truth(group.task, text) for text in row] for group, row in zip(groups, texts, strict=True)
+    ]
+    for name, scorer in scorers(str(policy_dir), model).items():
+        started = time.perf_counter()
+        rubric = Rubric({"steps": process(scorer)}, str(policy_dir))
+        try:
+            scored = [await rubric.score(group) for group in groups]
+        finally:
+            await rubric.close()
+        results[name] = _figures(scored, truths, groups) | {"s": time.perf_counter() - started}
+    return results
+
+
+def scorers(policy_dir: str, model: str) -> dict[str, dict[str, Any]]:
+    """The trained model and the stand-ins that need none."""
+    likelihood = {"model": policy_dir, "answer_format": "{answer}"}
+    return {
+        "trained": {"use": "classifier", "settings": {"model": model}},
+        "arithmetic": {"use": "arithmetic"},
+        "likelihood_answer": {"use": "likelihood", "settings": likelihood},
+        "likelihood_step": {"use": "likelihood", "settings": likelihood | {"target": "step"}},
+    }
+
+
+def process(scorer: dict[str, Any]) -> VerifierConfig:
+    return VerifierConfig(use="process", settings={"scorer": scorer}, timeout_s=120)
+
+
+def _truth(task: Task, text: str) -> list[bool]:
+    """For each step whether all up to it stand in the worked solution."""
+    solution = [line.strip() for line in task.solution.splitlines()]
+    lines = [step.strip() for step in split_steps(text, LINES)]
+    if lines == [task.reference]:
+        return [True]
+    return [lines[: i + 1] == solution[: i + 1] for i in range(len(lines))]
+
+
+def _figures(
+    scored: list[TrajectoryGroup], truths: list[list[list[bool]]], groups: list[TrajectoryGroup]
+) -> dict[str, float]:
+    """Step AUC, AUC up to each trace's first wrong step, abstentions, best-of-n accuracy."""
+    scores: list[float] = []
+    is_right: list[bool] = []
+    is_early: list[bool] = []
+    num_abstained = 0
+    best: list[float] = []
+    for result, truth, group in zip(scored, truths, groups, strict=True):
+        totals = []
+        for trajectory, steps, given in zip(
+            result.trajectories, truth, group.trajectories, strict=True
+        ):
+            (verdict,) = trajectory.verdicts
+            totals.append((-1.0 if verdict.score is None else verdict.score, given.reward or 0.0))
+            num_abstained += verdict.score is None
+            if verdict.score is None or len(verdict.step_scores) != len(steps):
+                continue
+            scores += [score for _, score in verdict.step_scores]
+            is_right += steps
+            first_wrong = steps.index(False) if False in steps else len(steps)
+            is_early += [i <= first_wrong for i in range(len(steps))]
+        top = max(score for score, _ in totals)
+        best.append(float(np.mean([reward for score, reward in totals if score == top])))
+    values, right, early = np.array(scores), np.array(is_right), np.array(is_early)
+    return {
+        "auc": auc(values, right),
+        "auc_first_error": auc(values[early], right[early]),
+        "steps": float(len(values)),
+        "share_right": float(right.mean()),
+        "abstained": float(num_abstained),
+        "best_of_n": float(np.mean(best)),
+    }
+
+
+def _majority(group: TrajectoryGroup) -> float:
+    """Expected accuracy of the most frequent final line, ties drawn at random."""
+    answers = [(split_steps(t.text, LINES) or [""])[-1].strip() for t in group.trajectories]
+    counts = Counter(answers)
+    top = [answer for answer, count in counts.items() if count == max(counts.values())]
+    return float(np.mean([answer == group.task.reference for answer in top]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,174 @@
+"""Training of a process reward model: the policy's decoder with a two-class head on step tokens.
+
+Invariant: the loss is the mean over steps with a known value, each the cross entropy to its value
+as a soft label; a step without a value has no part in it. The directory that `save` writes is what
+the step scorer `classifier` reads. One process; called by `actors.process_training`.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from cluster.errors import ConfigError, StageError
+from learners.optimizer import learning_rate
+
+_WARMUP_FRACTION = 0.05
+_MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class StepExample:
+    """`token_ids` [T] of a question with marked steps; step i ends at `positions[i]` and is worth
+    `values[i]` in 0..1, NaN where that is unknown.
+    """
+
+    token_ids: Sequence[int]
+    positions: Sequence[int]
+    values: Sequence[float]
+
+
+@dataclass(frozen=True)
+class ProcessModelSettings:
+    epochs: int = 8
+    batch_size: int = 32
+    lr: float = 3e-4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EpochProgress:
+    """`loss` in nats per step, on what was trained; `auc` on the held-out steps (NaN without)."""
+
+    epoch: int
+    epochs: int
+    loss: float
+    auc: float
+
+
+class ProcessModel:
+    """A token classifier that begins as the policy in `policy_dir`; `tokenizer` may be larger."""
+
+    def __init__(
+        self, policy_dir: Path, tokenizer: PreTrainedTokenizerBase, device: torch.device, seed: int
+    ) -> None:
+        disable_progress_bar()
+        self._tokenizer = tokenizer
+        self._device = device
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model: Any = AutoModelForTokenClassification.from_pretrained(
+                policy_dir, dtype=torch.float32, num_labels=2, classifier_dropout=0.0
+            )
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        self._model = model.to(device)
+
+    def fit(
+        self,
+        examples: Sequence[StepExample],
+        held_out: Sequence[StepExample],
+        settings: ProcessModelSettings,
+    ) -> Iterator[EpochProgress]:
+        """Train epoch by epoch. Raises `ConfigError` where all steps have the same value."""
+        known = [value for e in examples for value in e.values if math.isfinite(value)]
+        if len(known) < 2 or np.ptp(known) == 0:
+            raise ConfigError(
+                f"{len(known)} steps with a known value, all alike: nothing to tell apart "
+                "(sample more traces or completions, or take another checkpoint)"
+            )
+        optimizer = torch.optim.AdamW(self._model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+        rng = np.random.default_rng(settings.seed)
+        num_batches = -(-len(examples) // settings.batch_size)
+        total_steps = settings.epochs * num_batches
+        step = 0
+        for epoch in range(settings.epochs):
+            self._model.train()
+            losses: list[float] = []
+            for batch in np.array_split(rng.permutation(len(examples)), num_batches):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(
+                        step,
+                        peak=settings.lr,
+                        schedule="cosine",
+                        warmup_steps=int(total_steps * _WARMUP_FRACTION),
+                        total_steps=total_steps,
+                    )
+                loss = self._loss([examples[i] for i in batch])
+                if loss is not None:
+                    loss.backward()
+                    norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), _MAX_GRAD_NORM)
+                    if not torch.isfinite(norm):
+                        raise StageError("train-process", f"gradient norm is {norm} (--lr)")
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    losses.append(loss.item())
+                step += 1
+            yield EpochProgress(
+                epoch + 1, settings.epochs, float(np.mean(losses)), self._held_out_auc(held_out)
+            )
+
+    def save(self, directory: Path) -> None:
+        """A Hugging Face directory: token classifier and tokenizer."""
+        self._model.save_pretrained(directory)
+        self._tokenizer.save_pretrained(directory)
+
+    @torch.no_grad()
+    def score(self, examples: Sequence[StepExample], batch_size: int = 64) -> list[np.ndarray]:
+        """P(right) of each step [S], per example."""
+        self._model.eval()
+        scores: list[np.ndarray] = []
+        for start in range(0, len(examples), batch_size):
+            batch = examples[start : start + batch_size]
+            values = self._logits(batch).softmax(-1)[:, 1].cpu().numpy()
+            ends = np.cumsum([len(e.positions) for e in batch])
+            scores += np.split(values, ends[:-1])
+        return scores
+
+    def _loss(self, batch: Sequence[StepExample]) -> Tensor | None:
+        values = torch.tensor([v for e in batch for v in e.values], device=self._device)
+        is_known = values.isfinite()
+        if not is_known.any():
+            return None
+        logits, values = self._logits(batch)[is_known], values[is_known]
+        return functional.cross_entropy(logits, torch.stack([1 - values, values], dim=-1))
+
+    def _logits(self, batch: Sequence[StepExample]) -> Tensor:
+        """[N, 2] float32 at the steps of all rows; padding on the right is never looked at."""
+        longest = max(len(example.token_ids) for example in batch)
+        tokens = torch.zeros(len(batch), longest, dtype=torch.long)
+        for i, example in enumerate(batch):
+            tokens[i, : len(example.token_ids)] = torch.as_tensor(example.token_ids)
+        output = self._model.base_model(input_ids=tokens.to(self._device), use_cache=False)
+        rows = [i for i, example in enumerate(batch) for _ in example.positions]
+        places = [position for example in batch for position in example.positions]
+        return self._model.score(output.last_hidden_state[rows, places]).float()
+
+    def _held_out_auc(self, held_out: Sequence[StepExample]) -> float:
+        if not held_out:
+            return float("nan")
+        scores = np.concatenate(self.score(held_out))
+        values = np.array([value for example in held_out for value in example.values])
+        is_known = np.isfinite(values)
+        return auc(scores[is_known], values[is_known] > 0)
+
+
+def auc(scores: np.ndarray, is_right: np.ndarray) -> float:
+    """Area under the ROC curve: how often a right one scores above a wrong one, ties count half.
+
+    Scores [.9, .8, .3] of right, wrong, right give 0.5; NaN without both kinds.
+    """
+    values, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    if not 0 < np.sum(is_right) < len(scores) or len(values) == 0:
+        return float("nan")
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    num_right = int(np.sum(is_right))
+    excess = ranks[np.asarray(is_right)].sum() - num_right * (num_right + 1) / 2
+    return float(excess / (num_right * (len(scores) - num_right)))
