@@ -29,9 +29,19 @@ _CHARACTERS = str.maketrans(
     | {"\u00d7": r"\times ", "·": r"\cdot ", "÷": "/", "\u2044": "/", "±": r"\pm "}
     | {"π": r"\pi ", "θ": r"\theta ", "\u03b1": r"\alpha ", "β": r"\beta ", "∞": r"\infty "}
     | {"≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "\u222a": r"\cup ", "∩": r"\cap ", "∈": r"\in "}
-    | {"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "²": "^2", "³": "^3", "°": r"^\circ", "√": r"\sqrt "}
+    | {
+        "≈": r"\approx ",
+        "½": " 1/2",
+        "¼": " 1/4",
+        "¾": " 3/4",
+        "²": "^2",
+        "³": "^3",
+        "°": r"^\circ",
+        "√": r"\sqrt ",
+    }
     | {"$": ""}
 )
+_NEW_ROW = "\0"  # stands for the double backslash of a matrix, which is no escaped blank
 _REWRITES = [
     (re.compile(r"\\(?:left|right|displaystyle|[!()\[\]])(?![A-Za-z])"), ""),
     (re.compile(r"\\(?:[,;: ]|q?quad(?![A-Za-z]))"), " "),
@@ -42,6 +52,11 @@ _REWRITES = [
     (re.compile(r"\\%"), "%"),
     (re.compile(r"\s+"), " "),
     (re.compile(r"^ ?(?:the )?(?:final )?answer is:? ?", re.IGNORECASE), ""),
+    (re.compile(r"^ ?(?:\\approx(?![A-Za-z])|(?:approximately|about|roughly)(?= )) ?"), ""),
+    (re.compile(r"\\langle(?![A-Za-z]) ?"), "("),
+    (re.compile(r" ?\\rangle(?![A-Za-z])"), ")"),
+    (re.compile(r"\\lbrace(?![A-Za-z]) ?"), r"\\{"),
+    (re.compile(r" ?\\rbrace(?![A-Za-z])"), r"\\}"),
 ]
 _TOWER = re.compile(r"\^[\s{(]*(\d+)[\s)}]*\^[\s{(]*(\d+)")
 _TALL_TOWER = re.compile(r"(?:\^[\s{(]*(?:\d+|[A-Za-z])[\s)}]*){3}")
@@ -62,6 +77,16 @@ def last_box(text: str) -> str | None:
         if depth == 0:
             return text[start + len(r"\boxed{") : i].strip()
     return None
+
+
+def all_boxes(text: str) -> list[str]:
+    r"""What each of the last 32 `\boxed{...}` holds, in order, inner boxes within outer ones."""
+    boxes, rest = list[str](), text
+    while len(boxes) < 32 and (start := rest.rfind(r"\boxed{")) >= 0:
+        found = last_box(rest)
+        boxes += [found] if found else []
+        rest = rest[:start]
+    return boxes[::-1]
 
 
 def last_tag(text: str) -> str | None:
@@ -142,9 +167,10 @@ def normalise(answer: str) -> str:
     Example: `normalise(r"$\dfrac{1}{2}\text{ cm}$.")` is `r"\frac{1}{2} cm"`.
     """
     text = answer.replace(r"\$", "").translate(_CHARACTERS).strip().strip("*")
+    text = text.replace("\\\\", _NEW_ROW)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    return text.strip().rstrip(".").strip()
+    return text.strip().rstrip(".").strip().replace(_NEW_ROW, "\\\\")
 
 
 def why_uncheckable(answer: str) -> str:

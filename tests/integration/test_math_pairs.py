@@ -1,0 +1,65 @@
+"""The table of `tests/data/math_pairs.yaml` through the real verifier and its worker processes."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.config import VerifierConfig
+from cluster.types import Message, Task
+from rewards.math_policy import MathPolicy
+from rewards.rubric import Rubric
+from rewards.self_check import group_of
+
+TABLE: list[dict[str, Any]] = yaml.safe_load(
+    (Path(__file__).parents[1] / "data" / "math_pairs.yaml").read_text()
+)
+
+
+def task(reference: str) -> Task:
+    return Task(task_id="t", taskset="x", reference=reference,
+                messages=[Message(role="user", content="?")])  # fmt: skip
+
+
+async def wrong_verdicts(entry: dict[str, Any]) -> list[str]:
+    """One line for each answer of an entry whose score is not the one that the table states."""
+    settings = entry.get("settings", {})
+    rubric = Rubric({"m": VerifierConfig(use="math", settings=settings, timeout_s=60.0)})
+    expected = dict.fromkeys(entry["equal"], 1.0) | dict.fromkeys(entry["unequal"], 0.0)
+    texts = [text if entry.get("completions") else rf"\boxed{{{text}}}" for text in expected]
+    try:
+        scored = await rubric.score(group_of(task(entry["reference"]), texts))
+    finally:
+        await rubric.close()
+    return [
+        f"{entry['reference']} {settings} | {text}: {t.reward} ({t.verdicts[0].evidence}"
+        f"{t.verdicts[0].error}), not {score}"
+        for (text, score), t in zip(expected.items(), scored.trajectories, strict=True)
+        if t.reward != score
+    ]
+
+
+@pytest.mark.timeout(240)
+async def test_every_pair_is_decided_as_the_table_says(record_property: Any) -> None:
+    wrong: list[str] = []
+    for start in range(0, len(TABLE), 2):
+        rows = await asyncio.gather(*(wrong_verdicts(e) for e in TABLE[start : start + 2]))
+        wrong += [line for row in rows for line in row]
+    num_pairs = sum(len(entry["equal"]) + len(entry["unequal"]) for entry in TABLE)
+    record_property("pairs", num_pairs)
+    assert not wrong, "\n".join(wrong)
+    assert num_pairs >= 400
+
+
+def test_every_value_of_every_policy_has_a_case() -> None:
+    chosen = {(k, v) for entry in TABLE for k, v in entry.get("settings", {}).items()}
+    default = MathPolicy()
+    for name in MathPolicy.__struct_fields__:
+        values = {value for key, value in chosen if key == name} | {getattr(default, name)}
+        annotation = str(MathPolicy.__annotations__[name])
+        for literal in annotation.partition("[")[2].rstrip("]").replace("'", "").split(", "):
+            if "Literal" in annotation:
+                assert literal in values, f"{name}: {literal}"
+        assert len(values) > 1, name
