@@ -5,13 +5,15 @@ Import path `serve.ray_service:build`.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
-from ray.serve import Application
 
 from cluster.errors import ConfigError
-from serve.endpoint import application
 from serve.endpoint_settings import Door, check, resolve
+
+if TYPE_CHECKING:
+    from ray.serve import Application
 
 
 class Arguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -23,7 +25,7 @@ class Arguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     engines: int = 2
 
 
-def build(args: dict[str, str]) -> Application:
+def build(args: dict[str, str]) -> "Application":
     """The application; `ConfigError` names what is wrong with `args`."""
     try:
         arguments = msgspec.convert(args, Arguments, strict=False)
@@ -31,4 +33,6 @@ def build(args: dict[str, str]) -> Application:
         raise ConfigError(f"args: {error}") from None
     settings = resolve(arguments.run, keys=Path(arguments.keys), max_engines=arguments.engines)
     check(settings, Door(host="0.0.0.0"))
+    from serve.endpoint import application  # imports vllm: only once the arguments are right
+
     return application(settings, arguments.replicas)
