@@ -27,6 +27,8 @@ QUIET_ENV = {
 }
 
 
+# A process that talks to no other rank need not listen where other hosts could reach it.
+ALONE_ENV = {"GLOO_SOCKET_IFNAME": "lo"}
 COLOCATED = "learner and rollout"  # the group of bundles that hold one of each
 
 
@@ -175,6 +177,8 @@ class Placement:
     def rollout_options(self, index: int) -> dict[str, Any]:
         """Ray options of rollout worker `index`."""
         env = QUIET_ENV | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+        if self.config.rollout.tensor_parallel_size == 1:
+            env |= ALONE_ENV
         if not self.is_gpu:
             env |= {
                 "OMP_NUM_THREADS": str(self.threads_per_process),
@@ -189,6 +193,7 @@ class Placement:
 
     def learner_options(self) -> dict[str, Any]:
         env = QUIET_ENV if self.is_gpu else QUIET_ENV | {"OMP_NUM_THREADS": "1"}
+        env = env | ALONE_ENV if self.config.learner.world_size == 1 else env
         return {
             "num_cpus": 1,
             "num_gpus": self.learner_gpus,

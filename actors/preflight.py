@@ -5,6 +5,7 @@ look at the nodes end here. Called by `actors.train` right after it has joined a
 `hone check --address`.
 """
 
+import logging
 import secrets
 import urllib.request
 from pathlib import Path
@@ -16,13 +17,30 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.capacity import ClusterNode, away_from_gpus, cluster_nodes, has_autoscaler, shortages
+from actors.connection import join
 from actors.placement import Placement
-from cluster import environment
+from cluster import environment, ray_token
 from cluster.config import Config
+from cluster.errors import ConfigError
 from cluster.run_dir import RunDir
 
 NODES_DEADLINE_S = 60.0
 REQUEST_S = 5.0
+
+
+def require_capacity(config: Config, address: str) -> None:
+    """Join the cluster at `address` and leave it again; `ConfigError` names what it lacks for good.
+
+    What an autoscaler may still add is waited for by the run itself.
+    """
+    ray_token.ensure(may_create=False)
+    join(address, namespace="hone", log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        missing = missing_capacity(config)
+        if is_final(missing):
+            raise ConfigError("\n".join(missing))
+    finally:
+        ray.shutdown()
 
 
 def missing_capacity(config: Config) -> list[str]:

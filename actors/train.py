@@ -22,6 +22,8 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors import preflight
+from actors.connection import join
 from actors.placement import QUIET_ENV, Placement, on_this_machine
 from cluster import config_file, environment, ray_token, status
 from cluster.config import Config
@@ -36,7 +38,6 @@ INTERRUPTED = 130
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 STOP_DEADLINE_S = 12.0
 POLL_S = 0.2
-NOT_SENT = [".git", ".venv", "runs", "checkpoints", "**/__pycache__", ".*_cache"]
 logger = logging.getLogger(__name__)
 
 
@@ -118,8 +119,6 @@ def _cause(error: RayTaskError) -> HoneError:
 
 def _refuse_unfit_cluster(config: Config, run_dir: RunDir) -> None:
     """Raise `ConfigError` with every reason why this cluster cannot run this."""
-    from actors import preflight
-
     missing = preflight.missing_capacity(config)
     problems = missing if preflight.is_final(missing) else []
     dashboard = ray._private.worker.get_dashboard_url()  # pyright: ignore
@@ -169,16 +168,6 @@ def _cluster(config: Config, run_dir: RunDir, address: str) -> Iterator[None]:
         ray.shutdown()
         _keep_worker_logs(temporary, run_dir.logs / "ray")
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def join(address: str, **settings: Any) -> None:
-    """Connect to a running cluster; the code and data of this directory travel with the driver."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # inside a Ray job the job has sent them
-        settings["runtime_env"] = {"working_dir": str(Path.cwd()), "excludes": NOT_SENT}
-    try:
-        ray.init(address=address, **settings)
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-        raise ConfigError(f"--address {address}: no Ray cluster can be joined: {error}") from error
 
 
 def _keep_worker_logs(temporary: Path, target: Path) -> None:

@@ -5,7 +5,6 @@ that names its config key.
 """
 
 import asyncio
-import logging
 import math
 import tempfile
 from collections.abc import Callable, Generator
@@ -98,24 +97,6 @@ def _build_plugins(config: Config, report: CheckReport) -> None:
         build_credit(config.objective.credit)
     with report.collect("objective.losses"):
         WeightedLosses(config.objective)
-
-
-def require_capacity(config: Config, address: str) -> None:
-    """Join the cluster at `address` and leave it again; `ConfigError` names what it lacks for good.
-
-    What an autoscaler may still add is printed as a warning by the run itself, which waits for it.
-    """
-    import ray
-
-    from actors import preflight, train
-
-    train.join(address, namespace="hone", log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        missing = preflight.missing_capacity(config)
-        if preflight.is_final(missing):
-            raise ConfigError("\n".join(missing))
-    finally:
-        ray.shutdown()
 
 
 def _check_resources(config: Config, address: str, report: CheckReport) -> None:

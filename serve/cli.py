@@ -78,9 +78,9 @@ def check(config: ConfigFile, overrides: Overrides = None, address: Address = "l
     print(f"checking {config}: nothing will be started", flush=True)
     settings = config_file.load(config, overrides)
     if address != "local":
-        from serve import check as run_check
+        from actors import preflight
 
-        run_check.require_capacity(settings, address)
+        preflight.require_capacity(settings, address)
     _refuse_problems(settings, address=address, show_plan=True)
     where = [] if address == "local" else ["--address", address]
     print(f"ready: hone train {shlex.join([str(config), *(overrides or []), *where])}")

@@ -123,7 +123,7 @@ def _refuse_open_cluster(address: str) -> None:
 
 
 def _submit(client: Any, submission_id: str, arguments: list[str], name: str) -> None:
-    from actors.train import NOT_SENT
+    from actors.connection import NOT_SENT
 
     try:
         client.submit_job(

@@ -45,9 +45,10 @@ def free_port() -> int:
 class ThreeNodes:
     """Head, rollout node and reward node; nodes can be killed and new ones join."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, redis_pid: int) -> None:
         from ray.cluster_utils import Cluster
 
+        self.redis_pid = redis_pid
         self.dashboard_port = free_port()
         self.cluster = Cluster(
             initialize_head=True,
@@ -74,6 +75,12 @@ class ThreeNodes:
     def kill(self, node: Any) -> None:
         """As a host that loses power: every process at once, none asked."""
         self.cluster.remove_node(node, allow_graceful=False)
+
+    @property
+    def exporters(self) -> list[str]:
+        """URLs of the metrics of every living node."""
+        nodes = self.cluster.list_all_nodes()
+        return [f"http://127.0.0.1:{node.metrics_export_port}/metrics" for node in nodes]
 
     @property
     def pids(self) -> list[int]:
@@ -108,7 +115,7 @@ def three_nodes(place: Path) -> Iterator[ThreeNodes]:
         }
         stack.enter_context(mock.patch.dict(os.environ, environment))
         ray_token.ensure(may_create=True)
-        nodes = ThreeNodes(Path(short))
+        nodes = ThreeNodes(Path(short), server.pid)
         stack.callback(nodes.cluster.shutdown)
         yield nodes
 

@@ -1,12 +1,16 @@
 """One short run on three real Ray nodes through `hone submit`: placement, doors, node loss."""
 
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.cluster_cases import ThreeNodes, rows, submit, three_nodes, wait_for
+from tests.doors import doors
+from tests.monitoring_cases import Scrape, alert_rules, panels
 
 pytestmark = pytest.mark.timeout(500)
 
@@ -48,6 +52,41 @@ def test_each_role_runs_on_its_node(live: LiveRun) -> None:
     assert places == {
         "controller": "learner", "learner": "learner", "rollout": "rollout", "reward": "reward",
     }  # fmt: skip
+
+
+def test_no_door_opens_without_the_token(
+    live: LiveRun, record_property: Callable[[str, float], None]
+) -> None:
+    """Ray's metrics exporters and torch's rendezvous ask nobody: those stay on loopback here."""
+    found = doors([*live.nodes.pids, live.nodes.redis_pid])
+    listing = "\n".join(f"{d.address}:{d.port} {d.process}: {d.outcome}, {d.answer}" for d in found)
+    print(listing)
+    counts = Counter(door.outcome for door in found)
+    for outcome in ("refused", "metrics", "silent", "open"):
+        record_property(f"ports_{outcome}", counts[outcome])
+    record_property("ports_beyond_loopback", sum(not door.is_local for door in found))
+    assert counts["refused"] >= 10, listing
+    assert not counts["open"], listing
+    assert all(door.is_local for door in found if door.outcome == "metrics"), listing
+
+
+def test_no_panel_and_no_alert_of_a_training_run_lacks_data(live: LiveRun) -> None:
+    """Scraped from the exporters of all three nodes, as Prometheus would."""
+    wanted = [(f"{row}: {panel}", query) for row, panel, query in panels() if row != "Serve"]
+    wanted += [
+        (rule["alert"], rule["expr"]) for rule in alert_rules() if "ray_serve" not in rule["expr"]
+    ]
+    missing: list[str] = []
+
+    def is_answered() -> bool:
+        scrape = Scrape(*[httpx.get(url, timeout=10).text for url in live.nodes.exporters])
+        missing[:] = [f"{name}: {s}" for name, query in wanted for s in scrape.unanswered(query)]
+        return not missing
+
+    try:
+        wait_for(is_answered, "data for every panel and alert", 60)
+    finally:
+        print("\n".join(missing))
 
 
 def test_a_lost_rollout_node_is_replaced_by_one_that_joins(
