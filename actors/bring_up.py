@@ -9,13 +9,15 @@ import asyncio
 import os
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray
 
+from actors.capacity import away_from_gpus, cluster_nodes
 from actors.curriculum import Curriculum
 from actors.fleet import RolloutFleet
+from actors.gang import Gang
 from actors.observer import Observer
 from actors.placement import QUIET_ENV, Placement
 from actors.reward_admin import RewardAdmin
@@ -41,6 +43,7 @@ ENGINE_START_S = 45.0  # on two CPU cores; shown to the user as an estimate
 class Parts:
     """Everything a run is made of."""
 
+    placement: Placement
     learner: LearnerGroup
     fleet: RolloutFleet
     rewards: RewardPool
@@ -59,6 +62,7 @@ class Parts:
         await self.fleet.stop()
         self.learner.shutdown()
         self.sync.close()
+        _release(self.placement)
 
 
 async def bring_up(
@@ -69,7 +73,45 @@ async def bring_up(
     observer: Observer,
 ) -> Parts:
     """Start all parts of `run`. The policy is warm-started unless the run is resumed."""
-    placement = Placement.of(config)
+    placement = await _reserve(config, run, observer)
+    try:
+        return await _start_parts(config, run, buffer_url, is_resumed, observer, placement)
+    except BaseException:
+        _release(placement)
+        raise
+
+
+async def _reserve(config: Config, run: RunDir, observer: Observer) -> Placement:
+    """Places for all actors of the run, or an error that says what is missing."""
+    placement = Placement.of(config, ray.cluster_resources().get("GPU", 0.0))
+
+    def report(wanted: str) -> None:
+        observer.phase("starting", f"waiting for {wanted}", config.resources.start_timeout_s)
+        observer.event("waiting_for_resources", wanted=wanted)
+
+    observer.phase("starting", "reserving places on the cluster", 1.0)
+    gang = await Gang.reserve(
+        run.name, placement.requests(), config.resources.start_timeout_s, report
+    )
+    selector = away_from_gpus(cluster_nodes()) if placement.is_gpu else {}
+    placed = {role: len(set(nodes)) for role, nodes in gang.nodes().items()}
+    observer.event("resources_reserved", **{f"{role}_nodes": n for role, n in placed.items()})
+    return replace(placement, gang=gang, reward_selector=selector)
+
+
+def _release(placement: Placement) -> None:
+    if placement.gang is not None:
+        placement.gang.release()
+
+
+async def _start_parts(
+    config: Config,
+    run: RunDir,
+    buffer_url: str,
+    is_resumed: bool,
+    observer: Observer,
+    placement: Placement,
+) -> Parts:
     observer.phase("starting", "reading tasks", 5.0)
     train_tasks, eval_tasks = await asyncio.to_thread(load_splits, config.tasks)
     observer.phase("starting", "preparing the policy", 10.0)
@@ -114,6 +156,7 @@ async def bring_up(
         start_learner(), fleet.start(), admin.start()
     )
     return Parts(
+        placement=placement,
         learner=learner,
         fleet=fleet,
         rewards=rewards,

@@ -174,7 +174,7 @@ class RolloutFleet:
         if worker.handle is not None:
             ray.kill(worker.handle)  # what is left of the one it replaces
         actor = ray.remote(RolloutWorker)
-        options = self._placement.rollout_options()
+        options = self._placement.rollout_options(worker.index)
         worker.handle = actor.options(
             name=f"hone/{self._run_id}/rollout/{worker.index}/{worker.num_restarts}",
             max_concurrency=MAX_CALLS,

@@ -8,6 +8,7 @@ import logging
 import time
 from collections import Counter, deque
 
+from actors.live_gauges import LiveGauges
 from actors.stages import Stages
 from cluster import status
 from cluster.config import Config
@@ -39,6 +40,7 @@ class Observer:
         self._drops: Counter[str] = Counter()
         self._is_stalled = False
         self._error = ""
+        self._gauges = LiveGauges(config, run.name)
 
     def phase(self, name: str, detail: str, expected_s: float) -> None:
         """The run enters a phase that should take `expected_s` (0 = unknown)."""
@@ -111,32 +113,31 @@ class Observer:
         phase, detail, expected_s, phase_started_at = self._phase
         if phase == "training":
             self._watch(stages)
-        status.write(
-            self._run.path,
-            RunStatus(
-                run=self._run.name,
-                phase=phase,
-                phase_detail=detail,
-                phase_expected_s=expected_s,
-                phase_started_at=phase_started_at,
-                started_at=self._started_at,
-                updated_at=time.time(),
-                step=step,
-                steps=self._config.run.steps,
-                policy_version=policy_version,
-                tokens_per_s=self._last.get("rollout/tokens_per_s", 0.0),
-                policy_age=self._last.get("policy_age/mean", 0.0),
-                buffer_depth=int(self._last.get("buffer/depth", 0)),
-                groups_dropped=sum(self._drops.values()),
-                reward_history=list(self._rewards),
-                entropy_history=list(self._entropies),
-                eval_history=self._evals,
-                stages=stages,
-                actors=actors,
-                last_events=list(self._recent),
-                error=self._error,
-            ),
+        state = RunStatus(
+            run=self._run.name,
+            phase=phase,
+            phase_detail=detail,
+            phase_expected_s=expected_s,
+            phase_started_at=phase_started_at,
+            started_at=self._started_at,
+            updated_at=time.time(),
+            step=step,
+            steps=self._config.run.steps,
+            policy_version=policy_version,
+            tokens_per_s=self._last.get("rollout/tokens_per_s", 0.0),
+            policy_age=self._last.get("policy_age/mean", 0.0),
+            buffer_depth=int(self._last.get("buffer/depth", 0)),
+            groups_dropped=sum(self._drops.values()),
+            reward_history=list(self._rewards),
+            entropy_history=list(self._entropies),
+            eval_history=self._evals,
+            stages=stages,
+            actors=actors,
+            last_events=list(self._recent),
+            error=self._error,
         )
+        status.write(self._run.path, state)
+        self._gauges.publish(state, self._drops)
 
     def close(self) -> None:
         self._metrics.close()

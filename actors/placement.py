@@ -7,11 +7,15 @@ launcher, the fleet and `hone check`, which prints the same numbers that the run
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.config import Config
+
+if TYPE_CHECKING:
+    from actors.gang import Gang
 
 # Kept out of every process of a run: telemetry and model-hub look-ups nobody asked for.
 QUIET_ENV = {
@@ -21,6 +25,32 @@ QUIET_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
+
+
+# A process that talks to no other rank need not listen where other hosts could reach it.
+ALONE_ENV = {"GLOO_SOCKET_IFNAME": "lo"}
+COLOCATED = "learner and rollout"  # the group of bundles that hold one of each
+
+
+@dataclass(frozen=True)
+class BundleRequest:
+    """`count` equal bundles, each on one node; together or not at all.
+
+    Example: `BundleRequest("rollout", 4, {"CPU": 1, "GPU": 2}, {"pool": "gpu"}, "SPREAD",
+    "rollout.workers")` asks for four engines of two GPUs.
+    """
+
+    role: str
+    count: int
+    resources: Mapping[str, float]
+    labels: Mapping[str, str]
+    strategy: str  # PACK or SPREAD
+    knobs: str  # the config keys that change it
+
+    def __str__(self) -> str:
+        amounts = " + ".join(f"{amount:g} {name}" for name, amount in self.resources.items())
+        labels = ", ".join(f"{key}={value}" for key, value in self.labels.items())
+        return f"{self.count} x {amounts or 'a place'}" + (f" on {labels}" if labels else "")
 
 
 @dataclass(frozen=True)
@@ -41,35 +71,102 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class Placement:
-    """Resources of a run on this kind of machine."""
+    """Resources of a run on this kind of machine; with a `gang`, also where its actors go.
+
+    `resources.layout` split gives each learner rank a GPU and each engine its own; colocated lets
+    rank i and engine i share one. Reward workers keep away from GPU nodes where they can.
+    """
 
     config: Config
     is_gpu: bool
+    gang: "Gang | None" = None
+    reward_selector: dict[str, str] | None = None  # None: as `resources.labels` says
 
     @classmethod
-    def of(cls, config: Config) -> "Placement":
-        """`resources.accelerator: auto` means GPU where the NVIDIA driver is installed."""
+    def of(cls, config: Config, cluster_gpus: float | None = None) -> "Placement":
+        """`resources.accelerator: auto` means GPU where the cluster has `cluster_gpus`, or, with
+        none known, where this machine has the NVIDIA driver.
+        """
         wanted = config.resources.accelerator
-        is_gpu = wanted == "gpu" or (wanted == "auto" and shutil.which("nvidia-smi") is not None)
-        return cls(config, is_gpu)
+        has_gpus = bool(cluster_gpus) if cluster_gpus is not None else shutil.which("nvidia-smi")
+        return cls(config, wanted == "gpu" or (wanted == "auto" and bool(has_gpus)))
+
+    @property
+    def is_colocated(self) -> bool:
+        return self.config.resources.layout == "colocated"
 
     @property
     def rollout_cpus(self) -> int:
         return 1
 
     @property
-    def rollout_gpus(self) -> int:
-        """GPUs of one rollout worker: its tensor-parallel ranks."""
-        return self.config.rollout.tensor_parallel_size if self.is_gpu else 0
+    def rollout_gpus(self) -> float:
+        """GPUs of one rollout worker: its tensor-parallel ranks, or its share of a GPU."""
+        if not self.is_gpu:
+            return 0
+        share = self.config.resources.engine_gpu_share
+        return self.config.rollout.tensor_parallel_size * share
+
+    @property
+    def learner_gpus(self) -> float:
+        """GPUs of one learner rank: the rest of the engine's when they share one."""
+        if not self.is_gpu:
+            return 0
+        return 1 - self.config.resources.engine_gpu_share if self.is_colocated else 1
 
     @property
     def total_cpus(self) -> int:
         return self.config.rollout.workers * self.rollout_cpus + self.config.learner.world_size
 
     @property
-    def total_gpus(self) -> int:
-        learner = self.config.learner.world_size if self.is_gpu else 0
-        return self.config.rollout.workers * self.rollout_gpus + learner
+    def total_gpus(self) -> float:
+        return sum(r.count * r.resources.get("GPU", 0.0) for r in self.requests())
+
+    @property
+    def reward_labels(self) -> dict[str, str]:
+        labels = self.config.resources.labels.get("reward", {})
+        return labels or self.reward_selector or {}
+
+    def requests(self) -> list[BundleRequest]:
+        """The bundles that a run reserves before it starts anything, in the order of asking."""
+        labels = self.config.resources.labels
+        ranks, engines = self.config.learner.world_size, self.config.rollout.workers
+        if self.is_colocated:
+            return [
+                BundleRequest(
+                    COLOCATED,
+                    max(ranks, engines),
+                    _amounts(1 + self.rollout_cpus, int(self.is_gpu)),
+                    labels.get("learner", {}) | labels.get("rollout", {}),
+                    "PACK",
+                    "learner.world_size, rollout.workers, resources.labels",
+                )
+            ]
+        return [
+            BundleRequest(
+                "learner",
+                ranks,
+                _amounts(1, self.learner_gpus),
+                labels.get("learner", {}),
+                "PACK",
+                "learner.world_size, resources.labels.learner",
+            ),
+            BundleRequest(
+                "rollout",
+                engines,
+                _amounts(self.rollout_cpus, self.rollout_gpus),
+                labels.get("rollout", {}),
+                "SPREAD",
+                "rollout.workers, rollout.tensor_parallel_size, resources.labels.rollout",
+            ),
+        ]
+
+    def reward_request(self) -> BundleRequest:
+        """Reward workers need a node with the right labels, and nothing of it."""
+        count = self.config.rewards.workers
+        return BundleRequest(
+            "reward", count, {}, self.reward_labels, "SPREAD", "resources.labels.reward"
+        )
 
     @property
     def threads_per_process(self) -> int:
@@ -77,8 +174,11 @@ class Placement:
         cores = self.config.resources.cpus or os.cpu_count() or 1
         return max(1, cores // self.total_cpus)
 
-    def rollout_options(self) -> dict[str, Any]:
+    def rollout_options(self, index: int) -> dict[str, Any]:
+        """Ray options of rollout worker `index`."""
         env = QUIET_ENV | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+        if self.config.rollout.tensor_parallel_size == 1:
+            env |= ALONE_ENV
         if not self.is_gpu:
             env |= {
                 "OMP_NUM_THREADS": str(self.threads_per_process),
@@ -89,20 +189,27 @@ class Placement:
             "num_gpus": self.rollout_gpus,
             "runtime_env": {"env_vars": env},
             "max_restarts": 0,  # the fleet re-creates it: Ray's restart would skip the sync
-        }
+        } | self._place("rollout", index if self.is_colocated else -1)
 
     def learner_options(self) -> dict[str, Any]:
         env = QUIET_ENV if self.is_gpu else QUIET_ENV | {"OMP_NUM_THREADS": "1"}
+        env = env | ALONE_ENV if self.config.learner.world_size == 1 else env
         return {
             "num_cpus": 1,
-            "num_gpus": int(self.is_gpu),
+            "num_gpus": self.learner_gpus,
             "runtime_env": {"env_vars": env},
             "max_restarts": 0,
-        }
+        } | self._place("learner", -1)
 
     def reward_options(self) -> dict[str, Any]:
         """Reward workers are light: they wait for their own killable check processes."""
-        return {"num_cpus": 0, "runtime_env": {"env_vars": QUIET_ENV}, "max_restarts": -1}
+        return {
+            "num_cpus": 0,
+            "runtime_env": {"env_vars": QUIET_ENV},
+            "max_restarts": -1,
+            "scheduling_strategy": "SPREAD",
+            "label_selector": self.reward_labels or None,
+        }
 
     def engine_settings(self, policy_dir: Path) -> EngineSettings:
         config = self.config
@@ -117,3 +224,21 @@ class Placement:
             gpu_memory_fraction=config.rollout.gpu_memory_fraction,
             max_num_seqs=min(1024, max(16, per_worker * config.rollout.group_size)),
         )
+
+    def _place(self, role: str, index: int) -> dict[str, Any]:
+        if self.gang is None:
+            return {}
+        return {"scheduling_strategy": self.gang.strategy(self._group_of(role), index)}
+
+    def _group_of(self, role: str) -> str:
+        return COLOCATED if self.is_colocated else role
+
+
+def on_this_machine(config: Config) -> Config:
+    """`config` for a Ray of one's own: its single node has no labels to ask for."""
+    here = config.resources.model_copy(update={"labels": {}})
+    return config.model_copy(update={"resources": here})
+
+
+def _amounts(cpus: float, gpus: float) -> dict[str, float]:
+    return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}

@@ -20,12 +20,17 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.placement import QUIET_ENV, Placement
-from cluster import status
+from actors import preflight
+from actors.connection import join
+from actors.placement import QUIET_ENV, Placement, on_this_machine
+from cluster import config_file, environment, ray_token, status
 from cluster.config import Config
 from cluster.embedded_redis import EmbeddedRedis
 from cluster.errors import ConfigError, HoneError, StageError
+from cluster.redis_client import buffer_url
+from cluster.resume import refuse_changes
 from cluster.run_dir import RunDir
 from cluster.status import RunStatus
 
@@ -42,19 +47,21 @@ def run(config: Config, *, run_dir: RunDir, resume: bool, address: str) -> int:
     `address` is `local` (a Ray of our own, stopped at the end), `auto`, or the address of a
     cluster. Raises `ConfigError` before anything started, `StageError` when the run failed.
     """
-    if address != "local" and config.buffer.url is None:
-        raise ConfigError(
-            f"buffer.url: required with --address {address}, so that all nodes reach the same Redis"
-        )
+    url = buffer_url(config.buffer, address)
+    config = on_this_machine(config) if address == "local" else config
     with ExitStack() as stack:
         interrupt = stack.enter_context(_interrupts())
         stack.callback(shutil.rmtree, run_dir.weights, ignore_errors=True)
         _announce(config, run_dir, "starting Redis", 0.5)
-        server = None if config.buffer.url else stack.enter_context(EmbeddedRedis(run_dir.redis))
-        url = config.buffer.url or (server.url if server else "")
+        server = None if url else stack.enter_context(EmbeddedRedis(run_dir.redis))
+        url = url or (server.url if server else "")
         _announce(config, run_dir, "starting Ray", 6.0)
         stack.enter_context(ray_session(config, run_dir, address))
         _note_signals(interrupt)  # starting Ray has put its own handlers in place
+        if address != "local":
+            _announce(config, run_dir, "looking at the cluster's nodes", 5.0)
+            run_dir.share_weights()
+            _refuse_unfit_cluster(config, run_dir)
         _announce(config, run_dir, "starting the controller", 4.0)
         return _conduct(config, run_dir, url, resume, interrupt, server)
 
@@ -74,7 +81,15 @@ def _conduct(
 
     controller: Any = (
         ray.remote(Controller)
-        .options(name=f"hone/{run_dir.name}/controller", num_cpus=0, max_concurrency=1000)
+        .options(
+            name=f"hone/{run_dir.name}/controller",
+            num_cpus=0,
+            max_concurrency=1000,
+            # Beside the launcher: a lost rollout or reward node must not take it along.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(
+                ray.get_runtime_context().get_node_id(), soft=False
+            ),
+        )
         .remote(config, str(run_dir.path), url, resume)
     )
     finished = controller.run.remote()
@@ -102,10 +117,25 @@ def _cause(error: RayTaskError) -> HoneError:
     return cause if isinstance(cause, HoneError) else StageError("run", str(cause))
 
 
+def _refuse_unfit_cluster(config: Config, run_dir: RunDir) -> None:
+    """Raise `ConfigError` with every reason why this cluster cannot run this."""
+    missing = preflight.missing_capacity(config)
+    problems = missing if preflight.is_final(missing) else []
+    dashboard = ray._private.worker.get_dashboard_url()  # pyright: ignore
+    exposed = preflight.open_dashboard(f"http://{dashboard}") if dashboard else None
+    problems += [exposed] if exposed else []
+    lock = environment.lock_file(Path(__file__).parents[1])
+    problems += environment.lock_differences(lock) if lock.is_file() else []
+    problems += preflight.node_problems(run_dir)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
 @contextmanager
 def ray_session(config: Config, run_dir: RunDir, address: str) -> Iterator[None]:
     """Connect to Ray; a local one is ours alone and leaves nothing behind."""
     os.environ.update(QUIET_ENV)
+    ray_token.ensure(may_create=address == "local")
     common: dict[str, Any] = {
         "namespace": "hone",
         "log_to_driver": False,
@@ -113,7 +143,7 @@ def ray_session(config: Config, run_dir: RunDir, address: str) -> Iterator[None]
         "configure_logging": True,
     }
     if address != "local":
-        ray.init(address=address, **common)
+        join(address, **common)
         try:
             yield
         finally:
@@ -128,6 +158,7 @@ def ray_session(config: Config, run_dir: RunDir, address: str) -> Iterator[None]
             address="local",
             num_cpus=max(cores, placement.total_cpus),
             include_dashboard=False,
+            _node_ip_address="127.0.0.1",
             _temp_dir=str(temporary),
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}},
             **common,
@@ -187,12 +218,15 @@ def _announce(config: Config, run_dir: RunDir, detail: str, expected_s: float) -
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m actors.train CONFIG [key=value ...]`: train on this job's Ray cluster."""
-    from cluster import config_file
-
+    """`python -m actors.train CONFIG [key=value ...]`: train on this job's Ray cluster, going on
+    from the last checkpoint of the run if there is one.
+    """
     if not arguments:
         raise ConfigError("usage: python -m actors.train CONFIG [key=value ...]")
     config = config_file.load(arguments[0], arguments[1:])
+    place = RunDir.at(config.run.dir, config.run.name, exist_ok=True)
+    if place.config.exists():
+        refuse_changes(config, place)
     run_dir = RunDir.create(
         config.run.dir, config.run.name, config_file.dump(config), exist_ok=True
     )

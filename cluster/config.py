@@ -177,6 +177,9 @@ class ResourcesSection(Section):
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     cpus: Positive | None = None  # for a local Ray; none takes all cores
     start_timeout_s: PositiveFloat = 300.0
+    layout: Literal["split", "colocated"] = "split"  # colocated: rank i and engine i share a GPU
+    engine_gpu_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of each GPU of an engine
+    labels: dict[Literal["learner", "rollout", "reward"], dict[str, str]] = {}  # of Ray nodes
 
 
 class Config(Section):
@@ -217,6 +220,18 @@ class Config(Section):
             raise ValueError(
                 f"critic.pretrain_steps ({self.critic.pretrain_steps}) must be below run.steps "
                 f"({self.run.steps}), or the policy would never move"
+            )
+        share = self.resources.engine_gpu_share
+        if share < 1 and self.rollout.tensor_parallel_size > 1:
+            raise ValueError(
+                f"resources.engine_gpu_share ({share:g}) must be 1 with "
+                f"rollout.tensor_parallel_size {self.rollout.tensor_parallel_size}: only an engine "
+                "of one GPU can share it"
+            )
+        if self.resources.layout == "colocated" and share >= 0.5:
+            raise ValueError(
+                f"resources.engine_gpu_share ({share:g}) must be below 0.5 with resources.layout "
+                "colocated: the learner rank beside the engine gets the rest, and needs more"
             )
         needed = (self.rollout.max_policy_age + 2) * self.rollout.groups_per_step
         if self.buffer.capacity_groups < needed:

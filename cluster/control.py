@@ -7,6 +7,7 @@ fails in seconds. `ControlClient` serves the CLI and Python scripts, `ControlSer
 
 # pyright: reportUnknownMemberType=false
 
+import os
 import time
 import uuid
 from typing import Any, cast
@@ -17,7 +18,7 @@ import yaml
 
 from cluster.embedded_redis import url_in
 from cluster.errors import ConfigError, DeadlineError, HoneError, StageError
-from cluster.redis_client import connect, translated_errors
+from cluster.redis_client import URL_VARIABLE, connect, translated_errors
 from cluster.replay_keys import Keys
 from cluster.run_dir import RunDir
 
@@ -151,4 +152,5 @@ def _server_ms(client: redis.Redis) -> int:
 
 def _url_of(run: RunDir) -> str:
     settings: dict[str, dict[str, Any]] = yaml.safe_load(run.config.read_text()) or {}
-    return settings.get("buffer", {}).get("url") or url_in(run.redis)
+    url = settings.get("buffer", {}).get("url") or os.environ.get(URL_VARIABLE)
+    return url or url_in(run.redis)

@@ -7,6 +7,7 @@ its calls blocks or retries without end. Called by every process that touches th
 # pyright: reportUnknownMemberType=false
 
 import logging
+import os
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -17,8 +18,10 @@ import redis
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
+from cluster.config import BufferSection
 from cluster.errors import BufferFullError, BufferUnavailableError, ConfigError
 
+URL_VARIABLE = "HONE_BUFFER_URL"
 _OLDEST = (7, 0)
 _SOCKET_TIMEOUT_S = 5.0
 _FIRST_PAUSE_S = 0.02
@@ -92,6 +95,20 @@ def connect(url: str, *, retry_s: float = 10.0) -> redis.Redis:
         ) from error
     _check(facts, shown)
     return client
+
+
+def buffer_url(settings: BufferSection, address: str) -> str | None:
+    """`buffer.url`, else `HONE_BUFFER_URL` of the environment, which no file of the run repeats.
+
+    None means a server of the run's own; raises `ConfigError` where other nodes could not reach it.
+    """
+    url = settings.url or os.environ.get(URL_VARIABLE) or None
+    if url is None and address != "local":
+        raise ConfigError(
+            f"buffer.url: required with --address {address}, so that all nodes reach the same "
+            f"Redis; or set {URL_VARIABLE} where the run starts"
+        )
+    return url
 
 
 def redacted(url: str) -> str:

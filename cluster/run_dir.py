@@ -67,9 +67,6 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.policy = self.path / "policy"
         self.redis = self.path / "redis"
-        memory = Path("/dev/shm")
-        key = hashlib.sha256(str(self.path.absolute()).encode()).hexdigest()[:12]
-        self.weights = memory / f"hone-{key}" if memory.is_dir() else self.path / "weights"
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -80,6 +77,20 @@ class RunDir:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def weights(self) -> Path:
+        """Where versions are handed to the engines: in memory on one machine; inside the run
+        directory after `share_weights`, because another host does not see this one's memory.
+        """
+        shared, memory = self.path / "weights", Path("/dev/shm")
+        if shared.is_dir() or not memory.is_dir():
+            return shared
+        key = hashlib.sha256(str(self.path.absolute()).encode()).hexdigest()[:12]
+        return memory / f"hone-{key}"
+
+    def share_weights(self) -> None:
+        (self.path / "weights").mkdir(parents=True, exist_ok=True)
 
     @classmethod
     def at(cls, parent: str | os.PathLike[str], name: str, *, exist_ok: bool) -> "RunDir":

@@ -77,7 +77,9 @@ class Learner:
         check_critic(config.critic, self._credit)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if self._device.type == "cuda" else "gloo",
-            init_method=f"tcp://{master}",
+            # A lone rank meets nobody, and torch's rendezvous port would ask nobody for a password.
+            init_method=None if world_size == 1 else f"tcp://{master}",
+            store=dist.HashStore() if world_size == 1 else None,
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=config.learner.timeout_s),

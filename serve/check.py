@@ -5,19 +5,17 @@ that names its config key.
 """
 
 import asyncio
-import shutil
+import math
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
-from cluster import config_file, metrics, plugins, redis_client
+from cluster import metrics, plugins, redis_client
 from cluster.config import Config
 from cluster.embedded_redis import server_program
 from cluster.errors import ConfigError, HoneError, boundary
-from cluster.run_dir import RunDir
 from cluster.types import Task
 from serve import plan
 
@@ -88,40 +86,6 @@ def build(config: Config, *, address: str, announce: Announce) -> CheckReport:
     return report
 
 
-def refuse_changes(config: Config, run_dir: RunDir) -> None:
-    """Raise `ConfigError` naming each key that shapes learning and differs from the run so far.
-
-    A run without a checkpoint has nothing that a change could contradict.
-    """
-    if not any(run_dir.checkpoints.glob("step_*/COMPLETE")):
-        return
-    before, now = (_leaves(c) for c in (config_file.load(run_dir.config), config))
-    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
-    if changed:
-        raise ConfigError(
-            "\n".join(
-                f"{key}: a resumed run must keep {before.get(key)!r}, got {now.get(key)!r}; "
-                "start a new one with `--run NEW`"
-                for key in changed
-            )
-        )
-
-
-def _leaves(config: Config) -> dict[str, object]:
-    """Dotted key to value of everything in the configuration hash."""
-    leaves: dict[str, object] = {}
-
-    def walk(prefix: str, value: object) -> None:
-        if isinstance(value, dict) and value:
-            for key, child in cast(dict[str, object], value).items():
-                walk(f"{prefix}.{key}" if prefix else key, child)
-        else:
-            leaves[prefix] = value
-
-    walk("", config.model_dump(mode="json", exclude=config_file.BOOKKEEPING))
-    return leaves
-
-
 def _build_plugins(config: Config, report: CheckReport) -> None:
     from actors.programs import PROGRAMS
     from learners.credit import build_credit
@@ -142,13 +106,17 @@ def _build_plugins(config: Config, report: CheckReport) -> None:
 
 
 def _check_resources(config: Config, address: str, report: CheckReport) -> None:
-    from actors.placement import Placement
+    from actors.capacity import ClusterNode, shortages
+    from actors.placement import Placement, on_this_machine
 
-    placement = Placement.of(config)
-    if placement.is_gpu and shutil.which("nvidia-smi") is None and address == "local":
-        raise ConfigError("resources.accelerator: gpu, but this machine has no NVIDIA driver")
+    if address != "local":
+        return
+    placement = Placement.of(on_this_machine(config))
     available = plan.available_cpus(config)
-    if address == "local" and placement.total_cpus > available:
+    if placement.is_gpu:
+        machine = ClusterNode("this machine", {"GPU": plan.available_gpus(), "CPU": math.inf}, {})
+        report.problems += shortages(placement.requests(), [machine])
+    if placement.total_cpus > available:
         report.warnings.append(
             f"rollout.workers ({config.rollout.workers}) and learner.world_size "
             f"({config.learner.world_size}) share {available} CPUs: they will slow each other down"
@@ -156,15 +124,11 @@ def _check_resources(config: Config, address: str, report: CheckReport) -> None:
 
 
 def _check_buffer(config: Config, address: str) -> None:
-    if config.buffer.url is None:
-        if address != "local":
-            raise ConfigError(
-                f"buffer.url: required with --address {address}, "
-                "so that every node reaches the same Redis"
-            )
+    url = redis_client.buffer_url(config.buffer, address)
+    if url is None:
         server_program()
     else:
-        redis_client.connect(config.buffer.url, retry_s=BUFFER_RETRY_S).close()
+        redis_client.connect(url, retry_s=BUFFER_RETRY_S).close()
 
 
 def _measure_prompts(config: Config, tasks: list[Task]) -> Prompts:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.errors import ConfigError, HoneError, StageError, boundary
-from serve import endpoint_cli, eval_cli, rewards_cli
+from serve import endpoint_cli, eval_cli, rewards_cli, submit_cli
 
 if TYPE_CHECKING:
     from cluster.config import Config
@@ -30,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 endpoint_cli.register(app)
+submit_cli.register(app)
 app.add_typer(rewards_cli.app, name="rewards")
 app.command("eval")(eval_cli.evaluate)
 
@@ -45,6 +46,12 @@ Overrides = Annotated[
 Run = Annotated[
     str | None,
     typer.Argument(metavar="[RUN]", help="A name under runs/ or a path; default is the latest."),
+]
+Address = Annotated[
+    str,
+    typer.Option(
+        help="Ray cluster: `local` starts one, `auto` finds one, HOST:PORT or ray://HOST:PORT."
+    ),
 ]
 
 
@@ -65,13 +72,19 @@ def main() -> None:
 
 
 @app.command()
-def check(config: ConfigFile, overrides: Overrides = None) -> None:
+def check(config: ConfigFile, overrides: Overrides = None, address: Address = "local") -> None:
     """Validate a config, test its rewards on gold answers and print the plan. Starts nothing."""
     from cluster import config_file
 
     print(f"checking {config}: nothing will be started", flush=True)
-    _refuse_problems(config_file.load(config, overrides), address="local", show_plan=True)
-    print(f"ready: hone train {shlex.join([str(config), *(overrides or [])])}")
+    settings = config_file.load(config, overrides)
+    if address != "local":
+        from actors import preflight
+
+        preflight.require_capacity(settings, address)
+    _refuse_problems(settings, address=address, show_plan=True)
+    where = [] if address == "local" else ["--address", address]
+    print(f"ready: hone train {shlex.join([str(config), *(overrides or []), *where])}")
 
 
 @app.command()
@@ -82,9 +95,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint of this run.")
     ] = False,
-    address: Annotated[
-        str, typer.Option(help="Ray cluster: `local` starts one, `auto` finds one, or HOST:PORT.")
-    ] = "local",
+    address: Address = "local",
 ) -> None:
     """Train. Shows a live view, writes everything to runs/NAME/ and ends with a report."""
     from cluster import config_file, log
@@ -96,10 +107,10 @@ def train(
     is_new = resume and not place.config.exists()
     note = " (nothing to resume there, starting from the beginning)" if is_new else ""
     print(f"run {place.name}: {config} -> {place.path}{note}", flush=True)
-    from serve import check as run_check  # takes a second: the line above comes first
+    from cluster.resume import refuse_changes  # takes a second: the line above comes first
 
     if place.config.exists():
-        run_check.refuse_changes(settings, place)
+        refuse_changes(settings, place)
     _refuse_problems(settings, address=address, show_plan=False)
     run_dir = RunDir.create(
         settings.run.dir, settings.run.name, config_file.dump(settings), exist_ok=resume

@@ -76,20 +76,12 @@ def running(
         shutil.rmtree(files.with_name(f"{files.name}-endpoint"), ignore_errors=True)
 
 
-def _deploy(settings: EndpointSettings, door: Door, replicas: int) -> None:
+def application(settings: EndpointSettings, replicas: int) -> ray_serve.Application:
+    """What Ray Serve deploys: `replicas` copies of `PolicyReplica`."""
     env = QUIET_ENV | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     if not settings.engine.is_gpu:
         threads = max(1, (os.cpu_count() or 1) // (replicas * settings.max_engines))
         env |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    ray_serve.start(
-        proxy_location="HeadOnly",
-        http_options=HTTPOptions(
-            host=door.host,
-            port=door.port,
-            ssl_keyfile=door.tls_key,
-            ssl_certfile=door.tls_cert,
-        ),
-    )
     deployment: Any = ray_serve.deployment(
         ray_serve.ingress()(PolicyReplica),
         name="policy",
@@ -104,8 +96,21 @@ def _deploy(settings: EndpointSettings, door: Door, replicas: int) -> None:
             "runtime_env": {"env_vars": env},
         },
     )
+    return deployment.bind(settings)
+
+
+def _deploy(settings: EndpointSettings, door: Door, replicas: int) -> None:
+    ray_serve.start(
+        proxy_location="HeadOnly",
+        http_options=HTTPOptions(
+            host=door.host,
+            port=door.port,
+            ssl_keyfile=door.tls_key,
+            ssl_certfile=door.tls_cert,
+        ),
+    )
     try:
-        ray_serve.run(deployment.bind(settings), name=APP, route_prefix="/")
+        ray_serve.run(application(settings, replicas), name=APP, route_prefix="/")
     except RuntimeError as error:
         last = str(error).strip().splitlines()[-1]
         raise StageError("endpoint", f"{last} (log: {settings.home}/logs/endpoint.log)") from error

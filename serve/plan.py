@@ -7,6 +7,7 @@ uses; memory is an estimate and says what it leaves out. Called by `serve.check`
 import json
 import math
 import os
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def rows(
     per_step = rollout.groups_per_step * rollout.group_size
     most = per_step * (rollout.max_new_tokens + longest_prompt)
     sampled = per_step * rollout.max_new_tokens
-    devices = f"{placement.total_gpus} GPUs, " if placement.is_gpu else ""
+    devices = f"{placement.total_gpus:g} GPUs, " if placement.is_gpu else ""
     return [
         ("policy", f"{config.policy.type}, {num_parameters / 1e6:,.1f} M parameters"),
         ("tasks", ", ".join(f"{count} {split}" for split, count in num_tasks.items())),
@@ -59,6 +60,17 @@ def rows(
 def available_cpus(config: Config) -> int:
     """CPUs that a local Ray offers: `resources.cpus`, or all cores."""
     return config.resources.cpus or os.cpu_count() or 1
+
+
+def available_gpus() -> int:
+    """GPUs that the NVIDIA driver of this machine lists."""
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
 def num_parameters(policy_dir: Path) -> int:

@@ -8,6 +8,7 @@ import pytest
 from cluster import config_file
 from cluster.config import Config
 from cluster.errors import ConfigError
+from cluster.resume import refuse_changes
 from cluster.run_dir import RunDir
 from serve import check
 
@@ -108,13 +109,13 @@ def test_a_resumed_run_keeps_what_shapes_learning(config_file_path: Path, tmp_pa
     changed = config_file.load(
         config_file_path, ["learner.lr=0.5", "run.steps=7", "warm_start.steps=3"]
     )
-    check.refuse_changes(changed, run)  # no checkpoint yet
+    refuse_changes(changed, run)  # no checkpoint yet
     (run.checkpoints / "step_000001").mkdir()
     (run.checkpoints / "step_000001" / "COMPLETE").touch()
-    check.refuse_changes(before, run)
-    check.refuse_changes(config_file.load(config_file_path, ["run.steps=7"]), run)
+    refuse_changes(before, run)
+    refuse_changes(config_file.load(config_file_path, ["run.steps=7"]), run)
     with pytest.raises(ConfigError) as caught:
-        check.refuse_changes(changed, run)
+        refuse_changes(changed, run)
     assert "learner.lr: a resumed run must keep 1e-06, got 0.5" in str(caught.value)
     assert "warm_start" in str(caught.value)
     assert "run.steps" not in str(caught.value)

@@ -1,0 +1,101 @@
+"""The reserved places of a run: one placement group per role, all of them or none.
+
+Invariant: when `reserve` raises or is cancelled, nothing stays reserved. Groups are asked for one
+after the other in a fixed order, so two runs that wait for the same cluster never hold half of it
+each. A bundle whose node dies is rescheduled by Ray once a node has room; the actor that is started
+again then waits for it. Called by `actors.bring_up`.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.capacity import cluster_nodes, shortages
+from actors.placement import BundleRequest
+from cluster.errors import DeadlineError
+
+POLL_S = 0.5
+
+Report = Callable[[str], None]
+
+
+class Gang:
+    """Placement groups by role."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, PlacementGroup] = {}
+
+    @classmethod
+    async def reserve(
+        cls, run_id: str, requests: Sequence[BundleRequest], deadline_s: float, report: Report
+    ) -> "Gang":
+        """Wait until every request has its place; `report` gets a line about each wait.
+
+        Raises `DeadlineError` naming what is missing when `resources.start_timeout_s` runs out.
+        """
+        gang = cls()
+        deadline = time.monotonic() + deadline_s
+        try:
+            for request in requests:
+                await gang._add(run_id, request, deadline, deadline_s, report)
+        except BaseException:
+            gang.release()
+            raise
+        return gang
+
+    def strategy(self, role: str, index: int = -1) -> PlacementGroupSchedulingStrategy:
+        """Where an actor of `role` goes: bundle `index`, or any with room (-1)."""
+        return PlacementGroupSchedulingStrategy(
+            self._groups[role],
+            placement_group_bundle_index=index,
+            placement_group_capture_child_tasks=False,
+        )
+
+    def nodes(self) -> dict[str, list[str]]:
+        """Node id of each bundle, by role."""
+        tables: dict[str, dict[str, Any]] = {
+            role: ray.util.placement_group_table(group) for role, group in self._groups.items()
+        }
+        return {
+            role: [node for _, node in sorted(table["bundles_to_node_id"].items())]
+            for role, table in tables.items()
+        }
+
+    def release(self) -> None:
+        """Give everything back; actors that still run there are ended by Ray."""
+        for group in self._groups.values():
+            remove_placement_group(group)
+        self._groups.clear()
+
+    async def _add(
+        self,
+        run_id: str,
+        request: BundleRequest,
+        deadline: float,
+        deadline_s: float,
+        report: Report,
+    ) -> None:
+        group = placement_group(
+            [dict(request.resources) for _ in range(request.count)],
+            strategy=request.strategy,
+            name=f"hone/{run_id}/{request.role}",
+            bundle_label_selector=[dict(request.labels) for _ in range(request.count)],
+        )
+        self._groups[request.role] = group
+        has_reported = False
+        while not await asyncio.to_thread(group.wait, POLL_S):
+            missing = shortages([request], cluster_nodes())
+            wanted = missing[0] if missing else f"resources: {request.role} waits for {request}"
+            if time.monotonic() > deadline:
+                raise DeadlineError(
+                    "resources",
+                    f"{wanted}; waited {deadline_s:.0f} s (resources.start_timeout_s)",
+                )
+            if not has_reported:
+                report(wanted)
+                has_reported = True

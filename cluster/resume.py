@@ -1,0 +1,46 @@
+"""What a resumed run may not change: every key that shapes what is learnt.
+
+Invariant: the keys compared are those of `config_file.config_hash`, so what is refused here is what
+a checkpoint would refuse. Called by `hone train` and by the entry of a Ray job.
+"""
+
+from typing import cast
+
+from cluster import config_file
+from cluster.config import Config
+from cluster.errors import ConfigError
+from cluster.run_dir import RunDir
+
+
+def refuse_changes(config: Config, run_dir: RunDir) -> None:
+    """Raise `ConfigError` naming each key that shapes learning and differs from the run so far.
+
+    A run without a checkpoint has nothing that a change could contradict.
+    """
+    if not any(run_dir.checkpoints.glob("step_*/COMPLETE")):
+        return
+    before, now = (_leaves(c) for c in (config_file.load(run_dir.config), config))
+    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
+    if changed:
+        raise ConfigError(
+            "\n".join(
+                f"{key}: a resumed run must keep {before.get(key)!r}, got {now.get(key)!r}; "
+                "start a new one with `--run NEW`"
+                for key in changed
+            )
+        )
+
+
+def _leaves(config: Config) -> dict[str, object]:
+    """Dotted key to value of everything in the configuration hash."""
+    leaves: dict[str, object] = {}
+
+    def walk(prefix: str, value: object) -> None:
+        if isinstance(value, dict) and value:
+            for key, child in cast(dict[str, object], value).items():
+                walk(f"{prefix}.{key}" if prefix else key, child)
+        else:
+            leaves[prefix] = value
+
+    walk("", config.model_dump(mode="json", exclude=config_file.BOOKKEEPING))
+    return leaves

@@ -1,0 +1,163 @@
+"""`hone submit`: the same training run as a job of a running Ray cluster.
+
+Invariant: a request that is tried again cannot start the run twice, because the submission id is
+chosen here, once. What travels is the current directory (code, config, data); packages come with
+the cluster's image and are compared with the lock file when the job starts.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import shlex
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster import config_file, ray_token
+from cluster.errors import ConfigError, StageError
+
+START_S = 60.0  # how long a head that has just started may answer with errors
+PAUSE_S = 1.0
+POLL_S = 1.0
+logger = logging.getLogger(__name__)
+EXIT_CODES = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": 130}
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A run that was handed over, and where."""
+
+    address: str
+    submission_id: str
+    client: Any
+
+    @property
+    def stop_command(self) -> str:
+        return f"ray job stop --address {self.address} {self.submission_id}"
+
+
+def submit(
+    config: Path, overrides: list[str], *, address: str, run: str | None, resume: bool
+) -> Submission:
+    """Hand `config` over to the cluster whose dashboard is at `address` (http://HOST:PORT).
+
+    Raises `ConfigError` for a config that cannot travel and for a cluster that refuses or does not
+    answer within `START_S`.
+    """
+    arguments = _arguments(config, overrides, run, resume)
+    ray_token.ensure(may_create=False)
+    name = run or config_file.load(config, overrides).run.name
+    submission_id = f"hone-{name}-{secrets.token_hex(4)}"
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            client = _client(address)
+            _refuse_open_cluster(address)
+            _submit(client, submission_id, arguments, name)
+            return Submission(address, submission_id, client)
+        except (ConnectionError, RuntimeError) as error:
+            if _is_refusal(error) or time.monotonic() > deadline:
+                raise ConfigError(f"--address {address}: {_plain(error)}") from error
+            logger.info("the cluster is not ready: %s", _plain(error))
+            time.sleep(PAUSE_S)
+
+
+def follow(submission: Submission) -> int:
+    """Print what the job prints until it ends; its exit code."""
+    with contextlib.suppress(StopIteration):
+        for text in _logs(submission):
+            print(text, end="", flush=True)
+    while True:
+        details = submission.client.get_job_info(submission.submission_id)
+        if str(details.status.value) in EXIT_CODES:
+            break
+        time.sleep(POLL_S)
+    code = EXIT_CODES[str(details.status.value)]
+    if code == 1 and details.driver_exit_code is None:
+        raise StageError("job", f"{submission.submission_id}: {details.message}")
+    return int(details.driver_exit_code or code)
+
+
+def _arguments(config: Path, overrides: list[str], run: str | None, resume: bool) -> list[str]:
+    """The command line of the job; refuses what a job could not find or would lose."""
+    settings = config_file.load(config, overrides)
+    here = Path.cwd()
+    try:
+        relative = config.resolve().relative_to(here.resolve())
+    except ValueError:
+        raise ConfigError(
+            f"{config}: must lie below the current directory {here}, which travels with the job"
+        ) from None
+    if not Path(settings.run.dir).is_absolute():
+        raise ConfigError(
+            f"run.dir: must be an absolute path on storage that all nodes mount, got "
+            f"{settings.run.dir!r}: a job's own directory is deleted with the job"
+        )
+    options = ["--run", run] if run else []
+    options += ["--resume"] if resume else []
+    return ["-m", "serve.cli", "train", str(relative), *overrides, "--address", "auto", *options]
+
+
+def _client(address: str) -> Any:
+    if not address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"--address {address}: must be the head's dashboard, like http://HEAD:8265; "
+            "`hone train --address` joins a cluster by ray://HOST:10001 or HOST:6379"
+        )
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    from ray.job_submission import JobSubmissionClient
+
+    return JobSubmissionClient(address)
+
+
+def _refuse_open_cluster(address: str) -> None:
+    from actors.preflight import open_dashboard
+
+    problem = open_dashboard(address.rstrip("/"))
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def _submit(client: Any, submission_id: str, arguments: list[str], name: str) -> None:
+    from actors.connection import NOT_SENT
+
+    try:
+        client.submit_job(
+            entrypoint=shlex.join(["python", *arguments]),
+            submission_id=submission_id,
+            runtime_env={"working_dir": str(Path.cwd()), "excludes": NOT_SENT},
+            metadata={"hone_run": name},
+        )
+    except RuntimeError as error:
+        if "already exists" not in str(error):  # an earlier try went through without an answer
+            raise
+
+
+def _logs(submission: Submission) -> Iterator[str]:
+    """Chunks of the job's output as they come."""
+    stream = submission.client.tail_job_logs(submission.submission_id)
+    loop = asyncio.new_event_loop()
+    try:
+        while True:
+            try:
+                yield loop.run_until_complete(anext(stream))
+            except StopAsyncIteration:
+                return
+    finally:
+        loop.close()
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether trying again is useless: a bad token or a bad request."""
+    text = str(error)
+    return any(f"status code {code}" in text for code in (400, 401, 403)) or any(
+        word in text.lower() for word in ("unauthorized", "forbidden", "authentication")
+    )
+
+
+def _plain(error: Exception) -> str:
+    return " ".join(str(error).split())

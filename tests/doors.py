@@ -1,0 +1,109 @@
+"""Every TCP port that some processes listen on, and what a stranger without a token gets there.
+
+A stranger tries HTTP, gRPC with the methods of Ray's own services, and Redis.
+"""
+
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import grpc
+import httpx
+import psutil
+
+Outcome = Literal["refused", "metrics", "open", "silent"]
+LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+PATIENCE_S = 2.0
+PATHS = ("/api/jobs/", "/metrics", "/")
+METHODS = (
+    "ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
+    "ray.rpc.NodeManagerService/GetNodeStats",
+    "ray.rpc.CoreWorkerService/GetCoreWorkerStats",
+    "ray.rpc.ObjectManagerService/FreeObjects",
+    "ray.rpc.ReporterService/ReportMetrics",
+)
+
+
+@dataclass(frozen=True)
+class Door:
+    address: str
+    port: int
+    process: str
+    outcome: Outcome
+    answer: str
+
+    @property
+    def is_local(self) -> bool:
+        return self.address in LOOPBACK
+
+
+def doors(pids: Iterable[int]) -> list[Door]:
+    """One entry per listening TCP port of the processes."""
+    found: dict[int, tuple[str, str]] = {}
+    for pid in pids:
+        try:
+            process = psutil.Process(pid)
+            sockets = process.net_connections(kind="tcp")
+            name = " ".join(process.cmdline()[:3])[-60:] or process.name()
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        for connection in sockets:
+            if connection.status == psutil.CONN_LISTEN:
+                found.setdefault(connection.laddr.port, (connection.laddr.ip, name))
+    return [Door(ip, port, name, *_knock(port)) for port, (ip, name) in sorted(found.items())]
+
+
+def _knock(port: int) -> tuple[Outcome, str]:
+    for ask in (_ask_redis, _ask_http, _ask_grpc):
+        answer = ask(port)
+        if answer is not None:
+            return answer
+    return "silent", "no protocol that is known here"
+
+
+def _ask_redis(port: int) -> tuple[Outcome, str] | None:
+    try:
+        with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as connection:
+            connection.settimeout(PATIENCE_S)
+            connection.sendall(b"*1\r\n$4\r\nPING\r\n")
+            reply = connection.recv(100)
+    except OSError:
+        return None
+    if reply.startswith(b"-NOAUTH"):
+        return "refused", "Redis: NOAUTH"
+    return ("open", "Redis: PONG") if reply.startswith(b"+PONG") else None
+
+
+def _ask_http(port: int) -> tuple[Outcome, str] | None:
+    statuses: list[int] = []
+    for path in PATHS:
+        try:
+            reply = httpx.get(f"http://127.0.0.1:{port}{path}", timeout=PATIENCE_S)
+        except (httpx.HTTPError, OSError):
+            return None
+        if path == "/metrics" and reply.status_code == 200 and "# TYPE" in reply.text:
+            return "metrics", "HTTP: numbers for Prometheus"
+        statuses.append(reply.status_code)
+    if all(status in (401, 403) for status in statuses[:1]):
+        return "refused", f"HTTP: {statuses[0]}"
+    return "open", f"HTTP: {statuses}"
+
+
+def _ask_grpc(port: int) -> tuple[Outcome, str] | None:
+    codes: list[str] = []
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for method in METHODS:
+            call = channel.unary_unary(f"/{method}", lambda body: body, lambda body: body)
+            try:
+                call(b"", timeout=PATIENCE_S)
+            except grpc.RpcError as error:
+                code = error.code()  # pyright: ignore[reportAttributeAccessIssue]
+                if code is grpc.StatusCode.UNAUTHENTICATED:
+                    return "refused", "gRPC: UNAUTHENTICATED"
+                codes.append(code.name)
+                if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                    return None
+            else:
+                return "open", f"gRPC: {method} answered"
+    return "silent", f"gRPC: {codes}"

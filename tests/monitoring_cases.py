@@ -1,0 +1,82 @@
+"""What the dashboard and the alert rules ask of Prometheus, and whether a scrape can answer it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import promql_parser
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+MONITORING = Path(__file__).parents[1] / "deploy" / "monitoring"
+DASHBOARD = MONITORING / "hone.json"
+ALERTS = MONITORING / "alerts.yml"
+Selector = Any
+
+
+def panels() -> list[tuple[str, str, str]]:
+    """(row, panel, expression) of every query of the dashboard, for all runs."""
+    found: list[tuple[str, str, str]] = []
+    row = ""
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        if panel["type"] == "row":
+            row = panel["title"]
+            continue
+        queries = [target["expr"].replace("$run", ".*") for target in panel["targets"]]
+        found += [(row, panel["title"], query) for query in queries]
+    return found
+
+
+def alert_rules() -> list[dict[str, Any]]:
+    groups = yaml.safe_load(ALERTS.read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def selectors(expression: str) -> list[Selector]:
+    """Every series selector of a PromQL expression."""
+    found: list[Selector] = []
+
+    def visit(node: Any) -> bool:
+        if isinstance(node, promql_parser.VectorSelector):
+            found.append(node)
+        elif isinstance(node, promql_parser.MatrixSelector):
+            found.append(node.vector_selector)
+        return True
+
+    promql_parser.walk(promql_parser.parse(expression), visit)
+    return found
+
+
+class Scrape:
+    """Samples of one or more exporters, as Prometheus would have them."""
+
+    def __init__(self, *texts: str) -> None:
+        self.samples = [
+            (sample.name, sample.labels)
+            for text in texts
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        ]
+
+    def answers(self, selector: Selector) -> bool:
+        """Whether at least one series matches."""
+        return any(self._matches(selector, name, labels) for name, labels in self.samples)
+
+    def unanswered(self, expression: str) -> list[str]:
+        return [s.prettify() for s in selectors(expression) if not self.answers(s)]
+
+    @staticmethod
+    def _matches(selector: Selector, name: str, labels: dict[str, str]) -> bool:
+        if selector.name is not None and selector.name != name:
+            return False
+        for matcher in selector.matchers.matchers:
+            value = name if matcher.name == "__name__" else labels.get(matcher.name, "")
+            is_regex = matcher.op in (promql_parser.MatchOp.Re, promql_parser.MatchOp.NotRe)
+            is_equal = (
+                bool(re.fullmatch(matcher.value, value)) if is_regex else value == matcher.value
+            )
+            wants = matcher.op in (promql_parser.MatchOp.Equal, promql_parser.MatchOp.Re)
+            if is_equal is not wants:
+                return False
+        return True

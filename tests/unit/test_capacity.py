@@ -1,0 +1,123 @@
+"""Bundles against nodes: what fits, what is missing, and what a run asks for."""
+
+from typing import Any
+
+import pytest
+
+from actors.capacity import ClusterNode, away_from_gpus, labels_match, shortages
+from actors.placement import BundleRequest, Placement, on_this_machine
+from cluster import config_file
+from cluster.config import Config
+from cluster.errors import ConfigError
+from tests.conftest import TINY
+
+
+def configured(**sections: dict[str, Any]) -> Config:
+    values = {name: dict(section) for name, section in TINY.items()}
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section
+    return config_file.parse(values, "test")
+
+
+def gpu_node(name: str, gpus: float, **labels: str) -> ClusterNode:
+    return ClusterNode(name, {"CPU": 8.0, "GPU": gpus}, labels)
+
+
+def cpu_node(name: str) -> ClusterNode:
+    return ClusterNode(name, {"CPU": 8.0}, {})
+
+
+def asks(**settings: Any) -> list[BundleRequest]:
+    return Placement.of(configured(**settings), cluster_gpus=8).requests()
+
+
+def test_a_split_run_packs_ranks_and_spreads_engines() -> None:
+    learner, rollout = asks(
+        resources={"accelerator": "gpu"},
+        learner={"world_size": 4},
+        rollout={"workers": 2, "tensor_parallel_size": 2},
+    )
+    assert (learner.count, learner.resources, learner.strategy) == (4, {"CPU": 1, "GPU": 1}, "PACK")
+    assert (rollout.count, rollout.resources) == (2, {"CPU": 1, "GPU": 2})  # one bundle = one node
+    assert rollout.strategy == "SPREAD"
+
+
+def test_a_colocated_run_shares_each_gpu_between_one_rank_and_one_engine() -> None:
+    config = configured(
+        resources={"accelerator": "gpu", "layout": "colocated", "engine_gpu_share": 0.4},
+        learner={"world_size": 2},
+        rollout={"workers": 2},
+    )
+    placement = Placement.of(config)
+    [both] = placement.requests()
+    assert (both.count, both.resources) == (2, {"CPU": 2, "GPU": 1})
+    assert placement.total_gpus == 2
+    engine, rank = placement.rollout_options(0)["num_gpus"], placement.learner_options()["num_gpus"]
+    assert engine + rank == pytest.approx(1)
+    assert 2 * rank > 1  # so that no bundle takes two ranks
+
+
+@pytest.mark.parametrize(
+    ("resources", "rollout", "message"),
+    [
+        ({"layout": "colocated"}, {}, "must be below 0.5"),
+        ({"engine_gpu_share": 0.5}, {"tensor_parallel_size": 2}, "only an engine of one GPU"),
+        ({"labels": {"controller": {}}}, {}, "labels"),
+    ],
+)
+def test_layouts_that_cannot_work_are_refused(
+    resources: dict[str, Any], rollout: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configured(resources=resources, rollout=rollout)
+
+
+def test_two_half_gpu_engines_fit_on_one_gpu_and_three_do_not() -> None:
+    half = {"accelerator": "gpu", "engine_gpu_share": 0.5}
+    two = asks(resources=half, rollout={"workers": 2})
+    assert not shortages(two, [gpu_node("a", 2)])
+    [line] = shortages(asks(resources=half, rollout={"workers": 3}), [gpu_node("a", 2)])
+    assert line.startswith("resources: rollout needs 3 x 1 CPU + 0.5 GPU; 2 fit on 1 matching node")
+    assert "rollout.workers" in line
+
+
+def test_an_engine_of_two_gpus_does_not_fit_on_two_nodes_of_one() -> None:
+    request = BundleRequest("rollout", 1, {"GPU": 2}, {}, "SPREAD", "rollout.tensor_parallel_size")
+    [line] = shortages([request], [gpu_node("a", 1), gpu_node("b", 1)])
+    assert "0 fit on 2 matching node(s), which have 1 GPU left" in line
+    assert not shortages([request], [gpu_node("a", 1), gpu_node("b", 2)])
+
+
+def test_missing_labels_are_named() -> None:
+    request = BundleRequest("learner", 1, {"CPU": 1}, {"pool": "h100"}, "PACK", "resources.labels")
+    [line] = shortages([request], [gpu_node("a", 8, pool="a100")])
+    assert "learner needs 1 x 1 CPU on pool=h100; no node has these labels" in line
+
+
+@pytest.mark.parametrize(
+    ("selector", "labels", "expected"),
+    [
+        ("h100", {"k": "h100"}, True),
+        ("h100", {}, False),
+        ("!h100", {"k": "a100"}, True),
+        ("!h100", {}, True),
+        ("in(a, b)", {"k": "b"}, True),
+        ("!in(a,b)", {"k": "b"}, False),
+        ("!in(a,b)", {}, True),
+    ],
+)
+def test_selectors(selector: str, labels: dict[str, str], expected: bool) -> None:
+    assert labels_match({"k": selector}, labels) is expected
+
+
+def test_reward_workers_keep_away_from_gpus_where_they_can() -> None:
+    typed = ClusterNode("g", {"GPU": 8.0}, {"ray.io/accelerator-type": "H100"})
+    assert away_from_gpus([typed, cpu_node("c")]) == {"ray.io/accelerator-type": "!in(H100)"}
+    assert away_from_gpus([typed]) == {}
+    assert away_from_gpus([cpu_node("c")]) == {}
+
+
+def test_one_machine_has_no_labels_to_ask_for() -> None:
+    config = configured(resources={"labels": {"rollout": {"pool": "gpu"}}})
+    assert Placement.of(config).requests()[1].labels == {"pool": "gpu"}
+    assert Placement.of(on_this_machine(config)).requests()[1].labels == {}
