@@ -72,6 +72,8 @@ def build(config: Config, *, address: str, announce: Announce) -> CheckReport:
         with report.collect(f"tasks.{split}"):
             tasks[split] = _load_tasks(config, split)
             announce(f"  {len(tasks[split])} {split} tasks")
+    with report.collect("rollout.program"):
+        _check_hints(config, tasks.get("train", []))
     prompts = None
     if tasks.get("train"):
         with report.collect("policy"):
@@ -168,6 +170,16 @@ def _load_tasks(config: Config, split: str) -> list[Task]:
     if not tasks:
         raise ConfigError(f"tasks.{split}: must hold at least one task, got none")
     return tasks
+
+
+def _check_hints(config: Config, tasks: list[Task]) -> None:
+    from actors.programs import PROGRAMS
+    from actors.rollout import Guiding
+
+    program = config.rollout.program
+    built = plugins.build(program.use, program.settings, PROGRAMS, "rollout.program")
+    if tasks and isinstance(built, Guiding):
+        built.check(tasks)
 
 
 def _measure_prompts(config: Config, tasks: list[Task]) -> Prompts:
