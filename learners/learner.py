@@ -27,6 +27,7 @@ from cluster.types import StepResult, TrajectoryGroup
 from learners import checkpoint, weight_source
 from learners.batch import MicroBatch, Row
 from learners.credit import build_credit, whitening_of
+from learners.guidance import annotate
 from learners.model import PolicyModel, load_policy, shard
 from learners.objectives import WeightedLosses
 from learners.optimizer import ShardedAdamW, learning_rate
@@ -130,6 +131,8 @@ class Learner:
             pack = MicroBatch.pack(rows, self._device)
             if self._reference is not None:
                 pack = self._reference.annotate(pack)
+            if self._losses.needs_sampled_context:
+                pack = annotate(self._policy, rows, pack)
             if self._is_streaming:
                 self._update.accumulate(pack)
             else:
