@@ -70,7 +70,7 @@ ARMS: dict[str, dict[str, Any]] = {
         "objective": {"losses": {"policy": APART}},
     },
 }
-WARM_UP = {"examples": WARM_EXAMPLES, "steps": 1500, "batch_size": 64, "lr": 2e-3}
+WARM_UP = {"examples": WARM_EXAMPLES, "steps": 600, "batch_size": 64, "lr": 2e-3}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from cluster.types import TrajectoryGroup, Verdict
 from rewards.base import VerifierIO
 
-LENGTH, SHOWN = 5, 3  # digits of a message, and of the rules that the weak hint gives
+LENGTH, SHOWN = 6, 4  # digits of a message, and of the rules that the weak hint gives
 TRAIN_TASKS, EVAL_TASKS = 2000, 100
 PLAIN_FRACTION = 0.3  # of the warm-start examples
 TEMPLATE = "{prompt}\n{hint}"
@@ -28,7 +28,7 @@ class Exact:
 
 
 def message(rng: random.Random) -> str:
-    return "".join(rng.choice("0123456789") for _ in range(LENGTH))
+    return "".join(rng.sample("0123456789", LENGTH))
 
 
 def draw_code(rng: random.Random) -> dict[str, str]:
@@ -36,8 +36,8 @@ def draw_code(rng: random.Random) -> dict[str, str]:
 
 
 def book(text: str, code: dict[str, str]) -> str:
-    """The rules for the digits of `text`: "472" in a code that adds one gives "45 78 23"."""
-    return " ".join(digit + code[digit] for digit in sorted(set(text)))
+    """The rule for each digit of `text`: "472" in a code that adds one gives "45 78 23"."""
+    return " ".join(digit + code[digit] for digit in text)
 
 
 def hints(text: str, code: dict[str, str]) -> list[str]:

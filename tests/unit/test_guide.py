@@ -1,6 +1,11 @@
 """Hint sources, the program `guide`, and what the learner gets to see of a hinted trajectory."""
 
 import asyncio
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
@@ -28,6 +33,45 @@ TASK = Task(
     solution="1 + 1 = 2 and 2 + 1 = 3",
     hints=["count", "count on from 1", "1, 2, and then?"],
 )
+
+
+class Writer(BaseHTTPRequestHandler):
+    """An OpenAI-compatible endpoint: the strength asked for picks the reply."""
+
+    replies = ("count up", "It is 3.", "", None)
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        system, user = (message["content"] for message in request["messages"])
+        found = re.search(r"strength (\d)", system)
+        assert found is not None
+        assert "1 + 2 =" in user
+        assert "Answer: 3" in user
+        text = self.replies[int(found[1]) - 1]
+        body = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+        self.send_response(401 if text is None else 200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def writer() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Writer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+def test_a_writer_gives_hints_by_strength_and_never_the_answer(writer: str) -> None:
+    values = {"base_url": writer, "model": "m", "levels": 4, "retries": 0}
+    assert hint("writer", 1, **values) == "count up"
+    for level, problem in ((2, "gave the answer away"), (3, "empty hint"), (4, "status 401")):
+        with pytest.raises(HintError, match=problem):
+            hint("writer", level, **values)
 
 
 class RandomPolicy:
