@@ -17,6 +17,7 @@ from actors.bookkeeping import SKIPPED, TOO_OLD, Bookkeeping
 from actors.bring_up import Parts, bring_up
 from actors.evaluate import evaluate
 from actors.observer import Observer
+from actors.producer import Producer
 from actors.rollout import RolloutRequest
 from actors.stages import Stages
 from actors.staleness import StalenessPolicy
@@ -132,20 +133,20 @@ class Controller:
         self, parts: Parts, group: asyncio.TaskGroup, producers: set[asyncio.Task[None]]
     ) -> None:
         """Admit one group per free slot."""
+        program = self._config.rollout.program
+        producer = Producer(program, parts.fleet, parts.rewards, self._stages)
         while True:
             with self._stages.wait("dispatch", "a free slot (rollout.max_policy_age)"):
                 await self._slots.admit()
-            task = group.create_task(self._produce(parts, parts.curriculum.next()))
+            task = group.create_task(self._produce(parts, producer, parts.curriculum.next()))
             producers.add(task)
             task.add_done_callback(producers.discard)
 
-    async def _produce(self, parts: Parts, request: RolloutRequest) -> None:
+    async def _produce(self, parts: Parts, producer: Producer, request: RolloutRequest) -> None:
         """One group from task to buffer; a dropped group frees its slot at once."""
-        with self._stages.busy("rollout"):
-            encoded = await parts.fleet.rollout(request)
-        with self._stages.busy("score"):
-            summary = await parts.rewards.score_and_add(encoded)
-        self._statistics.add(summary)
+        production = await producer.produce(request)
+        self._statistics.add(production)
+        summary = production.last
         known = [reward for reward in summary.rewards if reward is not None]
         parts.curriculum.observe(summary.is_uniform, sum(known) / max(1, len(known)))
         if summary.outcome not in ("added", "duplicate"):

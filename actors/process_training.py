@@ -99,7 +99,7 @@ class TraceSampler:
         stop = [self._tokenizer.eos_token_id]
         sampling = Sampling(rollout.max_new_tokens, rollout.temperature, stop, seed)
         request = RolloutRequest(f"trace-{seed}-{task.task_id}", task, num_traces, sampling)
-        io = EngineIO(self._engine, self._tokenizer, sampling)
+        io = EngineIO(self._engine, self._tokenizer, sampling, self._config.policy.context_length)
         return await self._rubric.score(await self._program.run(request, io))
 
     def decode(self, token_ids: list[int]) -> str:

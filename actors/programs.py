@@ -9,7 +9,7 @@ import time
 from actors.rollout import RolloutIO, RolloutRequest, build_trajectory
 from cluster.types import TrajectoryGroup
 
-PROGRAMS = {"single_turn": "actors.programs:SingleTurn"}
+PROGRAMS = {"single_turn": "actors.programs:SingleTurn", "guide": "actors.guide:Guide"}
 
 
 class SingleTurn:

@@ -28,14 +28,21 @@ class RewardPool:
         self._previous: WorkerSet | None = None
         self._draining: set[asyncio.Task[None]] = set()
 
-    async def score_and_add(self, group: Any) -> GroupSummary:
+    async def score_and_add(
+        self, group: Any, must_solve: bool = False, failed: Any = None
+    ) -> GroupSummary:
         """`group` is the encoded group or an object reference to it, which never passes through
-        here.
+        here; so is `failed`. See `RewardWorker.score_and_add`.
         """
         summary = await self._set().call(
-            "score_and_add", group, self._config.tasks.skip_uniform, self._config.rollout.timeout_s
+            "score_and_add",
+            group,
+            self._config.tasks.skip_uniform,
+            self._config.rollout.timeout_s,
+            must_solve,
+            failed,
         )
-        if self.shadow is not None:
+        if self.shadow is not None and failed is None:
             self.shadow.offer(group, summary)
         return summary
 

@@ -18,18 +18,20 @@ from cluster.errors import BufferFullError, ConfigError, StageError, boundary
 from cluster.redis_client import connect
 from cluster.replay_buffer import ReplayBuffer
 from cluster.reward_state import RUBRIC
-from cluster.types import Task, TrajectoryGroup, TrajectoryStatus
+from cluster.types import Task, Trajectory, TrajectoryGroup, TrajectoryStatus
 from rewards.rubric import Rubric
 from rewards.self_check import gold_check, junk_probe
 
 BACK_OFF_S = (0.05, 2.0)
+UNSOLVED = "unsolved"
+PASSED = 0.5  # the least score of the first verifier that counts as a pass
 
 
 class GroupSummary(msgspec.Struct, frozen=True, kw_only=True):
     """What the controller learns of a scored group; the tokens stay in the buffer."""
 
     group_id: str
-    outcome: str  # added, duplicate, uniform, unscored, evaluated
+    outcome: str  # added, duplicate, uniform, unsolved, unscored, evaluated
     rewards: list[float | None]
     passed: list[bool | None]  # by the first verifier of the config; None where it abstained
     signals: dict[str, list[float | None]]
@@ -110,25 +112,50 @@ class RewardWorker:
             return summarize(group, "evaluated"), wire.encode(group)
 
     async def score_and_add(
-        self, encoded: bytes, skip_uniform: bool, deadline_s: float
+        self,
+        encoded: bytes,
+        skip_uniform: bool,
+        deadline_s: float,
+        must_solve: bool = False,
+        failed: bytes | None = None,
     ) -> GroupSummary:
         """Score, then add to the buffer unless the group can teach nothing; waits while it is
         full.
+
+        With `must_solve` a group that failed throughout is not added, whatever its rewards. With
+        `failed`, an earlier attempt at the same task, both are scored together and the group is
+        made of the passes of this one and the failures of that one.
         """
         with boundary("score"):
-            group = await self._score(encoded)
+            group = await self._score(encoded, failed)
+            if must_solve and all(is_passed(t) is False for t in group.trajectories):
+                return summarize(group, UNSOLVED)
             if not group.is_trainable:
                 return summarize(group, "unscored")
             if skip_uniform and group.is_uniform:
                 return summarize(group, "uniform")
             return summarize(group, await self._add(group, deadline_s))
 
-    async def _score(self, encoded: bytes) -> TrajectoryGroup:
-        group = await self._rubric.score(wire.decode(encoded, TrajectoryGroup))
+    async def _score(self, encoded: bytes, failed: bytes | None = None) -> TrajectoryGroup:
+        given = wire.decode(encoded, TrajectoryGroup)
+        if failed is None:
+            group = await self._rubric.score(given)
+        else:
+            group = await self._mixed(given, wire.decode(failed, TrajectoryGroup))
         label = self._label or self._rubric.version
         return msgspec.structs.replace(
             group, reward_versions={RUBRIC: label, **group.reward_versions}
         )
+
+    async def _mixed(self, given: TrajectoryGroup, failed: TrajectoryGroup) -> TrajectoryGroup:
+        """Passes of `given`, then failures of `failed`, by one rubric at one time."""
+        both = [*given.trajectories, *failed.trajectories]
+        group = await self._rubric.score(msgspec.structs.replace(given, trajectories=both))
+        count = len(given.trajectories)
+        hinted, plain = group.trajectories[:count], group.trajectories[count:]
+        passes = [t for t in hinted if is_passed(t)]
+        failures = [t for t in plain if is_passed(t) is False]
+        return msgspec.structs.replace(group, trajectories=(passes + failures) or plain)
 
     async def _add(self, group: TrajectoryGroup, deadline_s: float) -> str:
         pause, limit = BACK_OFF_S
@@ -143,17 +170,22 @@ class RewardWorker:
                 waited, pause = waited + pause, min(limit, 2 * pause)
 
 
+def is_passed(trajectory: Trajectory) -> bool | None:
+    """By the first verifier of the config; None where it abstained."""
+    score = trajectory.verdicts[0].score
+    return None if score is None else score >= PASSED
+
+
 def summarize(group: TrajectoryGroup, outcome: str) -> GroupSummary:
     """Counts and scores of a scored group."""
     trajectories = group.trajectories
     names = [verdict.name for verdict in trajectories[0].verdicts]
     scores = {name: [t.verdicts[i].score for t in trajectories] for i, name in enumerate(names)}
-    decisive = scores[names[0]]
     return GroupSummary(
         group_id=group.group_id,
         outcome=outcome,
         rewards=group.rewards,
-        passed=[None if score is None else score >= 0.5 for score in decisive],
+        passed=[is_passed(t) for t in trajectories],
         signals=scores,
         reward_versions=group.reward_versions,
         completion_tokens=[len(t.token_ids) for t in trajectories],

@@ -5,8 +5,9 @@ programs (P2) and by the rollout worker; imports no vllm, so programs can be tes
 anywhere.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -42,18 +43,23 @@ class Completion:
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """One group to produce. `seed` differs per group, so resumed runs repeat themselves."""
+    """One group to produce. `seed` differs per group, so resumed runs repeat themselves.
+
+    `hint_level` 0 asks for plain rollouts; 1, 2, ... for ones with an ever stronger hint.
+    """
 
     group_id: str
     task: Task
     num_trajectories: int
     sampling: Sampling
+    hint_level: int = 0
 
 
 class RolloutIO(Protocol):
     """The engine as a program sees it."""
 
     sampling: Sampling
+    context_length: int  # context and completion together, in tokens
 
     def render(self, messages: list[Message]) -> np.ndarray:
         """Chat messages to context tokens [C] int32, ending where the policy starts to write."""
@@ -61,6 +67,10 @@ class RolloutIO(Protocol):
 
     def decode(self, token_ids: np.ndarray) -> str:
         """Tokens [L] to text, special tokens left out."""
+        ...
+
+    def encode(self, text: str) -> np.ndarray:
+        """Text to tokens [L] int32, as the policy would write it, without an end of sequence."""
         ...
 
     async def generate(self, context: np.ndarray, n: int) -> list[Completion]:
@@ -72,6 +82,21 @@ class RolloutProgram(Protocol):
     """Extension point P2: how a task becomes a group of trajectories."""
 
     async def run(self, request: RolloutRequest, io: RolloutIO) -> TrajectoryGroup: ...
+
+
+@runtime_checkable
+class Guiding(Protocol):
+    """A program that also tries tasks with hints, when all plain rollouts of one failed."""
+
+    merge: Literal["replace", "fill_wrong"]
+
+    def num_levels(self, task: Task) -> int:
+        """Hint levels of `task`: it is asked for 1 .. this until a rollout passes."""
+        ...
+
+    def check(self, tasks: Sequence[Task]) -> None:
+        """Raise `ConfigError` when these tasks have nothing to make hints of."""
+        ...
 
 
 def build_trajectory(

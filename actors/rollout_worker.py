@@ -31,18 +31,20 @@ class RolloutWorker:
         )
         self._engine: Any = None
         self._tokenizer: Any = None
+        self._context_length = 0
 
     async def start(self, settings: EngineSettings) -> int:
         """Load the engine (the long part: importing vllm); returns the process id."""
         with boundary("rollout"):
             self._engine, self._tokenizer = await asyncio.to_thread(_load, settings)
+            self._context_length = settings.context_length
             await self._engine.start()
         return os.getpid()
 
     async def rollout(self, request: RolloutRequest) -> bytes:
         """Produce one group; the encoded `TrajectoryGroup`."""
         with boundary("rollout"):
-            io = EngineIO(self._engine, self._tokenizer, request.sampling)
+            io = EngineIO(self._engine, self._tokenizer, request.sampling, self._context_length)
             return wire.encode(await self._program.run(request, io))
 
     async def load_weights(self, update_info: dict[str, Any], policy_version: int) -> float:
@@ -70,10 +72,13 @@ class RolloutWorker:
 class EngineIO:
     """`RolloutIO` over one engine."""
 
-    def __init__(self, engine: Any, tokenizer: Any, sampling: Sampling) -> None:
+    def __init__(
+        self, engine: Any, tokenizer: Any, sampling: Sampling, context_length: int
+    ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self.sampling = sampling
+        self.context_length = context_length
 
     def render(self, messages: list[Message]) -> np.ndarray:
         from learners.tokenizer import render
@@ -82,6 +87,9 @@ class EngineIO:
 
     def decode(self, token_ids: np.ndarray) -> str:
         return self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
 
     async def generate(self, context: np.ndarray, n: int) -> list[Completion]:
         return await self._engine.generate(context, n, self.sampling)

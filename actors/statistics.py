@@ -1,30 +1,31 @@
-"""Rollout and reward metrics of a step, from the summaries of every group scored since the last
-one.
+"""Rollout and reward metrics of a step, from every group scored since the last one.
 
-Invariant: means are over all scored trajectories, dropped groups included, so skipping uniform
-groups does not flatter the reward curve. Owned by the controller.
+Invariant: means of rewards are over all plain trajectories, dropped groups included, so that
+neither skipping uniform groups nor hints flatter the reward curve. Owned by the controller.
 """
 
 import time
 from statistics import fmean, pstdev
 
-from actors.reward_worker import GroupSummary
+from actors.producer import Production
 from cluster.reward_state import RUBRIC
 
 
 class RolloutStatistics:
-    """Collects summaries; `drain` turns them into metric keys of the contract."""
+    """Collects productions; `drain` turns them into metric keys of the contract."""
 
     def __init__(self) -> None:
-        self._summaries: list[GroupSummary] = []
+        self._productions: list[Production] = []
         self._started = time.monotonic()
 
-    def add(self, summary: GroupSummary) -> None:
-        self._summaries.append(summary)
+    def add(self, production: Production) -> None:
+        self._productions.append(production)
 
     def drain(self) -> dict[str, float]:
         """Metrics since the last call; empty when nothing was scored."""
-        summaries, self._summaries = self._summaries, []
+        productions, self._productions = self._productions, []
+        summaries = [production.plain for production in productions]
+        attempts = summaries + [s for p in productions for s in p.hinted.values()]
         now = time.monotonic()
         elapsed_s, self._started = max(1e-9, now - self._started), now
         if not summaries:
@@ -32,15 +33,15 @@ class RolloutStatistics:
         rewards = [reward for s in summaries for reward in s.rewards]
         known = [reward for reward in rewards if reward is not None]
         passed = [p for s in summaries for p in s.passed if p is not None]
-        tokens = [count for s in summaries for count in s.completion_tokens]
+        tokens = [count for s in attempts for count in s.completion_tokens]
         metrics = {
             "reward/abstain_fraction": 1.0 - len(known) / len(rewards),
             "group/uniform_fraction": fmean(s.is_uniform for s in summaries),
             "rollout/tokens_per_s": sum(tokens) / elapsed_s,
             "rollout/completion_tokens_mean": fmean(tokens),
-            "rollout/truncated_fraction": sum(s.num_truncated for s in summaries) / len(tokens),
-            "reward/latency_max_s": max(s.max_latency_s for s in summaries),
-        }
+            "rollout/truncated_fraction": sum(s.num_truncated for s in attempts) / len(tokens),
+            "reward/latency_max_s": max(s.max_latency_s for s in attempts),
+        } | _guidance(productions)
         if known:
             metrics |= {"reward/mean": fmean(known), "reward/std": pstdev(known)}
         for name, version in summaries[-1].reward_versions.items():
@@ -53,3 +54,24 @@ class RolloutStatistics:
             if scores:
                 metrics[f"reward/{name}/mean"] = fmean(scores)
         return metrics
+
+
+def _guidance(productions: list[Production]) -> dict[str, float]:
+    """Shares of groups that no plain rollout solved, and of these that a hint solved, with the
+    mean level of that hint; nothing in a run without hints.
+    """
+    if not any(p.can_be_guided for p in productions):
+        return {}
+    guided = [p for p in productions if p.hinted or p.num_hint_errors]
+    solving = [max(p.hinted) for p in guided if any(p.last.passed)]
+    num_errors = sum(p.num_hint_errors for p in guided)
+    metrics = {"guide/guided_fraction": len(guided) / len(productions)}
+    if guided:
+        num_hints = num_errors + sum(len(p.hinted) for p in guided)
+        metrics |= {
+            "guide/solved_fraction": len(solving) / len(guided),
+            "guide/hint_error_fraction": num_errors / num_hints,
+        }
+    if solving:
+        metrics["guide/level_mean"] = fmean(solving)
+    return metrics

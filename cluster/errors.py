@@ -36,6 +36,10 @@ class DeadlineError(StageError):
     """A bounded wait ran out; `reason` names what was waited for and for how long."""
 
 
+class HintError(HoneError):
+    """No hint can be given for this task at this level; the task is not at fault, nor the run."""
+
+
 class BufferFullError(HoneError):
     """The replay buffer holds `buffer.capacity_groups` groups: the producer must wait (back-
     pressure).

@@ -28,12 +28,16 @@ class Row:
     advantages: np.ndarray
     temperature: float = 1.0
     policy_age: np.ndarray | None = None  # [L] versions between sampling and now; None is 0
-    is_guided: bool = False  # sampled from another context than the one trained on
     is_truncated: bool = False  # ended by the token limit
+    sampled_context: np.ndarray | None = None  # [C'] if sampled from another one: a guided row
 
     def __post_init__(self) -> None:
         if len(self.context) == 0 and self.loss_mask[:1].any():
             raise ValueError("a sequence must have a context: its first token has no predictor")
+
+    @property
+    def is_guided(self) -> bool:
+        return self.sampled_context is not None
 
     @classmethod
     def of(cls, trajectory: Trajectory, advantages: np.ndarray, policy_version: int = 0) -> "Row":
@@ -52,8 +56,8 @@ class Row:
             advantages=advantages,
             temperature=trajectory.temperature,
             policy_age=age,
-            is_guided=context is not None,
             is_truncated=trajectory.status is TrajectoryStatus.TRUNCATED,
+            sampled_context=None if context is None else trajectory.context_tokens,
         )
 
     @classmethod
@@ -91,6 +95,7 @@ class MicroBatch:
     num_sequences: int  # with at least one loss token
     proximal_logprobs: Float[Tensor, " N"] | None = None  # None: those of the present learner
     ref_logprobs: Float[Tensor, " N"] | None = None
+    sampled_logprobs: Float[Tensor, " N"] | None = None  # proximal, given `Row.sampled_context`
     values: Float[Tensor, " N"] | None = None  # of the critic before the step
     returns: Float[Tensor, " N"] | None = None  # what the critic should have said
 

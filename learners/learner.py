@@ -28,6 +28,7 @@ from learners import checkpoint, weight_source
 from learners.batch import MicroBatch, Row
 from learners.credit import ValueBased, build_credit, whitening_of
 from learners.critic import check_critic, open_critic
+from learners.guidance import annotate
 from learners.model import PolicyModel, load_policy, shard
 from learners.objectives import WeightedLosses
 from learners.optimizer import ShardedAdamW, learning_rate
@@ -141,6 +142,8 @@ class Learner:
                 if credit is not None and trajectory.num_loss_tokens > 0:
                     rows.append(Row.of(trajectory, credit, self.policy_version))
             pack = self._annotated(MicroBatch.pack(rows, self._device))
+            if self._losses.needs_sampled_context:
+                pack = annotate(self._policy, rows, pack)
             if self._is_streaming:
                 self._update.accumulate(pack)
             else:

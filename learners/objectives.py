@@ -55,7 +55,8 @@ class LossTerm:
 
 class Objective(Protocol):
     """May also have `needs_reference = True` (fill `rows.ref_logprobs` from the frozen initial
-    policy) and `nucleus` (a `Nucleus`: fill `outputs.nucleus_entropy`).
+    policy), `needs_sampled_context = True` (fill `rows.sampled_logprobs` of guided rows) and
+    `nucleus` (a `Nucleus`: fill `outputs.nucleus_entropy`).
     """
 
     denominator: Denominator  # global count that divides `total`: loss tokens, or their sequences
@@ -115,6 +116,10 @@ class WeightedLosses:
         self.nucleus: Nucleus | None = next(iter(nuclei), None)
         self.needs_reference = any(
             getattr(objective, "needs_reference", False) for objective in self._objectives.values()
+        )
+        self.needs_sampled_context = any(
+            getattr(objective, "needs_sampled_context", False)
+            for objective in self._objectives.values()
         )
         self.needs_survey = any(
             isinstance(objective, Surveying) and getattr(objective, "needs_survey", True)

@@ -71,6 +71,8 @@ def build(config: Config, *, address: str, announce: Announce) -> CheckReport:
 
         tasks["train"], tasks["eval"] = load_splits(config.tasks)
         announce(f"  {len(tasks['train'])} train tasks, {len(tasks['eval'])} eval tasks")
+    with report.collect("rollout.program"):
+        _check_hints(config, tasks.get("train", []))
     prompts = None
     if tasks.get("train"):
         with report.collect("policy"):
@@ -129,6 +131,16 @@ def _check_buffer(config: Config, address: str) -> None:
         server_program()
     else:
         redis_client.connect(url, retry_s=BUFFER_RETRY_S).close()
+
+
+def _check_hints(config: Config, tasks: list[Task]) -> None:
+    from actors.programs import PROGRAMS
+    from actors.rollout import Guiding
+
+    program = config.rollout.program
+    built = plugins.build(program.use, program.settings, PROGRAMS, "rollout.program")
+    if tasks and isinstance(built, Guiding):
+        built.check(tasks)
 
 
 def _measure_prompts(config: Config, tasks: list[Task]) -> Prompts:

@@ -11,19 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.types import TrajectoryGroup
+from cluster.types import Trajectory, TrajectoryGroup
 from tests.reference_grpo import ReferenceSettings, advantages
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One sequence: log-probs [L], all-token distributions [L, V], rollout log-probs, advantage."""
+    """One sequence: log-probs [L], all-token distributions [L, V], rollout log-probs, advantage;
+    `hinted` are the log-probs in the context it was sampled from.
+    """
 
     logprobs: Tensor
     distribution: Tensor
     rollout: Tensor
     advantage: float
     is_guided: bool
+    hinted: Tensor
 
 
 def scored(causal_lm: Any, groups: list[TrajectoryGroup]) -> list[Scored]:
@@ -36,12 +39,12 @@ def scored(causal_lm: Any, groups: list[TrajectoryGroup]) -> list[Scored]:
                 continue
             stripped = trajectory.train_context_tokens
             context = trajectory.context_tokens if stripped is None else stripped
-            tokens = torch.tensor([*context.tolist(), *trajectory.token_ids.tolist()])
-            logits = causal_lm(input_ids=tokens[None], use_cache=False).logits[0].double()
-            whole = (logits / trajectory.temperature).log_softmax(-1)[len(context) - 1 : -1]
             kept = torch.from_numpy(trajectory.loss_mask)
             targets = torch.from_numpy(trajectory.token_ids).long()
-            chosen = whole[torch.arange(len(targets)), targets]
+            whole = _distribution(causal_lm, trajectory, context)
+            hinted = _distribution(causal_lm, trajectory, trajectory.context_tokens).detach()
+            at = (torch.arange(len(targets)), targets)
+            chosen = whole[at]
             result.append(
                 Scored(
                     chosen[kept],
@@ -49,9 +52,17 @@ def scored(causal_lm: Any, groups: list[TrajectoryGroup]) -> list[Scored]:
                     torch.from_numpy(trajectory.rollout_logprobs).double()[kept],
                     advantage,
                     stripped is not None,
+                    hinted[at][kept],
                 )
             )
     return result
+
+
+def _distribution(causal_lm: Any, trajectory: Trajectory, context: np.ndarray) -> Tensor:
+    """Log-probs [L, V] of every token at each place of the completion."""
+    tokens = torch.tensor([*context.tolist(), *trajectory.token_ids.tolist()])
+    logits = causal_lm(input_ids=tokens[None], use_cache=False).logits[0].double()
+    return (logits / trajectory.temperature).log_softmax(-1)[len(context) - 1 : -1]
 
 
 def _clipped(ratio: Tensor, advantage: float, low: float, high: float) -> Tensor:
@@ -142,3 +153,19 @@ def kl_k3(rows: list[Scored], reference: list[Scored]) -> Tensor:
         total = total + ((-gap).exp() - 1 + gap).sum()
         count += len(gap)
     return total / count
+
+
+def guide_apart(rows: list[Scored]) -> Tensor:
+    """On guided rows PPO times f(context shift) times min(engine, 2), both without gradient."""
+    shifts = [(row.logprobs.detach() - row.hinted).exp() for row in rows]
+    pooled = torch.cat([s for s, row in zip(shifts, rows, strict=True) if row.is_guided])
+    gamma = torch.quantile(pooled, 0.9)
+    total = torch.zeros((), dtype=torch.float64)
+    for row, shift in zip(rows, shifts, strict=True):
+        ratio = (row.logprobs - row.logprobs.detach()).exp()
+        engine = (row.hinted - row.rollout).exp().clamp(max=2.0)
+        weight = shift / (shift + gamma) * engine
+        if not row.is_guided:
+            ratio, weight = (row.logprobs - row.rollout).exp(), torch.ones_like(weight)
+        total = total + (weight * _clipped(ratio, row.advantage, 0.2, 0.2)).mean()
+    return total / len(rows)

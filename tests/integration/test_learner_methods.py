@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from cluster.config import Config, CriticSection, LossConfig, ObjectiveSection, Plugin
 from learners.batch import MicroBatch, Row
 from learners.credit import build_credit
+from learners.guidance import annotate
 from learners.logprobs import TokenOutputs
 from learners.model import PolicyModel
 from learners.objectives import WeightedLosses
@@ -44,6 +45,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[list[reference.Scored]], T
     "cispo": ("cispo", {"cap": 2.0}, reference.cispo),
     "gmpo": ("gmpo", {}, reference.gmpo),
     "guide": ("guide", {}, reference.guide),
+    "guide_apart": ("guide", {"factors": "apart"}, reference.guide_apart),
     "forking": (
         "policy_gradient",
         {"token_filter": {"use": "forking_tokens"}},
@@ -61,7 +63,8 @@ def _split_loss(
     losses: WeightedLosses, policy: PolicyModel, rows: list[Row]
 ) -> tuple[Tensor, Tensor]:
     """(loss, reported loss) of an update in three micro-batches, one of them empty."""
-    packs = [MicroBatch.pack(part) for part in (rows[:3], rows[3:], [])]
+    parts = (rows[:3], rows[3:], [])
+    packs = [annotate(policy, part, MicroBatch.pack(part)) for part in parts]
     outputs: list[TokenOutputs] = [policy(pack, losses.nucleus) for pack in packs]
     tables: dict[str, list[Tensor]] = {}
     for pack, output in zip(packs, outputs, strict=True):
@@ -135,7 +138,7 @@ METHODS: dict[str, Config] = {
     "kl": _config({"policy": _loss("gspo"), "kl": _loss("kl", coefficient=0.5)}),
     "guide": _config(
         {
-            "policy": _loss("guide", aggregation="token_mean"),
+            "policy": _loss("guide", factors="apart", aggregation="token_mean"),
             "bonus": _loss("adaptive_entropy", target=9.0, step=0.01, maximum=0.1),
         }
     ),

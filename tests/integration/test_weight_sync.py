@@ -1,4 +1,5 @@
-"""Weights from a real FSDP2 learner to a real vLLM engine through real Ray actors, and the probe.
+"""Weights from a real FSDP2 learner to a real vLLM engine through real Ray actors, and the probe;
+hinted rollouts on the same parts.
 
 One engine serves the whole module: its start dominates the time.
 """
@@ -6,9 +7,11 @@ One engine serves the whole module: its start dominates the time.
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -17,15 +20,26 @@ from ray import cloudpickle
 
 from actors.fleet import RolloutFleet, WorkerState
 from actors.placement import Placement
+from actors.producer import Producer
+from actors.reward_pool import RewardPool
+from actors.reward_set import RewardHome
+from actors.reward_worker import UNSOLVED
 from actors.rollout import RolloutRequest, Sampling
+from actors.stages import Stages
+from actors.statistics import RolloutStatistics
 from actors.vllm_engine import MIN_BATCH_TOKENS
 from actors.weight_sync import WeightSync
 from cluster import wire
-from cluster.config import Config
+from cluster.config import Config, LossConfig, ObjectiveSection, Plugin, VerifierConfig
 from cluster.errors import StageError
+from cluster.redis_client import connect
+from cluster.replay_buffer import ReplayBuffer
+from cluster.reward_state import RubricVersion
+from cluster.run_dir import RunDir
 from cluster.types import Message, Task, TrajectoryGroup
 from learners.group import LearnerGroup
 from learners.learner import ScoreRequest
+from rewards.rubric import Rubric
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import test modules
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -38,13 +52,25 @@ class Parts:
         self.events: list[tuple[str, dict[str, Any]]] = []
 
 
+@pytest.fixture(scope="module")
+def guided_config(tiny_config: Config, redis_url: str) -> Config:
+    """Plain requests are what they are with `single_turn`."""
+    guide = Plugin(use="guide", settings={"reject": ""})
+    return tiny_config.model_copy(
+        update={
+            "rollout": tiny_config.rollout.model_copy(update={"program": guide}),
+            "objective": ObjectiveSection(losses={"policy": LossConfig(use="guide")}),
+        }
+    )
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def parts(
-    tiny_config: Config, tiny_policy_dir: Path, redis_url: str, local_ray: None,
+    guided_config: Config, tiny_policy_dir: Path, redis_url: str, local_ray: None,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[Parts]:  # fmt: skip
     run_dir = tmp_path_factory.mktemp("run")
-    placement = Placement.of(tiny_config)
+    placement = Placement.of(guided_config)
     events: list[tuple[str, dict[str, Any]]] = []
 
     def on_event(kind: str, **fields: Any) -> None:
@@ -53,12 +79,12 @@ async def parts(
     fleet = RolloutFleet("sync-test", placement, tiny_policy_dir, str(run_dir), on_event)
     learner, _ = await asyncio.gather(
         LearnerGroup.start(
-            run_id="sync-test", config=tiny_config, policy_dir=tiny_policy_dir,
+            run_id="sync-test", config=guided_config, policy_dir=tiny_policy_dir,
             buffer_url=redis_url, actor_options=placement.learner_options(),
         ),
         fleet.start(),
     )  # fmt: skip
-    sync = WeightSync(tiny_config.sync, learner, fleet, run_dir / "weights", on_event)
+    sync = WeightSync(guided_config.sync, learner, fleet, run_dir / "weights", on_event)
     parts = Parts(learner, fleet, sync)
     parts.events = events
     yield parts
@@ -126,6 +152,84 @@ async def test_equal_seeds_give_equal_completions(parts: Parts) -> None:
     tokens = [[t.token_ids.tolist() for t in g.trajectories] for g in (first, second, other)]
     assert tokens[0] == tokens[1] != tokens[2]
     assert len({tuple(t) for t in tokens[0]}) > 1
+
+
+HINTED = msgspec.structs.replace(TASK, task_id="hinted", hints=["2 + 2 = 5", "1 + 2 = 3"])
+
+
+@asynccontextmanager
+async def producer(parts: Parts, config: Config, url: str, path: Path, level: int):
+    """Producer and buffer of a run whose verifier passes hints of `level`."""
+    verifiers = {
+        "right": VerifierConfig(use="tests.hint_rewards:PassesAtLevel", settings={"level": level})
+    }
+    rubric = Rubric(verifiers)
+    version = RubricVersion(
+        ordinal=1, hash=rubric.version, signals=rubric.versions, created_at=0.0,
+        verifiers={name: v.model_dump() for name, v in verifiers.items()},
+    )  # fmt: skip
+    await rubric.close()
+    run = RunDir.create(path, "sync-test", "", exist_ok=True)
+    home = RewardHome(run, Placement.of(config), url, lambda kind, **fields: None)
+    pool = RewardPool(home)
+    pool.cut_over(await pool.prepare(version))
+    buffer = ReplayBuffer(
+        connect(url), "sync-test", capacity_groups=64, lease_s=60.0, max_deliveries=3
+    )
+    yield (
+        Producer(config.rollout.program, parts.fleet, pool, Stages(["rollout", "score"])),
+        buffer,
+    )
+    pool.stop()
+
+
+async def test_a_failed_task_is_sampled_with_hints_and_learned_without(
+    parts: Parts, guided_config: Config, redis_url: str, tmp_path: Path
+) -> None:
+    asked = RolloutRequest("guided", HINTED, 4, Sampling(8, 1.0, [1], 5))
+    plain = await rollout(parts, asked)
+    async with producer(parts, guided_config, redis_url, tmp_path, level=2) as (made, buffer):
+        production = await made.produce(asked)
+    assert production.plain.outcome == production.hinted[1].outcome == UNSOLVED
+    assert production.last is production.hinted[2]
+    assert production.last.outcome == "added"
+    [header] = buffer.claim(9, owner="test", min_policy_version=0, wait_s=1.0)
+    [group] = buffer.fetch(["guided"])
+    assert [t.reward for t in group.trajectories] == [1.0, 0.0, 1.0, 0.0]
+    for trajectory in group.trajectories:
+        assert trajectory.train_context_tokens is not None
+        without = plain.trajectories[0].context_tokens.tolist()
+        assert trajectory.train_context_tokens.tolist() == without
+        assert len(trajectory.context_tokens) > len(without)
+        assert {s.policy_version for s in trajectory.version_spans} == {2}
+        tokens = [*trajectory.context_tokens.tolist(), *trajectory.token_ids.tolist()]
+        [known] = await parts.learner.score([ScoreRequest(tokens, len(trajectory.context_tokens))])
+        assert np.abs(known - trajectory.rollout_logprobs).max() < 1e-4
+    await parts.learner.forward_backward([header])
+    metrics = (await parts.learner.optim_step()).metrics
+    assert metrics["guide/log_policy_step"] == 0.0
+    assert abs(metrics["guide/log_engine_age"]) < 1e-4 < abs(metrics["guide/log_context_shift"])
+    assert metrics["grad/norm"] > 0
+
+
+async def test_wrong_and_overlong_hints_end_in_a_dropped_group_and_nothing_else(
+    parts: Parts, guided_config: Config, redis_url: str, tmp_path: Path
+) -> None:
+    task = msgspec.structs.replace(HINTED, hints=["2 + 2 = 5", "9" * 500])
+    asked = RolloutRequest("misled", task, 4, Sampling(8, 1.0, [1], 6))
+    async with producer(parts, guided_config, redis_url, tmp_path, level=3) as (made, buffer):
+        production = await made.produce(asked)
+    assert production.last is production.hinted[1]
+    assert production.last.outcome == UNSOLVED
+    assert production.num_hint_errors == 1
+    assert buffer.stats().ready == 0
+    statistics = RolloutStatistics()
+    statistics.add(production)
+    metrics = statistics.drain()
+    assert metrics["guide/guided_fraction"] == 1.0
+    assert metrics["guide/solved_fraction"] == 0.0
+    assert metrics["guide/hint_error_fraction"] == 0.5
+    assert parts.fleet.workers[0].state is WorkerState.HEALTHY
 
 
 async def test_requests_in_flight_survive_a_sync_and_report_both_versions(parts: Parts) -> None:

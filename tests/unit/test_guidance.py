@@ -1,6 +1,7 @@
 """Guided rows: published values of the shaped ratio, and plain rows left alone."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def test_published_gamma_loss_and_gradient_over_split_batches() -> None:
         for rollout, value in ((-0.5, -1.0), (-0.7, -3.0), (-0.6, -0.5))
     ]
     plain = objective.survey(rows_of([[1.0]], [[-9.0]]), outputs_of([-1.0]))
-    metrics = objective.begin(torch.cat([t for t in [*tables, plain] if t is not None]))
+    metrics = objective.begin(torch.cat([*tables, plain]))
     assert metrics["guide/gamma"] == pytest.approx(1.005443, abs=1e-6)
     term = objective.loss(rows, outputs)
     term.total.backward()
@@ -37,10 +38,49 @@ def test_a_guided_token_counts_at_most_a_quarter(ratio: float, slope: float) -> 
 
 def test_truncated_weights_and_plain_rows() -> None:
     objective = GuidedPolicyGradient(shaping="truncate", cap=1.0)
-    assert not objective.needs_survey
     outputs = outputs_of([math.log(r) for r in (0.5, 3.0, 1.35)])
     rows = rows_of([[1.0, 1.0], [1.0]], guided=[True, False])
     term = objective.loss(rows, outputs)
     term.total.backward()
     assert gradient(outputs.logprobs) == pytest.approx([-0.25, -0.5, 0.0])
     assert term.metrics["ratio/clip_fraction"].item() == 1, "the plain row alone is clipped"
+
+
+def test_the_published_factors_of_one_ratio_are_logged_and_corrected_apart() -> None:
+    """-1.0, -1.1, -0.6, -0.65 are 1.105171 x 0.606531 x 1.051271 = 0.704688."""
+    rows = rows_of([[1.0]], [[-0.65]], guided=[True], proximal=[-1.1], sampled=[-0.6])
+    logs = {"policy_step": 0.1, "context_shift": -0.5, "engine_age": 0.05}
+    for factors, gamma in (("joint", math.exp(-0.35)), ("apart", math.exp(-0.5))):
+        objective = GuidedPolicyGradient(factors=factors)
+        metrics = objective.begin(objective.survey(rows, outputs_of([-1.0])))
+        for name, value in logs.items():
+            assert metrics[f"guide/log_{name}"] == pytest.approx(value, abs=1e-6)
+        assert metrics["guide/gamma"] == pytest.approx(gamma, abs=1e-6)
+    outputs = outputs_of([-1.0])
+    objective.loss(rows, outputs).total.backward()
+    weight = 0.5 * math.exp(0.05)  # f(shift) at gamma = shift, and the engine's factor
+    assert gradient(outputs.logprobs) == pytest.approx([-weight * math.exp(0.1)], abs=1e-6)
+
+
+def test_apart_the_policy_step_is_clipped_and_the_engine_factor_bounded() -> None:
+    objective = GuidedPolicyGradient("truncate", "apart", cap=1.0, engine_cap=2.0)
+    rows = rows_of(
+        [[1.0, 1.0, -1.0]],
+        [[-3.0, -3.0, -3.0]],
+        guided=[True],
+        proximal=[-1.0, -1.0, -1.0],
+        sampled=[-0.5, -0.5, -0.5],
+    )
+    outputs = outputs_of([-1.0, -0.5, -0.5])
+    term = objective.loss(rows, outputs)
+    term.total.backward()
+    weight = math.exp(-0.5) * 2.0 / 3  # shift . engine_cap / tokens of the sequence
+    expected = [-weight, 0.0, weight * math.exp(0.5)]
+    assert gradient(outputs.logprobs) == pytest.approx(expected, abs=1e-6)
+    assert term.metrics["ratio/clip_fraction"].item() == 1
+
+
+@pytest.mark.parametrize("values", [{"factors": "both"}, {"engine_cap": 0.0}, {"gamma": -1.0}])
+def test_wrong_settings_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(values))):
+        GuidedPolicyGradient(**values)
