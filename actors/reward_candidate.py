@@ -14,9 +14,9 @@ import msgspec
 import ray
 from ray.exceptions import RayError
 
-from actors.reward_set import RewardHome, health_check, last_line
+from actors.reward_set import RewardHome, health_check
 from actors.reward_worker import GroupSummary, RubricFacts
-from actors.stages import within
+from actors.stages import last_line, within
 from cluster.config import VerifierConfig
 from cluster.errors import HoneError, StageError
 from cluster.types import Task

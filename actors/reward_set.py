@@ -18,9 +18,9 @@ from ray.exceptions import RayActorError
 from actors.fleet import EventSink
 from actors.placement import Placement
 from actors.reward_worker import RewardWorker
-from actors.stages import within
+from actors.stages import last_line, within
 from actors.verifier_pool import PoolStatus
-from actors.verifier_pools import PooledSignal, VerifierPools
+from actors.verifier_pools import PooledSignal, VerifierPools, longest_call_s
 from cluster.config import VerifierConfig
 from cluster.errors import StageError
 from cluster.reward_state import RubricVersion
@@ -95,7 +95,7 @@ class WorkerSet:
         self.version = version
         self._start_s = config.resources.start_timeout_s
         self._call_s = 60.0 + config.rollout.timeout_s
-        self._call_s += sum(v.timeout_s for v in verifiers.values())
+        self._call_s += sum(longest_call_s(v, config) for v in verifiers.values())
         self._home = home
         self._verifiers = verifiers
         self._pools = home.pools(version.label, verifiers)
@@ -242,8 +242,3 @@ async def health_check(worker: Any, tasks: list[Task], has_junk: bool) -> list[s
         shown = "; ".join(rejected[:2])
         raise StageError("self-check", f"{len(rejected)} gold answers fail: {shown}")
     return warnings
-
-
-def last_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip()[:400] if lines else type(error).__name__

@@ -16,7 +16,7 @@ import msgspec
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError
 
-from actors.stages import within
+from actors.stages import last_line, within
 from actors.verifier_worker import SignalFacts, VerifierWorker
 from cluster import log as logs
 from cluster.config import PoolConfig, VerifierConfig
@@ -78,21 +78,22 @@ class VerifierPool:
         self._queue_s = queue_s
         self._start_s = start_s
         self._idle_s = idle_s
-        self._call_s = config.timeout_s + START_TIMEOUT_S + GRACE_S
         self._members: list[_Member] = []
         self._facts: SignalFacts | None = None
         self._waiting = 0
         self._counts = {"died": 0, "retried": 0, "workers": 0, "in_flight": 0}
         self._no_start_before = 0.0
         self._changed = asyncio.Condition()
+        self._starting = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> SignalFacts:
         """Start the least number of workers. Raises `StageError` with what the first one said."""
-        if self._facts is None:
-            starts = [self._add() for _ in range(self._pool.bounds[0])]
-            await asyncio.gather(*starts)
-            self._spawn(self._shrink())
+        async with self._starting:
+            if self._facts is None:
+                missing = self._pool.bounds[0] - len(self._members)
+                await asyncio.gather(*(self._join(self._create()) for _ in range(missing)))
+                self._spawn(self._shrink())
         assert self._facts
         return self._facts
 
@@ -104,23 +105,22 @@ class VerifierPool:
         for attempt in range(MAX_TRIES):
             member = await self._take()
             try:
-                verdicts = await within(
+                return await within(
                     member.actor.score.remote(*group),
                     stage=self._stage,
                     what="a worker to score a group",
-                    deadline_s=self._call_s,
+                    deadline_s=call_s(self._config),
                     knob=f"{self._stage}.timeout_s",
                 )
             except (RayActorError, OutOfMemoryError, DeadlineError) as error:
-                await self._bury(member, error)
+                self._bury(member, error)
                 if attempt == MAX_TRIES - 1:
                     raise StageError(
-                        self._stage, f"the workers of {MAX_TRIES} tries died: {_start_of(error)}"
+                        self._stage, f"the workers of {MAX_TRIES} tries died: {last_line(error)}"
                     ) from None
                 self._counts["retried"] += 1
-            else:
+            finally:
                 await self._release(member)
-                return verdicts
         raise AssertionError("unreachable")
 
     async def status(self) -> PoolStatus:
@@ -168,11 +168,10 @@ class VerifierPool:
             member.idle_since = time.monotonic()
             self._changed.notify()
 
-    async def _bury(self, member: _Member, error: Exception) -> None:
+    def _bury(self, member: _Member, error: Exception) -> None:
         """Forget a worker that died or hangs; other calls to it fail or end by themselves."""
-        member.in_flight -= 1
         if member in self._members:
-            log.warning("%s: worker %d is lost: %s", self._stage, member.pid, _start_of(error))
+            log.warning("%s: worker %d is lost: %s", self._stage, member.pid, last_line(error))
             self._members.remove(member)
             self._counts["died"] += 1
             ray.kill(member.actor)
@@ -185,16 +184,9 @@ class VerifierPool:
         wanted = min(high, max(low, -(-load // self._pool.max_in_flight)))
         if time.monotonic() >= self._no_start_before:
             for _ in range(wanted - len(self._members)):
-                self._spawn(self._add_later())
+                self._spawn(self._join_later(self._create()))
 
-    async def _add_later(self) -> None:
-        try:
-            await self._add()
-        except HoneError as error:
-            self._no_start_before = time.monotonic() + RETRY_START_S
-            log.warning("%s: no further worker: %s", self._stage, error)
-
-    async def _add(self) -> None:
+    def _create(self) -> _Member:
         actor = (
             ray.remote(VerifierWorker)
             .options(**self._options)
@@ -202,9 +194,20 @@ class VerifierPool:
         )
         member = _Member(actor)
         self._members.append(member)
+        return member
+
+    async def _join_later(self, member: _Member) -> None:
+        try:
+            await self._join(member)
+        except HoneError as error:
+            self._no_start_before = time.monotonic() + RETRY_START_S
+            log.warning("%s: no further worker: %s", self._stage, error)
+
+    async def _join(self, member: _Member) -> None:
+        """Let a new worker take groups once it has started as the version of the others."""
         try:
             facts = await within(
-                actor.facts.remote(),
+                member.actor.facts.remote(),
                 stage=self._stage,
                 what="a worker of its pool to start",
                 deadline_s=self._start_s,
@@ -214,8 +217,8 @@ class VerifierPool:
                 raise StageError(self._stage, "its code has changed on disk: swap to the new one")
         except (HoneError, RayActorError) as error:
             self._members.remove(member)
-            ray.kill(actor)
-            raise StageError(self._stage, _start_of(error)) from error
+            ray.kill(member.actor)
+            raise StageError(self._stage, last_line(error)) from error
         async with self._changed:
             self._facts = self._facts or facts
             member.pid, member.idle_since = facts.pid, time.monotonic()
@@ -237,6 +240,6 @@ class VerifierPool:
         task.add_done_callback(self._tasks.discard)
 
 
-def _start_of(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:400] or type(error).__name__
+def call_s(config: VerifierConfig) -> float:
+    """The longest that a worker may take for a group, with the start of its check processes."""
+    return config.timeout_s + START_TIMEOUT_S + GRACE_S

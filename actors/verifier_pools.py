@@ -14,10 +14,10 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors.placement import Placement
 from actors.stages import within
-from actors.verifier_pool import PoolStatus, VerifierPool
+from actors.verifier_pool import MAX_TRIES, PoolStatus, VerifierPool, call_s
 from actors.verifier_worker import SignalFacts
 from cluster import wire
-from cluster.config import PoolConfig, VerifierConfig
+from cluster.config import Config, PoolConfig, VerifierConfig
 from cluster.errors import HoneError, StageError
 from cluster.types import TrajectoryGroup, Verdict
 from rewards.base import VerifierIO
@@ -120,6 +120,13 @@ class VerifierPools:
     def kill(self) -> None:
         for pool in self._pools.values():
             ray.kill(pool)
+
+
+def longest_call_s(verifier: VerifierConfig, config: Config) -> float:
+    """The longest that a group may wait for a verifier, in a pool its queue and retries included."""
+    if verifier.pool is None:
+        return verifier.timeout_s
+    return MAX_TRIES * (config.rollout.timeout_s + call_s(verifier))
 
 
 def worker_options(placement: Placement, pool: PoolConfig) -> dict[str, Any]:
