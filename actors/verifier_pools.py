@@ -123,7 +123,7 @@ class VerifierPools:
 
 
 def longest_call_s(verifier: VerifierConfig, config: Config) -> float:
-    """The longest that a group may wait for a verifier, in a pool its queue and retries included."""
+    """The longest that a group may wait for a verifier; in a pool, queue and retries included."""
     if verifier.pool is None:
         return verifier.timeout_s
     return MAX_TRIES * (config.rollout.timeout_s + call_s(verifier))
