@@ -5,6 +5,7 @@ Invariant: `Placement.of(config)` decides CPU or GPU once; nobody else asks. Cal
 launcher, the fleet and `hone check`, which prints the same numbers that the run will use.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -116,11 +117,18 @@ class Placement:
 
     @property
     def total_cpus(self) -> int:
-        return self.config.rollout.workers * self.rollout_cpus + self.config.learner.world_size
+        learner = self.config.learner.world_size
+        return self.config.rollout.workers * self.rollout_cpus + learner + self._pooled("cpus")
 
     @property
     def total_gpus(self) -> float:
-        return sum(r.count * r.resources.get("GPU", 0.0) for r in self.requests())
+        reserved = sum(r.count * r.resources.get("GPU", 0.0) for r in self.requests())
+        return reserved + self._pooled("gpus")
+
+    def _pooled(self, share: str) -> int:
+        """CPUs or GPUs of all verifiers' pools at their upper bounds."""
+        pools = [v.pool for v in self.config.rewards.verifiers.values() if v.pool]
+        return math.ceil(sum(pool.bounds[1] * getattr(pool, share) for pool in pools))
 
     @property
     def reward_labels(self) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """Changes of the live rubric while a run trains: list, try, shadow, promote, rollback, swap.
 
-Invariant: a version goes live only after its own process has built it and paid its gold answers in
-full, and after `rewards.json` names it; whatever fails before that changes nothing but a line
-`reward_refused` in events.jsonl. One change at a time. Requests come through `cluster.control`.
-Owned by the controller's parts.
+Invariant: a version goes live only after the workers that will be live have paid gold answers and
+golden sets in full, a rollback's too, and after `rewards.json` names it; whatever fails before that
+changes nothing but a line `reward_refused` in events.jsonl. One change at a time. Requests come
+through `cluster.control`. Owned by the controller's parts.
 """
 
 import asyncio
@@ -69,7 +69,7 @@ class RewardAdmin:
             version = self._register(await candidate.start(), verifiers)
         finally:
             candidate.close()
-        self._pool.cut_over(await self._pool.prepare(version))
+        self._pool.cut_over(await self._pool.prepare(version, self._tasks))
         await self._save(self._state.activate(version.label))
         if last is not None and last.label != version.label:
             self._tell("resume", last.label, version, "its code has changed since")
@@ -215,7 +215,7 @@ class RewardAdmin:
     ) -> dict[str, Any]:
         """Start its workers, write it down, cut over, treat the groups that wait in the buffer."""
         choice = self._buffered.choice(arguments)
-        workers = await self._pool.prepare(version)
+        workers = await self._pool.prepare(version, self._tasks)
         before = self._state.active
         await self._save(self._state.activate(version.label))
         started = time.perf_counter()

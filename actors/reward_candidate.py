@@ -14,18 +14,16 @@ import msgspec
 import ray
 from ray.exceptions import RayError
 
-from actors.reward_set import RewardHome
+from actors.reward_set import RewardHome, health_check
 from actors.reward_worker import GroupSummary, RubricFacts
-from actors.stages import within
+from actors.stages import last_line, within
 from cluster.config import VerifierConfig
 from cluster.errors import HoneError, StageError
 from cluster.types import Task
 
-CHECK_TIMEOUT_S = 120.0
 PREVIEW_TIMEOUT_S = 120.0
 MAX_IN_FLIGHT = 4  # live groups beyond these are skipped and counted
 MAX_FAILURES_IN_A_ROW = 3
-NUM_GOLD_TASKS = 8
 log = logging.getLogger(__name__)
 
 
@@ -106,27 +104,21 @@ class Candidate:
         self.is_lost = False
         self._full_live = 0.0
         self._start_s = home.placement.config.resources.start_timeout_s
-        self._worker = home.worker(0, "", verifiers)
+        self._home = home
+        self._pools = home.pools("", verifiers)
+        self._worker: Any = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._failures = 0
 
     async def start(self) -> RubricFacts:
         """Build the rubric in the new process. Raises `StageError` with what it said."""
+        self._worker = self._home.worker(0, "", self.verifiers, await self._pools.start())
         self.facts = await self._ask("facts", self._start_s, "resources.start_timeout_s")
         return self.facts
 
     async def self_check(self, tasks: list[Task]) -> list[str]:
         """Refuses with `StageError` when a gold answer is not paid in full; returns warnings."""
-        chosen = tasks[:: max(1, len(tasks) // NUM_GOLD_TASKS)][:NUM_GOLD_TASKS]
-        rejected, warnings = await self._ask(
-            "self_check", CHECK_TIMEOUT_S, "CHECK_TIMEOUT_S", chosen
-        )
-        if rejected:
-            shown = "; ".join(rejected[:2])
-            raise StageError(
-                "self-check", f"{len(rejected)} of {len(chosen)} gold answers fail: {shown}"
-            )
-        return warnings
+        return await health_check(self._worker, tasks, True)
 
     async def preview(self, group: Any) -> GroupSummary:
         return await self._ask("preview", PREVIEW_TIMEOUT_S, "rewards.verifiers.*.timeout_s", group)
@@ -170,14 +162,11 @@ class Candidate:
                 knob=knob,
             )
         except RayError as error:
-            raise StageError("candidate", f"died in {method}: {_last_line(error)}") from error
+            raise StageError("candidate", f"died in {method}: {last_line(error)}") from error
 
     def close(self) -> None:
         for task in self._tasks:
             task.cancel()
-        ray.kill(self._worker)
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip()[:400] if lines else type(error).__name__
+        if self._worker is not None:
+            ray.kill(self._worker)
+        self._pools.kill()

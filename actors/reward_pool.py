@@ -12,9 +12,10 @@ from typing import Any
 from actors.reward_candidate import Candidate
 from actors.reward_set import RewardHome, WorkerSet
 from actors.reward_worker import GroupSummary
-from cluster.errors import StageError
+from cluster.errors import HoneError, StageError
 from cluster.reward_state import RubricVersion
 from cluster.status import ActorStatus
+from cluster.types import Task
 
 
 class RewardPool:
@@ -53,12 +54,22 @@ class RewardPool:
     def live(self) -> RubricVersion:
         return self._set().version
 
-    async def prepare(self, version: RubricVersion) -> WorkerSet:
-        """Workers of `version`, started and idle: the warm ones where there are any."""
-        if self._previous is not None and self._previous.version.label == version.label:
-            return self._previous
+    async def prepare(self, version: RubricVersion, tasks: list[Task]) -> WorkerSet:
+        """Workers of `version`, idle, all of them healthy: the warm ones where there are any.
+
+        Raises `StageError` when one does not start or fails a gold answer; the live ones stay.
+        """
+        warm = self._previous
+        if warm is not None and warm.version.label == version.label:
+            await warm.self_check(tasks)
+            return warm
         workers = WorkerSet(self.home, version)
-        await workers.start()
+        try:
+            await workers.start()
+            await workers.self_check(tasks)
+        except HoneError:
+            workers.kill()
+            raise
         return workers
 
     def cut_over(self, workers: WorkerSet) -> None:

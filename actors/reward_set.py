@@ -8,6 +8,7 @@ A set ends only after its last call has. Owned by `actors.reward_pool`.
 import asyncio
 import itertools
 import logging
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +18,20 @@ from ray.exceptions import RayActorError
 from actors.fleet import EventSink
 from actors.placement import Placement
 from actors.reward_worker import RewardWorker
-from actors.stages import within
+from actors.stages import last_line, within
+from actors.verifier_pool import PoolStatus
+from actors.verifier_pools import PooledSignal, VerifierPools, longest_call_s
 from cluster.config import VerifierConfig
 from cluster.errors import StageError
 from cluster.reward_state import RubricVersion
 from cluster.run_dir import RunDir
 from cluster.status import ActorStatus
+from cluster.types import Task
 
 MAX_TRIES = 3
+POOL_STATUS_S = 2.0
+CHECK_TIMEOUT_S = 120.0
+NUM_GOLD_TASKS = 8
 log = logging.getLogger(__name__)
 _generation = itertools.count()
 
@@ -39,9 +46,26 @@ class RewardHome:
     on_event: EventSink
     policy_dir: str = ""
 
-    def worker(self, index: int, label: str, verifiers: dict[str, VerifierConfig]) -> Any:
-        """A new actor `hone/<run>/reward/<label>.<generation>/<index>`."""
-        name = f"hone/{self.run.name}/reward/{label or 'candidate'}.{next(_generation)}/{index}"
+    def prefix(self, label: str) -> str:
+        """Of actor names: `hone/<run>/reward/<label>.<generation>`."""
+        return f"hone/{self.run.name}/reward/{label or 'candidate'}.{next(_generation)}"
+
+    def pools(self, label: str, verifiers: dict[str, VerifierConfig]) -> VerifierPools:
+        """New pools of a version, or with "" of a candidate."""
+        return VerifierPools(
+            self.placement, verifiers, self.prefix(label), str(self.run.path), self.policy_dir,
+            is_trial=not label,
+        )  # fmt: skip
+
+    def worker(
+        self,
+        index: int,
+        label: str,
+        verifiers: dict[str, VerifierConfig],
+        pooled: dict[str, PooledSignal],
+    ) -> Any:
+        """A new actor `<prefix>/<index>`."""
+        name = f"{self.prefix(label)}/{index}"
         options = self.placement.reward_options() | {
             "name": name,
             "max_concurrency": 64,
@@ -52,16 +76,10 @@ class RewardHome:
             ray.remote(RewardWorker)
             .options(**options)
             .remote(
-                index,
-                label,
-                verifiers,
-                self.run.name,
-                self.buffer_url,
-                buffer,
-                str(self.run.path),
-                self.policy_dir,
+                index, label, verifiers, pooled, self.run.name, self.buffer_url, buffer,
+                str(self.run.path), self.policy_dir,
             )
-        )
+        )  # fmt: skip
 
 
 def settings_of(version: RubricVersion) -> dict[str, VerifierConfig]:
@@ -69,7 +87,7 @@ def settings_of(version: RubricVersion) -> dict[str, VerifierConfig]:
 
 
 class WorkerSet:
-    """`rewards.workers` actors of one version."""
+    """`rewards.workers` actors of one version, and its verifiers' pools."""
 
     def __init__(self, home: RewardHome, version: RubricVersion) -> None:
         config = home.placement.config
@@ -77,12 +95,15 @@ class WorkerSet:
         self.version = version
         self._start_s = config.resources.start_timeout_s
         self._call_s = 60.0 + config.rollout.timeout_s
-        self._call_s += sum(v.timeout_s for v in verifiers.values())
+        self._call_s += sum(longest_call_s(v, config) for v in verifiers.values())
         self._home = home
         self._verifiers = verifiers
-        self._workers = [self._create(i) for i in range(config.rewards.workers)]
-        self._turn = itertools.cycle(range(len(self._workers)))
-        self._pids = [0] * len(self._workers)
+        self._pools = home.pools(version.label, verifiers)
+        self._pooled: dict[str, PooledSignal] = {}
+        self._pool_statuses: dict[str, PoolStatus] = {}
+        self._workers: list[Any] = []
+        self._turn = itertools.cycle(range(config.rewards.workers))
+        self._pids = [0] * config.rewards.workers
         self._notes: set[asyncio.Task[None]] = set()
         self._is_over = False
         self._in_flight = 0
@@ -94,8 +115,10 @@ class WorkerSet:
         return self._in_flight
 
     async def start(self) -> None:
-        """Wait until every worker has built its rubric; raises `StageError`, and leaves none."""
+        """Wait until every worker has built its rubric; raises `StageError`."""
         try:
+            self._pooled = await self._pools.start()
+            self._workers = [self._create(i) for i in range(len(self._pids))]
             facts = await within(
                 asyncio.gather(*[worker.facts.remote() for worker in self._workers]),
                 stage="score",
@@ -104,9 +127,14 @@ class WorkerSet:
                 knob="resources.start_timeout_s",
             )
         except (StageError, RayActorError) as error:
-            self.kill()
             raise StageError("score", f"rubric {self.version.label}: {error}") from error
         self._pids = [fact.pid for fact in facts]
+        if self._pooled:
+            self._note(self._watch_pools())
+
+    async def self_check(self, tasks: list[Task]) -> None:
+        """Every worker must pay gold answers and golden sets in full; raises `StageError`."""
+        await asyncio.gather(*(health_check(worker, tasks, False) for worker in self._workers))
 
     async def call(self, method: str, *arguments: Any) -> Any:
         self._in_flight += 1
@@ -138,7 +166,7 @@ class WorkerSet:
         raise AssertionError("unreachable")
 
     def _create(self, index: int) -> Any:
-        return self._home.worker(index, self.version.label, self._verifiers)
+        return self._home.worker(index, self.version.label, self._verifiers, self._pooled)
 
     def _replace(self, index: int, dead: Any) -> None:
         """A new worker for a dead one, unless another call has seen to it."""
@@ -147,9 +175,22 @@ class WorkerSet:
         name = f"reward/{index}"
         self._home.on_event("worker_died", worker=name, pid=self._pids[index])
         self._workers[index], self._pids[index] = self._create(index), 0
-        task = asyncio.create_task(self._note_start(index, name))
+        self._note(self._note_start(index, name))
+
+    def _note(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._notes.add(task)
         task.add_done_callback(self._notes.discard)
+
+    async def _watch_pools(self) -> None:
+        num_died: dict[str, int] = {}
+        while not self._is_over:
+            self._pool_statuses = await self._pools.statuses()
+            for name, status in self._pool_statuses.items():
+                if status.num_died > num_died.get(name, 0):
+                    self._home.on_event("worker_died", worker=f"reward/{name}", pid=0)
+                num_died[name] = status.num_died
+            await asyncio.sleep(POOL_STATUS_S)
 
     async def _note_start(self, index: int, name: str) -> None:
         try:
@@ -172,9 +213,32 @@ class WorkerSet:
         self._is_over = True
         for worker in self._workers:
             ray.kill(worker)
+        self._pools.kill()
 
     def statuses(self) -> list[ActorStatus]:
+        pids = {f"reward/{i}": pid for i, pid in enumerate(self._pids)}
+        for name, status in self._pool_statuses.items():
+            pids |= {f"reward/{name}/{i}": pid for i, pid in enumerate(status.pids)}
         return [
-            ActorStatus(name=f"reward/{i}", state="healthy" if pid else "starting", pid=pid)
-            for i, pid in enumerate(self._pids)
+            ActorStatus(name=name, state="healthy" if pid else "starting", pid=pid)
+            for name, pid in pids.items()
         ]
+
+
+async def health_check(worker: Any, tasks: list[Task], has_junk: bool) -> list[str]:
+    """Warnings of a reward worker's self-check, about junk. Raises `StageError` when it fails."""
+    chosen = tasks[:: max(1, len(tasks) // NUM_GOLD_TASKS)][:NUM_GOLD_TASKS]
+    try:
+        rejected, warnings = await within(
+            worker.self_check.remote(chosen, has_junk),
+            stage="self-check",
+            what="a rubric to check itself",
+            deadline_s=CHECK_TIMEOUT_S,
+            knob="rewards.verifiers.*.timeout_s",
+        )
+    except RayActorError as error:
+        raise StageError("self-check", f"died in self_check: {last_line(error)}") from error
+    if rejected:
+        shown = "; ".join(rejected[:2])
+        raise StageError("self-check", f"{len(rejected)} gold answers fail: {shown}")
+    return warnings

@@ -12,6 +12,7 @@ import os
 import msgspec
 import numpy as np
 
+from actors.verifier_pools import PooledSignal
 from cluster import log, wire
 from cluster.config import BufferSection, VerifierConfig
 from cluster.errors import BufferFullError, ConfigError, StageError, boundary
@@ -19,6 +20,7 @@ from cluster.redis_client import connect
 from cluster.replay_buffer import ReplayBuffer
 from cluster.reward_state import RUBRIC
 from cluster.types import Task, Trajectory, TrajectoryGroup, TrajectoryStatus
+from rewards.golden import golden_check
 from rewards.rubric import Rubric
 from rewards.self_check import gold_check, junk_probe
 
@@ -64,6 +66,7 @@ class RewardWorker:
         index: int,
         label: str,
         verifiers: dict[str, VerifierConfig],
+        pooled: dict[str, PooledSignal],
         run_id: str,
         buffer_url: str,
         buffer: BufferSection,
@@ -72,7 +75,8 @@ class RewardWorker:
     ) -> None:
         log.setup(f"reward-{index}", run_dir)
         self._label = label
-        self._rubric = Rubric(verifiers, policy_dir)
+        elsewhere = {name: signal.elsewhere() for name, signal in pooled.items()}
+        self._rubric = Rubric(verifiers, policy_dir, elsewhere)
         if label and label.partition("-")[2] != self._rubric.version:
             raise ConfigError(
                 f"rubric {label}: its code or settings have changed on disk, they are now "
@@ -94,11 +98,12 @@ class RewardWorker:
             full_reward=self._rubric.full_reward,
         )
 
-    async def self_check(self, tasks: list[Task]) -> tuple[list[str], list[str]]:
-        """(gold answers that are not paid in full, junk that is), one line each."""
+    async def self_check(self, tasks: list[Task], has_junk: bool) -> tuple[list[str], list[str]]:
+        """(gold answers and golden completions not paid as they must, junk that is paid)."""
         with boundary("self-check"):
             rejected = await gold_check(self._rubric, tasks, len(tasks))
-            paid = await junk_probe(self._rubric, tasks)
+            rejected += await golden_check(self._rubric)
+            paid = await junk_probe(self._rubric, tasks) if has_junk else []
             return rejected, [str(finding) for finding in paid]
 
     async def preview(self, encoded: bytes) -> GroupSummary:

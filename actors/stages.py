@@ -126,3 +126,9 @@ async def within(
         raise StageError(stage, f"{what}: {error.cause}") from error
     finally:
         reporter.cancel()
+
+
+def last_line(error: Exception) -> str:
+    """Of what Ray tells of a dead actor: the line that says why."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip()[:400] if lines else type(error).__name__

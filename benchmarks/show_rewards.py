@@ -6,25 +6,38 @@
 import asyncio
 import statistics
 import time
+import warnings
 from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
 
+import psutil
+
+from benchmarks.live_swaps import measure
 from benchmarks.proofs import proven
-from benchmarks.show import Row
+from benchmarks.show import Row, judged
 from cluster.config import VerifierConfig
+from cluster.errors import ConfigError
 from cluster.types import Message, Task
+from rewards.gym_taskset import DENIED, ReasoningGymTaskset
 from rewards.rubric import Rubric
 from rewards.sandbox import TIERS, Sandbox, self_test
-from rewards.self_check import group_of
+from rewards.self_check import gold_check, group_of
 
 TESTS = "tests/integration/test_"
 BOMBS = (r"\boxed{9^{9^{9^9}}}", r"\boxed{(x+1)^{99999}}", r"\boxed{10000000!}",
          r"\boxed{" + "(" * 4000 + "}", r"\boxed{\sqrt{x^{99}+\sin(x)^{98}}^{97}}")  # fmt: skip
+SLOW = r"\boxed{(x+1)^{99}(x+2)^{99}(x+3)^{99}(x+4)^{99}}"  # reaches algebra, is killed there
+KINDS = {  # kind: (reference, answer with N replaced by 0 .. 199, bound)
+    "whole numbers": ("42", "N", 1000),
+    "fractions": ("1/7", r"\frac{N}{7}", 1000),
+    "sets and intervals": (r"\{1, 2, 3\}", r"\{N, 2, 3\}", 500),
+    "polynomials, by algebra": ("x^2+1", "x^2+N+1", 30),
+}
 COLD = "print(1)"
 
 
 NOT_SHOWN = (
-    ("20 changes during a training run at full speed", "learner wait < 1 s",
-     "shown on reward actors and buffer without engines"),
     ("judge served by vLLM, down for 60 s during a run", "training goes on",
      "the protocol is tested against a server process, no training run with it yet"),
     ("process reward model: step AUC and best-of-8", "> 0.8", "not there yet"),
@@ -35,13 +48,19 @@ LONG = (
      [LIVE, "-k", "twenty"]),
     ("a candidate that fails or dies in any phase changes nothing",
      [LIVE, "-k", "bad_candidate or shadow"]),
+    ("verifiers in pools of their own: bounds, queue, deaths, environments, swaps",
+     [f"{TESTS}verifier_pool.py"]),
     ("the promoted rubric survives resume; the CLI changes a run of another process",
      [LIVE, "-k", "resumed or command_line"]),
 )  # fmt: skip
 SHORT = (
-    ("sandbox: attacks contained in every tier, limits held, graders not fooled",
+    ("sandbox: 25+ attacks contained in every tier, limits held, graders not fooled",
      [f"{TESTS}sandbox.py"]),
-    ("math verifier: pairs, bombs, adversarial answers", [f"{TESTS}math_verifier.py"]),
+    ("math verifier: bombs, hangs, crashes, abstentions", [f"{TESTS}math_verifier.py"]),
+    ("golden sets refuse a broken verifier at the start, at a swap and at a rollback",
+     ["tests/unit/test_golden.py", LIVE, "-k", "golden"]),
+    ("a verifier of under 30 lines from outside the repository, no core edit",
+     ["tests/unit/test_readme_verifier.py"]),
     ("judge on a real HTTP server: 500s, rate limits, junk, timeouts, injections, recovery",
      [f"{TESTS}judge.py"]),
     ("efficiency, language and trace rules: published values", ["tests/unit/test_trace_rules.py"]),
@@ -54,12 +73,73 @@ def rows(quick: bool) -> Iterator[Row]:
             yield Row(claim, "-", "all tests", "not shown here", "takes minutes: leave QUICK out")
         else:
             yield proven(claim, arguments, "all tests")
+    yield from _live(quick)
     for claim, arguments in SHORT:
         yield proven(claim, arguments, "all tests")
+    yield _pairs()
     yield from _sandbox(quick)
     yield from asyncio.run(_math(200 if quick else 1000))
+    yield asyncio.run(_gold(1 if quick else 3))
     for claim, bound, why in NOT_SHOWN:
         yield Row(claim, "-", bound, "not shown here", why)
+
+
+def _live(quick: bool) -> Iterator[Row]:
+    """20 changes of rewards in a training run with engines."""
+    claim = "20 swaps and rollbacks in a training run at full speed: none lost, twice or mixed"
+    waits = "learner wait in a step with a cut-over, beyond that of a step without"
+    if quick:
+        yield Row(claim, "-", "0, 0, 0", "not shown here", "takes minutes: leave QUICK out")
+        return
+    run = measure(20, 360.0)
+    measured = (
+        f"{run.num_changes} changes; {run.num_trained} groups trained on, {run.num_twice} twice, "
+        f"{run.num_lost} lost; {run.num_mixed} of {run.num_seen} stored ones mixed"
+    )
+    is_held = run.num_changes >= 20 and not run.num_twice + run.num_lost + run.num_mixed
+    yield judged(claim, measured, "20, 0 twice, 0 lost, 0 mixed", is_held)
+    measured = (
+        f"median {run.median_extra_wait_s:.2f} s, most {run.max_extra_wait_s:.2f} s; "
+        f"cut-over {1000 * run.cutover_s:.1f} ms"
+    )
+    is_held = run.max_extra_wait_s < 1.0 and run.cutover_s < 1.0
+    yield judged(waits, measured, "< 1 s", is_held)
+
+
+def _pairs() -> Row:
+    return proven(
+        "math verifier: 400+ pairs, equal, unequal and adversarial, every policy flag",
+        [f"{TESTS}math_pairs.py"], "all as the table says, <= 9999 pairs", {"pairs": 9999},
+    )  # fmt: skip
+
+
+async def _gold(num_tasks: int) -> Row:
+    """Gold answers of every dataset that may be used, through its own scorer and through math."""
+    names: dict[str, Any] = import_module("reasoning_gym.factory").DATASETS
+    rubrics = {
+        use: Rubric({use: VerifierConfig(use=use, timeout_s=60)}) for use in ("math", "task")
+    }
+    refused, num_checked, num_datasets = list[str](), 0, 0
+    try:
+        for name in sorted(set(names) - set(DENIED)):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    tasks = ReasoningGymTaskset(name, size=num_tasks, seed=7).load()
+            except ConfigError:
+                continue  # its items have no gold answer
+            num_datasets += 1
+            for rubric in rubrics.values():
+                refused += await gold_check(rubric, tasks, num_tasks)
+                num_checked += len(tasks)
+    finally:
+        for rubric in rubrics.values():
+            await rubric.close()
+    return judged(
+        "gold answers refused, over every taskset shipped, by `math` and by `task`",
+        f"{len(refused)} of {num_checked} ({num_datasets} datasets)", "0",
+        not refused and num_checked > 0, "; ".join(refused)[:200],
+    )  # fmt: skip
 
 
 def _sandbox(quick: bool) -> Iterator[Row]:
@@ -92,40 +172,57 @@ def _sandbox(quick: bool) -> Iterator[Row]:
 
 
 async def _math(num_bombs: int) -> list[Row]:
-    """Latency of an honest symbolic check before and after bombs; checks per second."""
+    """Latency of an honest symbolic check before and after bombs; checks per second of CPU."""
     rubric = Rubric({"correct": VerifierConfig(use="math", timeout_s=30)})
-    task = Task(task_id="t", taskset="x", reference="x^2+1",
-                messages=[Message(role="user", content="?")])  # fmt: skip
 
     async def honest() -> float:
         started = time.perf_counter()
-        scored = await rubric.score(group_of(task, [r"\boxed{1+x^2}"]))
-        assert scored.rewards == [1.0]
+        assert await _paid(rubric, "x^2+1", [r"\boxed{1+x^2}"]) == 1
         return time.perf_counter() - started
 
     try:
         await honest()
         before = statistics.median([await honest() for _ in range(9)])
-        bombs = [BOMBS[i % len(BOMBS)] + " " * i for i in range(num_bombs)]
+        bombs = [(SLOW if i % 50 == 0 else BOMBS[i % len(BOMBS)]) + " " * i
+                 for i in range(num_bombs)]  # fmt: skip
         started = time.perf_counter()
         paid = 0
         for start in range(0, num_bombs, 50):
-            scored = await rubric.score(group_of(task, bombs[start : start + 50]))
-            paid += sum(bool(r) for r in scored.rewards)
+            paid += await _paid(rubric, "x^2+1", bombs[start : start + 50])
         bombs_s = time.perf_counter() - started
         after = statistics.median([await honest() for _ in range(9)])
-        number = Task(task_id="n", taskset="x", reference="42", messages=task.messages)
-        texts = [f"The answer is {i}." for i in range(500)]
-        started = time.perf_counter()
-        await rubric.score(group_of(number, texts))
-        rate = len(texts) / (time.perf_counter() - started)
+        rates = {kind: await _rate(rubric, *KINDS[kind][:2]) for kind in KINDS}
     finally:
         await rubric.close()
-    is_held = after < 3 * before + 0.05 and paid == 0
     claim = f"{num_bombs} expression bombs leave the next honest check as fast as before"
     measured = f"{1000 * before:.1f} ms before, {1000 * after:.1f} after ({bombs_s:.1f} s of bombs)"
+    is_held = after < 3 * before + 0.05 and paid == 0
     return [
-        Row(claim, measured, "within 3x + 50 ms, none paid", "holds" if is_held else "falls short"),
-        Row("number checks per second on one core", f"{rate:.0f}", "> 1000",
-            "holds" if rate > 1000 else "falls short"),
+        judged(claim, measured, "within 3x + 50 ms, none paid", is_held),
+        *(
+            judged(f"math checks per second of one core: {kind}", f"{rate:.0f}",
+                   f">= {KINDS[kind][2]}", rate >= KINDS[kind][2])
+            for kind, rate in rates.items()
+        ),
     ]  # fmt: skip
+
+
+async def _paid(rubric: Rubric, reference: str, texts: list[str]) -> int:
+    task = Task(task_id="t", taskset="x", reference=reference,
+                messages=[Message(role="user", content="?")])  # fmt: skip
+    return sum(bool(reward) for reward in (await rubric.score(group_of(task, texts))).rewards)
+
+
+async def _rate(rubric: Rubric, reference: str, answer: str) -> float:
+    """Different answers per second of CPU time of this process and its workers."""
+    answers = [rf"\boxed{{{answer.replace('N', str(i))}}}" for i in range(200)]
+    await _paid(rubric, reference, answers[:2])
+    started = _cpu_s()
+    assert await _paid(rubric, reference, answers) <= 2
+    return len(answers) / (_cpu_s() - started)
+
+
+def _cpu_s() -> float:
+    processes = [psutil.Process(), *psutil.Process().children()]
+    times = [process.cpu_times() for process in processes]
+    return sum(t.user + t.system for t in times)

@@ -7,7 +7,7 @@ Frozen, unknown keys refused.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -107,11 +107,50 @@ class RolloutSection(Section):
     timeout_s: PositiveFloat = 300.0
 
 
+class GoldenPair(Section):
+    """A completion whose score is known; a verifier that scores it otherwise never goes live.
+
+    It stands for a task with this `reference` (or these `tests`, for code).
+    """
+
+    completion: str
+    score: float
+    reference: str = ""
+    tests: Any = None
+
+
+class PoolConfig(Section):
+    """Ray actors of its own for one verifier; without a pool the reward workers run it themselves.
+
+    `workers` is a number or bounds such as "1..4", between which the pool follows its queue.
+    """
+
+    workers: Annotated[str, BeforeValidator(str), Field(pattern=r"^[1-9]\d*(\.\.[1-9]\d*)?$")] = "1"
+    cpus: Annotated[float, Field(ge=0)] = 0.0  # of each worker, as are the next three
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    memory_gib: Annotated[float, Field(ge=0)] = 0.0
+    max_in_flight: Positive = 8  # groups; the others wait
+    runtime_env: dict[str, Any] = {}  # of Ray: pip, env_vars, working_dir, ...
+
+    @model_validator(mode="after")
+    def _has_ordered_bounds(self) -> "PoolConfig":
+        if self.bounds[0] > self.bounds[1]:
+            raise ValueError(f"workers: bounds must be in order, got {self.workers!r}")
+        return self
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        low, _, high = self.workers.partition("..")
+        return int(low), int(high or low)
+
+
 class VerifierConfig(Plugin):
     """One named signal of the rubric. `weight` 0 makes it a monitor: measured, not rewarded."""
 
     weight: float = 1.0
     timeout_s: PositiveFloat = 10.0
+    golden: list[GoldenPair] = []
+    pool: PoolConfig | None = None
 
 
 class RewardsSection(Section):

@@ -6,8 +6,10 @@ signal. Implemented by the modules of this package and by users' plug-ins; calle
 `rewards.rubric` only.
 """
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from cluster.config import GoldenPair
 from cluster.types import TrajectoryGroup, Verdict
 
 
@@ -49,3 +51,10 @@ class HasExample(Protocol):
     """A verifier that shows what a well-formed completion looks like, for the self-checks."""
 
     example: str  # "{answer}" stands for the gold answer; "" for no particular form
+
+
+@runtime_checkable
+class HasGolden(Protocol):
+    """A verifier that brings completions whose scores it must get right before it goes live."""
+
+    golden: Sequence[GoldenPair]

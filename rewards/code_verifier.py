@@ -18,6 +18,7 @@ from cluster.errors import ConfigError, HoneError
 from cluster.types import TrajectoryGroup, Verdict
 from rewards.answers import after_thinking
 from rewards.base import VerifierIO
+from rewards.golden_sets import CODE
 from rewards.sandbox import Limits, RunResult, Tier, choose, sandbox_of
 
 MAX_CODE_BYTES = 64 << 10
@@ -58,6 +59,7 @@ class CodeVerifier:
     """
 
     example = "```python\n{answer}\n```"
+    golden = CODE
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ from rewards.answers import (
     why_uncheckable,
 )
 from rewards.base import VerifierIO
+from rewards.golden_sets import MATH
 from rewards.math_policy import read_policy
 from rewards.quantities import compare, is_same_text
 from rewards.structures import agree
@@ -36,6 +37,8 @@ class MathVerifier:
     a worker may take `check_timeout_s`. All other settings are those of `MathPolicy`.
     Example: with the reference "1/2", `\boxed{0.5}` scores 1.0.
     """
+
+    golden = MATH
 
     def __init__(
         self, require_boxed: bool = False, check_timeout_s: float = 2.0, **policy: Any

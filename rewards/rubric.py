@@ -11,27 +11,45 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
 
-from cluster.config import VerifierConfig
+from cluster.config import GoldenPair, VerifierConfig
 from cluster.errors import ConfigError, HoneError, boundary
 from cluster.reward_state import RUBRIC
 from cluster.types import Trajectory, TrajectoryGroup, TrajectoryStatus, Verdict
-from rewards.base import HasExample, Verifier
+from rewards.base import HasExample, HasGolden, Verifier
 from rewards.isolation import IsolatedPool
 from rewards.registry import build_verifier
 from rewards.versions import reward_version
 
 
 @dataclass(frozen=True)
-class _Signal:
-    name: str
-    weight: float
-    timeout_s: float
+class Elsewhere:
+    """A verifier that lives in a pool of other processes, which keep its time limit themselves."""
+
     version: str
     verifier: Verifier
+
+
+@dataclass(frozen=True)
+class _Signal:
+    name: str
+    config: VerifierConfig
+    version: str
+    verifier: Verifier
+    limit_s: float | None  # of one group; None where another process keeps it
+
+    @property
+    def weight(self) -> float:
+        return self.config.weight
+
+    @property
+    def golden(self) -> list[GoldenPair]:
+        own = self.verifier.golden if isinstance(self.verifier, HasGolden) else []
+        return [*own, *self.config.golden]
 
 
 class Rubric:
@@ -41,19 +59,17 @@ class Rubric:
     were `format` to abstain, the reward would be None, with weight 0 it would be 1.0.
     """
 
-    def __init__(self, verifiers: dict[str, VerifierConfig], policy_dir: str = "") -> None:
-        """Build every verifier. Raises `ConfigError` naming the knob."""
+    def __init__(
+        self,
+        verifiers: dict[str, VerifierConfig],
+        policy_dir: str = "",
+        elsewhere: Mapping[str, Elsewhere] | None = None,
+    ) -> None:
+        """Build every verifier that is not `elsewhere`. Raises `ConfigError` naming the knob."""
         if RUBRIC in verifiers:
             raise ConfigError(f"rewards.verifiers.{RUBRIC}: this name is taken, choose another")
         self._signals = [
-            _Signal(
-                name=name,
-                weight=config.weight,
-                timeout_s=config.timeout_s,
-                version=reward_version(name, config),
-                verifier=build_verifier(name, config),
-            )
-            for name, config in verifiers.items()
+            _signal(name, config, (elsewhere or {}).get(name)) for name, config in verifiers.items()
         ]
         self._pool = IsolatedPool()
         self._policy_dir = policy_dir
@@ -65,8 +81,12 @@ class Rubric:
 
     @property
     def version(self) -> str:
-        """Eight hex digits over all that shapes a reward: signals, weights and time limits."""
-        content = [[s.name, s.version, s.weight, s.timeout_s] for s in self._signals]
+        """Eight hex digits over all that shapes a reward: signals, weights, time limits, pools."""
+        content: list[list[object]] = [
+            [s.name, s.version, s.weight, s.config.timeout_s]
+            + ([s.config.pool.model_dump()] if s.config.pool else [])
+            for s in self._signals
+        ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
 
     @property
@@ -79,6 +99,16 @@ class Rubric:
         """Forms that the verifiers accept, with `{answer}` where the answer goes."""
         verifiers = [signal.verifier for signal in self._signals]
         return [v.example for v in verifiers if isinstance(v, HasExample) and v.example]
+
+    @property
+    def golden(self) -> dict[str, list[GoldenPair]]:
+        """Completions with known scores, by signal: the verifier's own and the config's."""
+        return {signal.name: signal.golden for signal in self._signals}
+
+    async def ask(self, name: str, group: TrajectoryGroup) -> list[Verdict]:
+        """The verdicts of one signal, stamped."""
+        (signal,) = (s for s in self._signals if s.name == name)
+        return await self._ask(signal, group)
 
     async def score(self, group: TrajectoryGroup) -> TrajectoryGroup:
         """The group with verdicts, rewards and reward versions; the given one is left as it is."""
@@ -128,12 +158,13 @@ class Rubric:
 
     async def _score_in_time(self, signal: _Signal, group: TrajectoryGroup) -> list[Verdict]:
         try:
-            async with asyncio.timeout(signal.timeout_s) as clock:
-                io = GroupIO(self._pool, signal.timeout_s, clock, self._policy_dir)
+            async with asyncio.timeout(signal.limit_s) as clock:
+                io = GroupIO(self._pool, signal.config.timeout_s, clock, self._policy_dir)
                 verdicts = await signal.verifier.score(group, io)
         except TimeoutError:
             raise HoneError(
-                f"no verdicts in {signal.timeout_s:g} s (rewards.verifiers.{signal.name}.timeout_s)"
+                f"no verdicts in {signal.config.timeout_s:g} s "
+                f"(rewards.verifiers.{signal.name}.timeout_s)"
             ) from None
         if len(verdicts) != len(group.trajectories):
             raise HoneError(
@@ -141,6 +172,13 @@ class Rubric:
                 f"{len(group.trajectories)} trajectories"
             )
         return [_admit(v, t) for v, t in zip(verdicts, group.trajectories, strict=True)]
+
+
+def _signal(name: str, config: VerifierConfig, elsewhere: Elsewhere | None) -> _Signal:
+    if elsewhere is not None:
+        return _Signal(name, config, elsewhere.version, elsewhere.verifier, None)
+    verifier = build_verifier(name, config)
+    return _Signal(name, config, reward_version(name, config), verifier, config.timeout_s)
 
 
 class GroupIO:

@@ -6,6 +6,7 @@ caller then runs nothing. The layers are listed in `rewards.sandbox`.
 """
 
 import ctypes
+import functools
 import os
 import platform
 import resource
@@ -47,18 +48,17 @@ def die_with_parent() -> None:
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
 
 
-def enter_namespaces(read_only: list[str], tmp_bytes: int, tmp_files: int) -> None:
-    """A user namespace in which this process has rights over nothing but its own namespaces, and a
-    root of its own. Children go into the new PID namespace.
+def enter_slot(read_only: list[str]) -> None:
+    """What all runs of a zygote share: a user namespace with rights over nothing but its own
+    namespaces, an empty network, and a read-only root of its own. `enter_run` needs it.
 
     Real root builds the root directory first and then becomes `nobody`; another user maps itself.
     """
-    flags = CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
-    flags |= CLONE_NEWCGROUP
+    flags = CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWUTS | CLONE_NEWCGROUP
     proc = os.open("/proc", os.O_PATH)
     if os.getuid() == 0:
         _check(_libc.unshare(CLONE_NEWNS), "unshare")
-        enter_root(read_only, tmp_bytes, tmp_files)
+        enter_root(read_only)
         os.setgroups([])
         os.setresgid(65534, 65534, 65534)
         os.setresuid(65534, 65534, 65534)
@@ -66,8 +66,21 @@ def enter_namespaces(read_only: list[str], tmp_bytes: int, tmp_files: int) -> No
         _unshare(flags, proc)
     else:
         _unshare(flags | CLONE_NEWNS, proc)
-        enter_root(read_only, tmp_bytes, tmp_files)
+        enter_root(read_only)
     os.close(proc)
+    _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl")
+    for capability in range(64):
+        if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
+            break
+
+
+def enter_run(tmp_bytes: int, tmp_files: int) -> None:
+    """What each run has alone: processes (children only), IPC objects, and an empty /tmp."""
+    _check(_libc.unshare(CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC), "unshare")
+    _mount(
+        "none", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV,
+        f"size={tmp_bytes},nr_inodes={tmp_files},mode=777",
+    )  # fmt: skip
 
 
 def _unshare(flags: int, proc: int) -> None:
@@ -88,8 +101,8 @@ def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> N
     _check(result, f"mount {target}")
 
 
-def enter_root(read_only: list[str], tmp_bytes: int, tmp_files: int) -> None:
-    """A root of its own: the given directories read-only, three devices and a small /tmp. Nothing
+def enter_root(read_only: list[str]) -> None:
+    """A root of its own: the given directories read-only, three devices and an empty /tmp. Nothing
     else of the machine exists there.
     """
     _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
@@ -110,10 +123,6 @@ def enter_root(read_only: list[str], tmp_bytes: int, tmp_files: int) -> None:
         os.close(descriptor)
     for name in ("old", "tmp"):
         os.makedirs(f"{base}/{name}")
-    _mount(
-        "none", f"{base}/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV,
-        f"size={tmp_bytes},nr_inodes={tmp_files},mode=777",
-    )  # fmt: skip
     os.chdir(base)
     _check(_libc.syscall(_SYS_PIVOT_ROOT, b".", b"old"), "pivot_root")
     os.chdir("/")
@@ -123,9 +132,6 @@ def enter_root(read_only: list[str], tmp_bytes: int, tmp_files: int) -> None:
 
 
 def drop_capabilities() -> None:
-    for capability in range(64):
-        if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
-            break
     header, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)
     _check(_libc.syscall(_SYS_CAPSET, header, nothing), "capset")
 
@@ -180,6 +186,17 @@ def enter_landlock(readable: list[str], writable: list[str]) -> None:
 
 def enter_seccomp() -> None:
     """Only `_ALLOWED` system calls, threads but no processes; a foreign ABI is killed."""
+    code = seccomp_program()
+    buffer = ctypes.create_string_buffer(code, len(code))
+    filters = ctypes.create_string_buffer(
+        struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(buffer))
+    )
+    _check(_libc.prctl(_PR_SET_SECCOMP, 2, filters, 0, 0), "seccomp")
+
+
+@functools.cache
+def seccomp_program() -> bytes:
+    """The filter as the kernel reads it; raises `OSError` on a machine without a call table."""
     if platform.machine() != "x86_64":
         raise OSError(_ENOSYS, f"no system call table for {platform.machine()}")
     allow, deny = (0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050000 | _EPERM)
@@ -204,9 +221,4 @@ def enter_seccomp() -> None:
     for number in _ALLOWED:
         when_equal(number, [allow])
     program.append(deny)
-    code = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
-    buffer = ctypes.create_string_buffer(code, len(code))
-    filters = ctypes.create_string_buffer(
-        struct.pack("HxxxxxxQ", len(program), ctypes.addressof(buffer))
-    )
-    _check(_libc.prctl(_PR_SET_SECCOMP, 2, filters, 0, 0), "seccomp")
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in program)

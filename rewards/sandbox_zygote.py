@@ -2,8 +2,8 @@
 
 Invariant: it never holds a program, an input or an expected value: a run's request is read by the
 run's own processes. Per run there are two: a keeper outside the new PID namespace, which owns the
-clock, the pipes and the reply, and the program inside, whose word on anything is only data.
-Standard library only.
+clock, the pipes and the reply, and the program inside, whose word on anything is only data. What a
+run cannot leave anything in (user, network, root) is entered once. Standard library only.
 """
 
 import array
@@ -41,6 +41,7 @@ WARM = (bisect, datetime, decimal, fractions, functools, heapq, itertools, math,
         re, statistics, string, typing, collections)  # fmt: skip
 MAX_REQUEST = 8 << 20
 READY = b"R"
+OUR_PROCESSES = 6  # of a slot, counted with a program's threads: zygote, two keepers, two programs
 
 
 def serve(door: socket.socket, tier: str, roots: list[str]) -> None:
@@ -49,6 +50,7 @@ def serve(door: socket.socket, tier: str, roots: list[str]) -> None:
     kernel.die_with_parent()
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
+    fault = enter(tier, roots)
     gc.collect()
     gc.freeze()
     while True:
@@ -61,25 +63,38 @@ def serve(door: socket.socket, tier: str, roots: list[str]) -> None:
         if os.fork() == 0:
             door.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            keep(descriptors[0], descriptors[1] if len(descriptors) > 1 else -1, tier, roots)
+            peer = descriptors[1] if len(descriptors) > 1 else -1
+            keep(descriptors[0], peer, tier, roots, fault)
             os._exit(0)
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def keep(connection: int, peer: int, tier: str, roots: list[str]) -> None:
+def enter(tier: str, roots: list[str]) -> str:
+    """The shared part of the isolation; what the kernel refused, or ""."""
+    try:
+        if tier == "namespaces":
+            kernel.enter_slot(roots)
+            kernel.die_with_parent()  # a change of user had cleared it
+        if tier != "none":
+            kernel.seccomp_program()
+    except OSError as problem:
+        return str(problem)
+    return ""
+
+
+def keep(connection: int, peer: int, tier: str, roots: list[str], fault: str) -> None:
     """The keeper of one run: isolate, fork the program, collect what it writes, reply."""
     kernel.die_with_parent()
     request = json.loads(read_frame(connection))
     pipes = {name: os.pipe() for name in ("stdin", "stdout", "stderr", "result", "setup")}
-    error = ""
+    pid, error = -1, fault
     try:
-        if tier == "namespaces":
-            kernel.enter_namespaces(roots, 2 * request["limits"]["file_bytes"], 512)
-            kernel.die_with_parent()  # a change of user had cleared it
-        pid = os.fork()
+        if tier == "namespaces" and not fault:
+            kernel.enter_run(2 * request["limits"]["file_bytes"], 512)
+        pid = -1 if fault else os.fork()
     except OSError as problem:
-        pid, error = -1, str(problem)
+        error = str(problem)
     if pid == 0:
         os.close(connection)
         for name in ("stdout", "stderr", "result", "setup"):
@@ -231,7 +246,7 @@ def isolate(limits: dict[str, Any], tier: str, roots: list[str]) -> None:
     os.environ.clear()
     os.environ.update({"HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"})
     kernel.set_limits(limits["memory_bytes"], limits["cpu_s"], limits["file_bytes"],
-                      limits["threads"] if tier == "namespaces" else 0)  # fmt: skip
+                      OUR_PROCESSES + limits["threads"] if tier == "namespaces" else 0)  # fmt: skip
     if tier == "none":
         return
     if tier == "namespaces":

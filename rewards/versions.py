@@ -22,10 +22,14 @@ _FUNCTION_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 def reward_version(name: str, config: VerifierConfig) -> str:
     """Eight hex digits over the settings of a verifier and the source that it is made of.
 
-    Weight and time limit are no part of it: they do not change a score.
+    The runtime environment of its pool counts too. Weight, time limit and golden set are no part
+    of it: they do not change a score.
     """
     target = resolve_verifier(name, config)
-    digest = hashlib.sha256(json.dumps([config.use, config.settings], default=str).encode())
+    content: list[object] = [config.use, config.settings]
+    if config.pool and config.pool.runtime_env:
+        content.append(config.pool.runtime_env)
+    digest = hashlib.sha256(json.dumps(content, default=str).encode())
     if (fingerprint := getattr(target, "fingerprint", None)) is not None:
         digest.update(fingerprint(config.settings).encode())  # weights, code of its own plug-ins
     for module_name, source in sorted(sources_of(target.__module__).items()):

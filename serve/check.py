@@ -178,13 +178,23 @@ def _prompt_room(config: Config) -> int:
 
 
 def _check_rewards(config: Config, tasks: list[Task], report: CheckReport) -> None:
+    from rewards.golden import golden_check
     from rewards.rubric import Rubric
     from rewards.self_check import gold_check, junk_probe
+
+    apart = [n for n, v in config.rewards.verifiers.items() if v.pool and v.pool.runtime_env]
+    if apart:
+        report.warnings.append(
+            f"rewards.verifiers.{apart[0]}: has its own pool.runtime_env, so gold answers are "
+            "checked when the run starts"
+        )
+        return
 
     async def probe() -> None:
         rubric = Rubric(config.rewards.verifiers)
         try:
             async with asyncio.timeout(REWARDS_DEADLINE_S):
+                report.problems += await golden_check(rubric)
                 if refused := await gold_check(rubric, tasks, GOLD_TASKS):
                     others = f" (one of {len(refused)} such tasks)" if len(refused) > 1 else ""
                     report.problems.append(f"rewards.verifiers: {refused[0]}{others}")

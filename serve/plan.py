@@ -36,7 +36,7 @@ def rows(
         ("steps", f"{config.run.steps}, evaluation every {config.eval.every}"),
         (
             "actors",
-            f"{rollout.workers} rollout, {config.rewards.workers} reward, "
+            f"{rollout.workers} rollout, {config.rewards.workers} reward{_pools(config)}, "
             f"{learner.world_size} learner, 1 controller",
         ),
         ("devices", f"{devices}{placement.total_cpus} CPUs of {available_cpus(config)}"),
@@ -55,6 +55,12 @@ def rows(
         ),
         ("weight sync", "published file, in flight, probed"),
     ]
+
+
+def _pools(config: Config) -> str:
+    pools = {name: v.pool for name, v in config.rewards.verifiers.items() if v.pool}
+    listed = ", ".join(f"{name} {pool.workers}" for name, pool in pools.items())
+    return f" + pools ({listed})" if listed else ""
 
 
 def available_cpus(config: Config) -> int:

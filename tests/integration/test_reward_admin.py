@@ -48,6 +48,12 @@ class Wrong(Answer):
     async def score(self, group, io):
         return [Verdict(score=0.0) for t in group.trajectories]
 
+class Outage(Answer):
+    async def score(self, group, io):
+        if (HERE / "down").exists():
+            return [Verdict(score=None, error="down") for t in group.trajectories]
+        return await super().score(group, io)
+
 class DiesOnGold(Answer):
     async def score(self, group, io):
         os._exit(9)
@@ -129,13 +135,15 @@ def task(number: int) -> Task:
 
 
 @asynccontextmanager
-async def house(tmp_path: Path, url: str, name: str = "demo") -> AsyncIterator[House]:
+async def house(
+    tmp_path: Path, url: str, name: str = "demo", **fields: object
+) -> AsyncIterator[House]:
     config = config_file.parse(
         {
             "run": {"name": name},
             "policy": {"type": "tiny"},
             "tasks": {"train": {"use": "file"}},
-            "rewards": {"verifiers": {"answer": {"use": "live_rewards:Answer"}}},
+            "rewards": {"verifiers": {"answer": {"use": "live_rewards:Answer", **fields}}},
             "buffer": {"url": url, "capacity_groups": 100000},
         },
         "test",
@@ -262,6 +270,31 @@ async def test_a_shadow_has_no_influence_reports_and_may_die(tmp_path: Path, url
         ]  # fmt: skip
         with pytest.raises(StageError, match="no candidate is in the shadow"):
             await home.ask("promote")
+
+
+@pytest.mark.timeout(200)
+async def test_a_golden_set_is_checked_at_the_start_at_a_swap_and_at_a_rollback(
+    tmp_path: Path, url: str, plugins: Path
+):
+    lie = {"reference": "a", "completion": "b", "score": 1.0}
+    with pytest.raises(StageError, match="the golden completion 'b' for 'a' must score 1, got 0"):
+        async with house(tmp_path, url, golden=[lie]):
+            raise AssertionError("it must not start")
+    async with house(tmp_path, url, "other") as home:
+        await home.ask("swap", verifiers=verifiers("Outage"))
+        with pytest.raises(StageError, match="must score 1, got 0"):
+            await home.ask("swap", verifiers={"answer": verifiers()["answer"] | {"golden": [lie]}})
+        await home.ask("swap", verifiers=verifiers(bonus=1.0))
+        live = home.pool.live.label
+        (plugins / "down").touch()
+        try:
+            with pytest.raises(StageError, match="gold answers fail"):
+                await home.ask("rollback")
+        finally:
+            (plugins / "down").unlink()
+        assert home.pool.live.label == live
+        assert (await home.score()).rewards == [2.0, 1.0, 1.0, 2.0]
+        assert (await home.ask("rollback"))["to"] != live
 
 
 @pytest.mark.timeout(200)
