@@ -56,9 +56,7 @@ async def _measure(config: Config, policy_dir: Path, model: str) -> dict[str, An
         "any": float(np.mean([any(t.reward for t in group.trajectories) for group in groups])),
         "majority": float(np.mean([_majority(group) for group in groups])),
     }
-    truths = [
-        [_truth(group.task, text) for text in row] for group, row in zip(groups, texts, strict=True)
-    ]
+    truths = [[_truth(group.task, t.text) for t in group.trajectories] for group in groups]
     for name, scorer in scorers(str(policy_dir), model).items():
         started = time.perf_counter()
         rubric = Rubric({"steps": process(scorer)}, str(policy_dir))

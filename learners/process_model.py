@@ -66,7 +66,7 @@ class ProcessModel:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model: Any = AutoModelForTokenClassification.from_pretrained(
-                policy_dir, dtype=torch.float32, num_labels=2, classifier_dropout=0.0
+                policy_dir, dtype=torch.float32, num_labels=2
             )
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         self._model = model.to(device)

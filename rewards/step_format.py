@@ -5,6 +5,7 @@ model is asked, whatever the candidate writes. Called by `rewards.step_models`,
 `rewards.step_likelihood` and the training of such models.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,7 @@ class StepFormat:
         ), False
 
     def encode(self, tokenizer: Any, task: Task, steps: list[str]) -> Asked:
-        """A step is asked about at the token that holds the last letter of its marker.
+        """A step is asked about at the last token that holds a piece of its marker.
 
         Markers in the candidate's own text are taken out: they would be questions of its choosing.
         """
@@ -55,11 +56,6 @@ class StepFormat:
             text += step.replace(self.marker.strip(), "").strip() + self.marker
             ends.append(len(text))
         encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=is_plain)
-        spans: list[tuple[int, int]] = encoded["offset_mapping"]
-        positions: list[int] = []
-        index = 0
-        for end in ends:
-            while spans[index][1] < end:
-                index += 1
-            positions.append(index)
+        starts: list[int] = [start for start, _ in encoded["offset_mapping"]]
+        positions = [bisect_left(starts, end) - 1 for end in ends]
         return Asked(list(encoded["input_ids"]), positions)
