@@ -116,7 +116,7 @@ class Placement:
 
     @property
     def total_cpus(self) -> int:
-        return self.config.rollout.workers * self.rollout_cpus + self.config.learner.world_size
+        return int(sum(r.count * r.resources["CPU"] for r in self.requests()))
 
     @property
     def total_gpus(self) -> float:

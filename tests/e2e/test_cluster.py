@@ -9,7 +9,17 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.cluster_cases import ThreeNodes, rows, submit, three_nodes, wait_for
+from tests.cluster_cases import (
+    HONE,
+    LABELS,
+    QUICKSTART,
+    ROOT,
+    ThreeNodes,
+    rows,
+    submit,
+    three_nodes,
+    wait_for,
+)  # fmt: skip
 from tests.doors import doors
 from tests.monitoring_cases import Scrape, alert_rules, panels, prometheus
 
@@ -52,6 +62,19 @@ def test_each_role_runs_on_its_node(live: LiveRun) -> None:
     assert places == {
         "controller": "learner", "learner": "learner", "rollout": "rollout", "reward": "reward",
     }  # fmt: skip
+
+
+def test_a_run_that_can_never_fit_is_refused_from_outside(live: LiveRun) -> None:
+    """`hone check` joins through the Ray client, says what is missing, and leaves."""
+    done = subprocess.run(
+        [HONE, "check", QUICKSTART, "--address", f"ray://127.0.0.1:{live.nodes.client_port}",
+         "resources.accelerator=cpu", LABELS, "rollout.workers=3", f"run.dir={live.path.parent}"],
+        cwd=ROOT, env=live.nodes.environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "rollout needs 3 x 1 CPU on pool=rollout; 1 fit on 1 matching node" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_no_door_opens_without_the_token(
