@@ -174,7 +174,7 @@ class Placement:
         cores = self.config.resources.cpus or os.cpu_count() or 1
         return max(1, cores // self.total_cpus)
 
-    def rollout_options(self, index: int) -> dict[str, Any]:
+    def rollout_options(self, index: int = 0) -> dict[str, Any]:
         """Ray options of rollout worker `index`."""
         env = QUIET_ENV | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
         if self.config.rollout.tensor_parallel_size == 1:
