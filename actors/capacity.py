@@ -11,6 +11,7 @@ import ray
 
 from actors.placement import BundleRequest
 
+ASK_S = 60.0
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
 
 
@@ -35,7 +36,11 @@ def cluster_nodes() -> list[ClusterNode]:
 def has_autoscaler() -> bool:
     """Whether an autoscaler has told the cluster how large it may grow."""
     from ray._private.state import state
+    from ray.util.client import ray as client
 
+    if client.is_connected():  # this process is outside the cluster and cannot see its state
+        ask = ray.remote(num_cpus=0)(has_autoscaler).remote()
+        return bool(ray.get(ask, timeout=ASK_S))
     return state.get_max_resources_from_cluster_config() is not None
 
 

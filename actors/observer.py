@@ -10,7 +10,7 @@ from collections import Counter, deque
 
 from actors.live_gauges import LiveGauges
 from actors.stages import Stages
-from cluster import status
+from cluster import log, status
 from cluster.config import Config
 from cluster.metrics import Metrics
 from cluster.run_dir import RunDir, Sample
@@ -67,6 +67,7 @@ class Observer:
 
     def log_step(self, step: int, metrics: dict[str, float]) -> None:
         """One row of `metrics.jsonl`, with the stage waits and drops since the last row."""
+        log.set_progress(step=step, policy_version=int(metrics.get("policy_version", 0)))
         row = dict(metrics)
         for stage, (waited_s, busy_fraction) in self._stages.drain().items():
             row[f"time/wait_s/{stage}"] = waited_s

@@ -117,8 +117,8 @@ class Placement:
 
     @property
     def total_cpus(self) -> int:
-        learner = self.config.learner.world_size
-        return self.config.rollout.workers * self.rollout_cpus + learner + self._pooled("cpus")
+        reserved = sum(r.count * r.resources["CPU"] for r in self.requests())
+        return math.ceil(reserved) + self._pooled("cpus")
 
     @property
     def total_gpus(self) -> float:
@@ -182,7 +182,7 @@ class Placement:
         cores = self.config.resources.cpus or os.cpu_count() or 1
         return max(1, cores // self.total_cpus)
 
-    def rollout_options(self, index: int) -> dict[str, Any]:
+    def rollout_options(self, index: int = 0) -> dict[str, Any]:
         """Ray options of rollout worker `index`."""
         env = QUIET_ENV | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
         if self.config.rollout.tensor_parallel_size == 1:

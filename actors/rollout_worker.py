@@ -50,7 +50,9 @@ class RolloutWorker:
     async def load_weights(self, update_info: dict[str, Any], policy_version: int) -> float:
         """Swap weights in flight; returns the pause in seconds."""
         with boundary("sync"):
-            return await self._engine.load_weights(update_info, policy_version)
+            pause_s = await self._engine.load_weights(update_info, policy_version)
+        log.set_progress(policy_version=policy_version)
+        return pause_s
 
     async def score(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
         """Log-probs of each sequence's tokens after the first, by the current weights."""

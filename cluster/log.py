@@ -2,7 +2,8 @@
 
 Invariant: one record starts one line `time level role step message`; no text from a model or a user
 can start another, move the cursor or hide itself, because whatever is not printable is escaped.
-Called once in every process of a run.
+With `HONE_LOG_FORMAT=json` in its environment a process writes one JSON object a record instead,
+for a cluster's log collector. Called once in every process of a run.
 """
 
 import logging
@@ -12,8 +13,12 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+import msgspec
+
+FORMAT_VARIABLE = "HONE_LOG_FORMAT"
 _MARK = "_hone_handler"
 _current_step = 0
+_current_version = 0
 
 
 def setup(role: str, run_dir: str | os.PathLike[str], level: int = logging.INFO) -> None:
@@ -26,21 +31,26 @@ def setup(role: str, run_dir: str | os.PathLike[str], level: int = logging.INFO)
     file_handler = logging.FileHandler(directory / f"{role.replace('/', '-')}.log")
     screen_handler = _ScreenHandler()
     screen_handler.setLevel(logging.WARNING)
+    is_json = os.environ.get(FORMAT_VARIABLE) == "json"
+    formatter = JsonFormatter(role, Path(run_dir).name) if is_json else LineFormatter(role)
     root = logging.getLogger()
     for handler in [h for h in root.handlers if hasattr(h, _MARK)]:
         root.removeHandler(handler)
         handler.close()
     for handler in (file_handler, screen_handler):
         setattr(handler, _MARK, True)
-        handler.setFormatter(LineFormatter(role))
+        handler.setFormatter(formatter)
         root.addHandler(handler)
     root.setLevel(min(level, root.level) if root.level else level)
 
 
-def set_step(step: int) -> None:
-    """The optimizer step that the following records of this process belong to."""
-    global _current_step
-    _current_step = step
+def set_progress(*, step: int | None = None, policy_version: int | None = None) -> None:
+    """The optimizer step and policy version that the following records of this process belong to;
+    None leaves them.
+    """
+    global _current_step, _current_version
+    _current_step = _current_step if step is None else step
+    _current_version = _current_version if policy_version is None else policy_version
 
 
 def escape(text: str) -> str:
@@ -69,6 +79,30 @@ class LineFormatter(logging.Formatter):
             trace = self.formatException(record.exc_info).split("\n")
             line += "".join(f"\n    {escape(part)}" for part in trace)
         return line
+
+
+class JsonFormatter(logging.Formatter):
+    """`{"time": ..., "level": "INFO", "run": "demo", "actor": "rollout", "rank": 0, "step": 12,
+    "policy_version": 12, "message": ...}`; `rank` is null for the only actor of its kind.
+    """
+
+    def __init__(self, role: str, run: str) -> None:
+        super().__init__()
+        actor, _, rank = role.replace("-", "/").partition("/")
+        self._who = {"run": run, "actor": actor, "rank": int(rank) if rank.isdigit() else None}
+
+    def format(self, record: logging.LogRecord) -> str:
+        row: dict[str, object] = {
+            "time": round(record.created, 3),
+            "level": record.levelname,
+            **self._who,
+            "step": _current_step,
+            "policy_version": _current_version,
+            "message": escape(record.getMessage()),
+        }
+        if record.exc_info:
+            row["trace"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(row).decode()
 
 
 class _ScreenHandler(logging.StreamHandler[TextIO]):

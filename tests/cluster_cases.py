@@ -2,16 +2,20 @@
 
 import json
 import os
+import secrets
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from unittest import mock
+
+import httpx
+import psutil
 
 from cluster import ray_token
 from cluster.embedded_redis import EmbeddedRedis
@@ -19,9 +23,11 @@ from cluster.redis_client import URL_VARIABLE
 
 ROOT = Path(__file__).parents[1]
 HONE = Path(sys.executable).parent / "hone"
+RAY = HONE.with_name("ray")
 QUICKSTART = "deploy/configs/quickstart.yaml"
 SMALL = [
     "policy.hidden_size=64", "policy.num_layers=2", "policy.num_heads=2", "warm_start.steps=20",
+    "warm_start.examples=500", "tasks.train.settings.size=500",
     "rollout.groups_per_step=4", "rollout.group_size=4", "eval.tasks=8", "eval.every=100000",
     "tasks.skip_uniform=false", "run.checkpoint_every=2", "resources.accelerator=cpu",
 ]  # fmt: skip
@@ -42,91 +48,134 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+class Node:
+    """One `ray start --block` and all that it has started."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+        self.metrics_port = free_port()
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [RAY, "start", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=1",
+                 "--object-store-memory=150000000", "--min-worker-port=0", "--max-worker-port=0",
+                 f"--metrics-export-port={self.metrics_port}",
+                 f"--dashboard-agent-listen-port={free_port()}", *arguments],
+                env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=log.parent,
+            )  # fmt: skip
+
+    @property
+    def pids(self) -> list[int]:
+        if self.process.poll() is not None:
+            return []
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [self.process.pid, *[child.pid for child in children]]
+
+    def kill(self) -> None:
+        """As a host that loses power: every process at once, none asked."""
+        for pid in self.pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait(10)
+
+
 class ThreeNodes:
     """Head, rollout node and reward node; nodes can be killed and new ones join."""
 
-    def __init__(self, place: Path, redis_pid: int) -> None:
-        from ray.cluster_utils import Cluster
-
+    def __init__(self, place: Path, environment: dict[str, str], redis_pid: int) -> None:
+        self._place = place
+        self.environment = environment
         self.redis_pid = redis_pid
-        self.dashboard_port = free_port()
-        self.cluster = Cluster(
-            initialize_head=True,
-            head_node_args={
-                "num_cpus": 1,
-                "labels": {"pool": "learner"},
-                "node_ip_address": "127.0.0.1",
-                "include_dashboard": True,
-                "dashboard_host": "127.0.0.1",
-                "dashboard_port": self.dashboard_port,
-                "temp_dir": str(place),
-            },
+        self.dashboard = f"http://127.0.0.1:{free_port()}"
+        self.client_port = free_port()
+        self._gcs_port = free_port()
+        self.nodes: list[Node] = []
+        self.head = self._start(
+            "learner", "--head", f"--port={self._gcs_port}", f"--temp-dir={place}/ray",
+            "--include-dashboard=true", "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={self.dashboard.rpartition(':')[2]}",
+            f"--ray-client-server-port={self.client_port}",
+        )  # fmt: skip
+        wait_for(lambda: self._num_alive() == 1, "the head to answer", 60)
+        self.rollout_node, self.reward_node = self.add("rollout"), self.add("reward")
+        wait_for(lambda: self._num_alive() == 3, "all nodes to join", 60)
+
+    def add(self, pool: str) -> Node:
+        return self._start(pool, f"--address=127.0.0.1:{self._gcs_port}")
+
+    def _start(self, pool: str, *arguments: str) -> Node:
+        log = self._place / f"{pool}-{len(self.nodes)}.log"
+        node = Node([f"--labels=pool={pool}", *arguments], self.environment, log)
+        self.nodes.append(node)
+        return node
+
+    def _num_alive(self) -> int:
+        try:
+            return sum(node["state"] == "ALIVE" for node in self.state("nodes"))
+        except (httpx.HTTPError, KeyError):
+            return 0
+
+    def state(self, what: str) -> list[dict[str, Any]]:
+        """`nodes` or `actors`, from the head's state API."""
+        token = Path(self.environment[ray_token.TOKEN_PATH]).read_text()
+        reply = httpx.get(
+            f"{self.dashboard}/api/v0/{what}",
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=10,
         )
-        self.rollout_node = self.add("rollout")
-        self.reward_node = self.add("reward")
-
-    @property
-    def dashboard(self) -> str:
-        return f"http://127.0.0.1:{self.dashboard_port}"
-
-    def add(self, pool: str) -> Any:
-        return self.cluster.add_node(num_cpus=1, labels={"pool": pool}, node_ip_address="127.0.0.1")
-
-    def kill(self, node: Any) -> None:
-        """As a host that loses power: every process at once, none asked."""
-        self.cluster.remove_node(node, allow_graceful=False)
+        reply.raise_for_status()
+        return reply.json()["data"]["result"]["result"]
 
     @property
     def exporters(self) -> list[str]:
         """URLs of the metrics of every living node."""
-        nodes = self.cluster.list_all_nodes()
-        return [f"http://127.0.0.1:{node.metrics_export_port}/metrics" for node in nodes]
+        alive = [node for node in self.nodes if node.process.poll() is None]
+        return [f"http://127.0.0.1:{node.metrics_port}/metrics" for node in alive]
 
     @property
     def pids(self) -> list[int]:
         """Every process that the nodes have started, however deep."""
-        import psutil
+        return [pid for node in self.nodes for pid in node.pids]
 
-        roots = {
-            info.process.pid
-            for node in self.cluster.list_all_nodes()
-            for infos in node.all_processes.values()
-            for info in infos
-        }
-        found = set(roots)
-        for pid in roots:
-            if psutil.pid_exists(pid):
-                found |= {child.pid for child in psutil.Process(pid).children(recursive=True)}
-        return sorted(found)
+    def close(self) -> None:
+        for node in reversed(self.nodes):
+            node.kill()
 
 
 @contextmanager
 def three_nodes(place: Path) -> Iterator[ThreeNodes]:
     """The cluster, with its token in a file of its own and its Redis in the environment."""
+    token = place / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
     with ExitStack() as stack:
         short = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp"))
         server = stack.enter_context(EmbeddedRedis(place / "redis"))
-        environment = IMPATIENT | {
-            ray_token.TOKEN_PATH: str(place / "token"),
-            ray_token.MODE: "token",
-            URL_VARIABLE: server.url,
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "PATH": f"{HONE.parent}{os.pathsep}{os.environ['PATH']}",
-        }
-        stack.enter_context(mock.patch.dict(os.environ, environment))
-        ray_token.ensure(may_create=True)
-        nodes = ThreeNodes(Path(short), server.pid)
-        stack.callback(nodes.cluster.shutdown)
+        environment = (
+            os.environ
+            | IMPATIENT
+            | {
+                ray_token.MODE: "token",
+                ray_token.TOKEN_PATH: str(token),
+                URL_VARIABLE: server.url,
+                "RAY_USAGE_STATS_ENABLED": "0",
+                "RAY_metrics_report_interval_ms": "2000",
+                "PATH": f"{HONE.parent}{os.pathsep}{os.environ['PATH']}",
+            }
+        )
+        environment.pop("RAY_ADDRESS", None)
+        nodes = ThreeNodes(Path(short), environment, server.pid)
+        stack.callback(nodes.close)
         yield nodes
 
 
-def submit(nodes: ThreeNodes, run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
+def submit(nodes: ThreeNodes, run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
     """`hone submit` of the quickstart, reduced, as a user types it."""
-    return subprocess.Popen(
+    run_dir.mkdir()
+    with (run_dir / "submit.log").open("wb") as output:
+        return subprocess.Popen(
         [HONE, "submit", QUICKSTART, "--address", nodes.dashboard, "--run", "demo", *SMALL, LABELS,
          f"run.dir={run_dir}", *overrides],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+        env=nodes.environment | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
 

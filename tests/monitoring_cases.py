@@ -2,9 +2,15 @@
 
 import json
 import re
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import promql_parser
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
@@ -80,3 +86,55 @@ class Scrape:
             if is_equal is not wants:
                 return False
         return True
+
+
+class Prometheus:
+    """A running server, asked through its HTTP API."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def query(self, expression: str) -> list[Any]:
+        reply = httpx.get(f"{self._url}/api/v1/query", params={"query": expression}, timeout=10)
+        reply.raise_for_status()
+        return reply.json()["data"]["result"]
+
+    def rules(self) -> list[dict[str, Any]]:
+        reply = httpx.get(f"{self._url}/api/v1/rules", timeout=10)
+        reply.raise_for_status()
+        return [rule for group in reply.json()["data"]["groups"] for rule in group["rules"]]
+
+
+@contextmanager
+def prometheus(place: Path, exporters: list[str]) -> Iterator[Prometheus]:
+    """The `prometheus` of PATH with our rules, scraping `exporters` every second."""
+    config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(ALERTS)]
+    config["scrape_configs"] = [
+        {"job_name": "ray", "static_configs": [{"targets": exporters}]},
+    ]
+    (place / "prometheus.yml").write_text(yaml.safe_dump(config))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    process = subprocess.Popen(
+        ["prometheus", f"--config.file={place}/prometheus.yml", f"--storage.tsdb.path={place}/data",
+         f"--web.listen-address={address}"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                if httpx.get(f"http://{address}/-/ready", timeout=2).is_success:
+                    break
+            except httpx.HTTPError:
+                pass
+            assert process.poll() is None, "prometheus ended at start"
+            assert time.monotonic() < deadline, "prometheus was not ready in 30 s"
+            time.sleep(0.2)
+        yield Prometheus(f"http://{address}")
+    finally:
+        process.terminate()
+        process.wait(10)

@@ -124,3 +124,16 @@ def test_a_resumed_run_keeps_what_shapes_learning(config_file_path: Path, tmp_pa
 def test_a_cluster_needs_a_redis_that_all_nodes_reach(config_file_path: Path):
     report = examine(config_file_path, address="auto")
     assert [p for p in report.problems if p.startswith("buffer.url: required with --address auto")]
+
+
+def test_the_entry_of_a_ray_job_refuses_changes_too(config_file_path: Path, tmp_path: Path):
+    from actors import train
+
+    place = f"run.dir={tmp_path / 'runs'}"
+    before = config_file.load(config_file_path, [place])
+    run = RunDir.create(before.run.dir, before.run.name, config_file.dump(before), exist_ok=False)
+    checkpoint = run.checkpoints / "step_000001"
+    checkpoint.mkdir()
+    (checkpoint / "COMPLETE").touch()
+    with pytest.raises(ConfigError, match=r"learner\.lr: a resumed run must keep"):
+        train.main([str(config_file_path), place, "learner.lr=0.5"])

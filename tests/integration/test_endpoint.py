@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import ray
 import torch
 from safetensors.torch import load_file
 
@@ -28,6 +29,7 @@ from serve.api_keys import KeyStore
 from serve.client import AdminClient, AdminError, Runs
 from tests import browser
 from tests.endpoint_cases import Publisher, make_run, publish, put
+from tests.monitoring_cases import Scrape, alert_rules, panels
 
 PORT = 18231
 URL = f"http://127.0.0.1:{PORT}"
@@ -98,6 +100,28 @@ def test_models_are_listed_and_all_forms_of_request_work(served: Served) -> None
     first, same, other = served.ask(), served.ask(), served.ask(seed=2)
     assert first.choices[0].text == same.choices[0].text != other.choices[0].text
     assert first.choices[0].finish_reason == "length"
+
+
+def test_the_serve_row_of_the_dashboard_has_data(served: Served) -> None:
+    """Scraped from Ray's exporter, as Prometheus would; Ray reports every ten seconds."""
+    served.ask()
+    assert served.post("/v1/completions", json={"model": "no-such", "prompt": "1"}).is_error
+    [node] = ray.nodes()
+    url = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+    wanted = [query for row, _, query in panels() if row == "Serve"]
+    wanted += [rule["expr"] for rule in alert_rules() if "ray_serve" in rule["expr"]]
+    missing = [""]
+
+    def is_answered() -> bool:
+        scrape = Scrape(httpx.get(url, timeout=10).text)
+        missing[:] = [selector for query in wanted for selector in scrape.unanswered(query)]
+        return not missing
+
+    assert len(wanted) == 5
+    try:
+        until(is_answered, 40)
+    finally:
+        print("\n".join(missing))
 
 
 def test_a_stream_carries_text_usage_and_versions(served: Served) -> None:

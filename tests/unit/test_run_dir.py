@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cluster import log
@@ -188,7 +189,7 @@ def test_threads_append_whole_lines(tmp_path: Path):
 
 def test_log_lines_cannot_be_forged(run: RunDir, restored_root_logger, capsys):
     log.setup("rollout/0", run)
-    log.set_step(7)
+    log.set_progress(step=7)
     logger = logging.getLogger("hone.test")
     logger.info("only in the file")
     logger.warning("model wrote %s", "a\n2026-01-01T00:00:00.000Z ERROR fake\x1b[2J\u202e")
@@ -215,3 +216,19 @@ def test_log_setup_twice_writes_each_record_once(run: RunDir, restored_root_logg
     logging.getLogger("hone.test").info("once")
     assert (run.logs / "launcher.log").read_text() == ""
     assert (run.logs / "controller.log").read_text().count("once") == 1
+
+
+def test_records_are_json_objects_where_the_environment_says_so(
+    run: RunDir, restored_root_logger: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HONE_LOG_FORMAT", "json")
+    log.setup("rollout-3", run)
+    log.set_progress(step=7, policy_version=6)
+    logging.getLogger("somewhere").info("two\nlines")
+    [line] = (run.logs / "rollout-3.log").read_text().splitlines()
+    row = msgspec.json.decode(line)
+    assert row.pop("time") > 1e9
+    assert row == {
+        "level": "INFO", "run": run.name, "actor": "rollout", "rank": 3, "step": 7,
+        "policy_version": 6, "message": "two\\nlines",
+    }  # fmt: skip

@@ -1,0 +1,83 @@
+"""Reserved places on a real Ray: all or nothing, bounded, cancellable, given back."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+import ray
+from ray.util import placement_group_table
+
+from actors.gang import Gang
+from actors.placement import BundleRequest
+from cluster.errors import DeadlineError
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("local_ray")]
+
+
+def cpus(role: str, count: int, amount: float = 1, **labels: str) -> BundleRequest:
+    return BundleRequest(role, count, {"CPU": amount}, labels, "PACK", f"{role}.count")
+
+
+def reserved() -> list[str]:
+    """Names of the groups that hold or ask for room."""
+    tables = placement_group_table().values()
+    return sorted(t["name"] for t in tables if t["state"] != "REMOVED")
+
+
+def ignore(_line: str) -> None: ...
+
+
+async def until(done: Callable[[], bool]) -> None:
+    for _ in range(200):
+        if done():
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("did not happen in 10 s")
+
+
+async def test_actors_go_where_they_were_promised_room() -> None:
+    gang = await Gang.reserve("a", [cpus("learner", 2), cpus("rollout", 2)], 20, ignore)
+    assert reserved() == ["hone/a/learner", "hone/a/rollout"]
+    assert [len(nodes) for nodes in gang.nodes().values()] == [2, 2]
+
+    class Tiny:
+        def bundle(self) -> str:
+            return str(ray.get_runtime_context().get_placement_group_id())
+
+    actor = ray.remote(Tiny).options(num_cpus=1, scheduling_strategy=gang.strategy("rollout", 1))
+    group_id = await actor.remote().bundle.remote()
+    assert placement_group_table()[group_id]["name"] == "hone/a/rollout"
+    gang.release()
+    await until(lambda: not reserved())
+
+
+async def test_what_never_fits_fails_in_time_names_it_and_holds_nothing() -> None:
+    lines: list[str] = []
+    with pytest.raises(DeadlineError) as caught:
+        await Gang.reserve("b", [cpus("learner", 1), cpus("rollout", 1, 99)], 2, lines.append)
+    assert "rollout needs 1 x 99 CPU; 0 fit on 1 matching node" in str(caught.value)
+    assert "resources.start_timeout_s" in str(caught.value)
+    assert lines == [str(caught.value.reason).split("; waited")[0]]
+    await until(lambda: not reserved())
+
+
+async def test_a_wait_for_a_busy_cluster_ends_when_it_is_free_or_cancelled() -> None:
+    first = await Gang.reserve("c", [cpus("learner", 6)], 20, ignore)
+    lines: list[str] = []
+    waiting = asyncio.create_task(Gang.reserve("d", [cpus("learner", 4)], 30, lines.append))
+    cancelled = asyncio.create_task(Gang.reserve("e", [cpus("learner", 8)], 30, ignore))
+    await until(lambda: len(reserved()) == 3 and bool(lines))
+    assert lines == ["resources: learner waits for 4 x 1 CPU"]
+    cancelled.cancel()
+    await asyncio.wait([cancelled])
+    await until(lambda: "hone/e/learner" not in reserved())
+    assert not waiting.done()
+    first.release()
+    second = await asyncio.wait_for(waiting, 20)
+    second.release()
+    await until(lambda: not reserved())
+
+
+async def test_labels_are_asked_of_ray() -> None:
+    with pytest.raises(DeadlineError, match="on pool=nowhere; no node has these labels"):
+        await Gang.reserve("f", [cpus("learner", 1, pool="nowhere")], 1, ignore)
