@@ -6,11 +6,13 @@
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
+from benchmarks import ppo_quickstart
 from benchmarks.entropy_memory import measure
 from benchmarks.show import Row
 
@@ -19,7 +21,7 @@ TIMEOUT_S = 900
 DENSE_BYTES_PER_TOKEN = 3 * 2**20  # measured: 2.3 MiB a token
 UNIT = "tests/unit/test_"
 VECTORS = ("credit", "objectives", "surrogates", "siren", "nucleus", "kl", "entropy_terms",
-           "guidance", "whitening", "segments")  # fmt: skip
+           "guidance", "whitening", "segments", "gae", "value_loss")  # fmt: skip
 METHODS = "tests/integration/test_learner_methods.py"
 NO_RUN = "needs training runs over three seeds; no script for it yet"
 
@@ -37,6 +39,10 @@ def rows(quick: bool) -> Iterator[Row]:
     yield _tests(
         "other micro-batches give the same update, within 1e-5", [METHODS, "-k", "microbatches"]
     )
+    yield _tests(
+        "critic: values and gradients equal their slow reference; checkpoint; pre-training",
+        ["tests/integration/test_critic.py"],
+    )
     yield from _memory(quick)
     yield Row("four ranks give the update of one", "-", "1e-5", "not shown here", "two are run")
     for claim, bound in (
@@ -45,10 +51,8 @@ def rows(quick: bool) -> Iterator[Row]:
         ("policy age up to 8: naive, decoupled, TIS", "one table"),
     ):
         yield Row(claim, "-", bound, "not shown here", NO_RUN)
-    yield Row(
-        "PPO with a critic learns the quickstart", "-", "within 2x of GRPO's steps",
-        "not shown here", "the critic is not there yet",
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="hone-show-") as folder:
+        yield from ppo_quickstart.rows(quick, Path(folder))
 
 
 def _tests(claim: str, arguments: list[str]) -> Row:

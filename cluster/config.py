@@ -175,6 +175,7 @@ class LearnerSection(Section):
     microbatch_tokens: Positive = 4096
     minibatches: Positive = 1  # optimizer updates per step, each on its share of the groups
     activation_checkpointing: bool = False
+    offload: list[Literal["policy", "reference", "critic"]] = []  # kept on the CPU between passes
     timeout_s: PositiveFloat = 600.0
 
 

@@ -90,17 +90,17 @@ class Learner:
         def load() -> PolicyModel:
             return load_policy(policy_dir, self._device, config.learner.activation_checkpointing)
 
-        def open_policy() -> PolicyModel:
+        def open_policy(part: str) -> PolicyModel:
             policy = load()
-            shard(policy, mesh, self._dtype)
+            shard(policy, mesh, self._dtype, part in config.learner.offload)
             return policy
 
-        self._policy = open_policy()
+        self._policy = open_policy("policy")
         self._optimizer = ShardedAdamW(self._policy, config.learner.weight_decay)
         needs_reference = any(
             getattr(part, "needs_reference", False) for part in (self._losses, self._credit)
         )
-        self._reference = Reference(open_policy()) if needs_reference else None
+        self._reference = Reference(open_policy("reference")) if needs_reference else None
         self._critic = open_critic(config, load, mesh, self._device)
         self._num_frozen = 0 if config.critic is None else config.critic.pretrain_steps
         self._update = PolicyUpdate(

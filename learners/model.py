@@ -16,7 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -129,12 +134,23 @@ def load_policy(
     return PolicyModel(causal_lm, "packed" if has_flash else "padded")
 
 
-def shard(model: DecoderModel, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
-    """FSDP2 over `mesh`, one unit per decoder layer; gradients are reduced in float32."""
-    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+def shard(
+    model: DecoderModel, mesh: DeviceMesh, compute_dtype: torch.dtype, is_offloaded: bool = False
+) -> None:
+    """FSDP2 over `mesh`, one unit per decoder layer; gradients are reduced in float32.
+
+    `is_offloaded` keeps shards, gradients and so the optimizer in host memory: a layer is copied to
+    its device for as long as it runs.
+    """
+    is_pinned = mesh.device_type == "cuda"
+    settings: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy(is_pinned) if is_offloaded else OffloadPolicy(),
+    }
     for layer in model.decoder.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
+        fully_shard(layer, **settings)
+    fully_shard(model, **settings)
 
 
 def _check_head(causal_lm: Any, policy_dir: Path) -> None:

@@ -171,3 +171,17 @@ def test_credit_without_its_critic_is_refused(policy_dir: Path) -> None:
     config = _config({}).model_copy(update={"critic": None})
     with pytest.raises(ConfigError, match="critic: objective"), open_learner(config, policy_dir):
         pass
+
+
+def test_offloading_changes_nothing(policy_dir: Path, tmp_path: Path) -> None:
+    """Policy, reference and critic in host memory with their optimizers, also over a checkpoint."""
+    for offload in ([], ["policy", "reference", "critic"]):
+        config = _config({"lr": 1e-2}, {"kl_coefficient": 0.1}, offload=offload)
+        with open_learner(config, policy_dir) as learner:
+            train_step(learner, 0)
+            learner.save(tmp_path / f"checkpoint{len(offload)}")
+            learner.load(tmp_path / f"checkpoint{len(offload)}")
+            metrics = train_step(learner, 1).metrics
+            learner.export_weights(tmp_path / f"{len(offload)}.safetensors")
+        assert metrics["value/loss"] > 0
+    assert_same_weights(tmp_path / "0.safetensors", tmp_path / "3.safetensors", 0)
