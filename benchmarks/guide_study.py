@@ -1,9 +1,9 @@
-"""Guide in kind: a policy that can follow a rule book learns the rules by heart, without the book.
+"""Guide in kind: a policy that can follow hints learns to do without them what GRPO never finds.
 
 Tasks are messages in a secret code (`benchmarks.secret_code`). The policy starts from a warm start
-on codes drawn anew each time, so it can look rules up where a hint gives them, and can only guess
-where none does. Nothing ever shows it the secret code but the hints of tasks whose plain rollouts
-all failed. Held-out messages are never trained on and never hinted.
+on codes drawn anew each time, so it can follow a hint, not quite reliably, and can only guess where
+there is none. Nothing ever shows it the secret code but the hints of tasks whose plain rollouts all
+failed. Held-out messages are never trained on and never hinted.
 
     python -m benchmarks.guide_study FOLDER [SEED ...]
 
@@ -36,7 +36,7 @@ from learners.policy_dir import prepare
 from learners.tokenizer import encode_completion, load_tokenizer, render
 
 HONE = Path(sys.executable).parent / "hone"
-WARM_EXAMPLES = 40_000
+WARM_EXAMPLES = 20_000
 STEPS = 60
 RUN_TIMEOUT_S = 900.0
 CONFIG: dict[str, Any] = {
@@ -49,12 +49,12 @@ CONFIG: dict[str, Any] = {
         "kv_cache_gib": 0.25,
     },
     "rewards": {"verifiers": {"correct": {"use": "benchmarks.secret_code:Exact"}}},
-    "learner": {"lr": 5e-4, "microbatch_tokens": 2048},
+    "learner": {"lr": 1e-3, "microbatch_tokens": 2048},
     "eval": {"every": 10, "tasks": EVAL_TASKS, "samples_per_task": 2},
     "resources": {"accelerator": "cpu"},
     "tasks": {"skip_uniform": False},
 }
-POLICY = {"type": "tiny", "hidden_size": 128, "num_layers": 4, "num_heads": 4, "context_length": 64}
+POLICY = {"type": "tiny", "hidden_size": 64, "num_layers": 2, "num_heads": 2, "context_length": 64}
 GUIDE = {"use": "guide", "settings": {"template": TEMPLATE, "reject": ""}}
 # Guide's factors apart: the policy step is clipped as in PPO, which matters with several updates.
 APART = {"use": "guide", "settings": {"factors": "apart", "shaping": "truncate"}}
@@ -70,7 +70,7 @@ ARMS: dict[str, dict[str, Any]] = {
         "objective": {"losses": {"policy": APART}},
     },
 }
-WARM_UP = {"examples": WARM_EXAMPLES, "steps": 600, "batch_size": 64, "lr": 2e-3}
+WARM_UP = {"examples": WARM_EXAMPLES, "steps": 400, "batch_size": 64, "lr": 2e-3}
 
 
 @dataclass(frozen=True)
