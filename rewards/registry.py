@@ -32,6 +32,7 @@ VERIFIERS = {
 TASKSETS = {
     "reasoning_gym": "rewards.gym_taskset:ReasoningGymTaskset",
     "file": "rewards.tasksets:FileTaskset",
+    "champ": "rewards.champ_taskset:ChampTaskset",
 }
 
 
