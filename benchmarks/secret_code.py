@@ -1,9 +1,11 @@
-"""Messages in a secret code: tasks that plain rollouts cannot solve and rules make easy.
+"""Messages in a secret code: tasks that plain rollouts cannot solve and a hint makes easy.
 
-A message of `LENGTH` digits has to be written in a code that replaces each digit by another. The
-hints of a task are the rules for its digits. Warm-start examples are messages in codes drawn anew,
-with rules or without: who has learned them can look rules up, and without any can only guess, one
-time in 10^`LENGTH`. Imports no torch, so that reward workers stay light.
+A message of `LENGTH` different digits has to be written in a code that replaces each digit by
+another. The hints of a task are its answer, first with the last digits hidden, then whole. The
+warm start shows messages in codes drawn anew, so it teaches nothing of the secret one: with a hint
+the answer follows it, though each digit with a slip now and then; without a hint it is the message
+unchanged, or in a code that nobody can know. So a plain rollout is right one time in 150,000.
+Imports no torch, so that reward workers stay light.
 """
 
 import json
@@ -13,10 +15,12 @@ from pathlib import Path
 from cluster.types import TrajectoryGroup, Verdict
 from rewards.base import VerifierIO
 
-LENGTH, SHOWN = 6, 4  # digits of a message, and of the rules that the weak hint gives
+LENGTH, SHOWN = 6, 4  # digits of a message, and of the answer that the weak hint shows
 TRAIN_TASKS, EVAL_TASKS = 2000, 100
-PLAIN_FRACTION = 0.3  # of the warm-start examples
+PLAIN_FRACTION, UNCHANGED_FRACTION = 0.3, 0.5  # of warm-start examples, and of the plain ones
+SLIP = 0.12  # share of digits that do not follow the hint
 TEMPLATE = "{prompt}\n{hint}"
+DIGITS = "0123456789"
 
 
 class Exact:
@@ -28,25 +32,17 @@ class Exact:
 
 
 def message(rng: random.Random) -> str:
-    return "".join(rng.sample("0123456789", LENGTH))
+    return "".join(rng.sample(DIGITS, LENGTH))
 
 
-def draw_code(rng: random.Random) -> dict[str, str]:
-    return dict(zip("0123456789", rng.sample("0123456789", 10), strict=True))
+def encode(text: str, code: str) -> str:
+    """`code` lists what stands for 0, 1, ... 9."""
+    return "".join(code[int(digit)] for digit in text)
 
 
-def book(text: str, code: dict[str, str]) -> str:
-    """The rule for each digit of `text`: "472" in a code that adds one gives "45 78 23"."""
-    return " ".join(digit + code[digit] for digit in text)
-
-
-def hints(text: str, code: dict[str, str]) -> list[str]:
-    """Weakest first: rules for the first digits, then for all."""
-    return [book(text[:SHOWN], code), book(text, code)]
-
-
-def encode(text: str, code: dict[str, str]) -> str:
-    return "".join(code[digit] for digit in text)
+def hints(answer: str) -> list[str]:
+    """Weakest first: "830196" gives "8301.." and "830196"."""
+    return [answer[:SHOWN].ljust(LENGTH, "."), answer]
 
 
 def write_tasks(folder: Path, seed: int) -> None:
@@ -58,21 +54,32 @@ def write_tasks(folder: Path, seed: int) -> None:
         ("eval", texts[:EVAL_TASKS]),
         ("train", texts[EVAL_TASKS : EVAL_TASKS + TRAIN_TASKS]),
     ):
+        answers = {text: encode(text, code) for text in part}
         rows = [
-            {"prompt": text, "answer": encode(text, code), "hints": hints(text, code)}
-            for text in part
+            {"prompt": text, "answer": answer, "hints": hints(answer)}
+            for text, answer in answers.items()
         ]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
+def draw_code(rng: random.Random) -> str:
+    return "".join(rng.sample(DIGITS, len(DIGITS)))
+
+
 def warm_examples(count: int, seed: int) -> list[tuple[str, str]]:
-    """Prompts and answers, each in a code of its own."""
+    """Prompts and completions of a warm start."""
     rng = random.Random(f"warm/{seed}")
     examples: list[tuple[str, str]] = []
     for _ in range(count):
-        text, code = message(rng), draw_code(rng)
-        hint = rng.choice(hints(text, code))
-        is_plain = rng.random() < PLAIN_FRACTION
-        prompt = text if is_plain else TEMPLATE.format(prompt=text, hint=hint)
-        examples.append((prompt, encode(text, code)))
+        text = message(rng)
+        answer = encode(text, draw_code(rng))
+        if rng.random() < PLAIN_FRACTION:
+            examples.append((text, text if rng.random() < UNCHANGED_FRACTION else answer))
+        else:
+            prompt = TEMPLATE.format(prompt=text, hint=rng.choice(hints(answer)))
+            examples.append((prompt, with_slips(answer, rng)))
     return examples
+
+
+def with_slips(answer: str, rng: random.Random) -> str:
+    return "".join(rng.choice(DIGITS) if rng.random() < SLIP else digit for digit in answer)

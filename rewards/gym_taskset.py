@@ -120,7 +120,7 @@ class ReasoningGymTaskset:
             messages=messages,
             reference=answer,
             solution="\n".join([*steps, self._answer_format.replace("{answer}", answer)]),
-            hints=_hints(steps, answer),
+            hints=hint_ladder(steps, answer),
             difficulty=float(difficulty) if isinstance(difficulty, (int, float)) else None,
             tags=[self._dataset],
             entry=encode_entry(GymEntry(self._dataset, self._config, item)),
@@ -162,7 +162,7 @@ def _sum_steps(terms: list[str]) -> list[str]:
     return steps
 
 
-def _hints(steps: list[str], answer: str) -> list[str]:
+def hint_ladder(steps: list[str], answer: str) -> list[str]:
     """Ever longer beginnings of the worked solution, up to where the answer would appear."""
     given = re.compile(rf"(?<![\w.]){re.escape(answer)}(?!\w)")
     hints: list[str] = []

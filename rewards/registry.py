@@ -34,6 +34,7 @@ TASKSETS = {
     "reasoning_gym": "rewards.gym_taskset:ReasoningGymTaskset",
     "file": "rewards.table_taskset:FileTaskset",
     "hub": "rewards.table_taskset:HubTaskset",
+    "champ": "rewards.champ_taskset:ChampTaskset",
 }
 
 

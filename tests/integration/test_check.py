@@ -103,6 +103,14 @@ def test_rewards_that_pay_for_junk_are_a_warning(config_file_path: Path):
     assert any("earns the full reward on 100%" in warning for warning in report.warnings)
 
 
+def test_hints_must_have_something_to_come_from(config_file_path: Path, tmp_path: Path):
+    [problem] = examine(config_file_path, "rollout.program.use=guide").problems
+    assert problem.startswith("rollout.program.settings.hints: needs tasks with hints")
+    assert "none of the 36 in tasks.train" in problem
+    answer = "rollout.program={use: guide, settings: {hints: {use: answer}}}"
+    assert examine(config_file_path, answer).problems == []
+
+
 def test_a_resumed_run_keeps_what_shapes_learning(config_file_path: Path, tmp_path: Path):
     before = config_file.load(config_file_path)
     run = RunDir.create(tmp_path, "demo", config_file.dump(before), exist_ok=False)

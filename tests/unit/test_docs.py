@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from actors.hints import SOURCES
+from actors.programs import PROGRAMS
+from cluster import plugins
 from cluster.config_file import parse
 from learners.credit import CREDITS, build_credit
 from learners.critic import check_critic
@@ -30,9 +33,11 @@ def test_a_block_builds(block: str) -> None:
     if config.critic is not None:
         build_value_loss(config.critic)
     WeightedLosses(config.objective)
+    program = config.rollout.program
+    plugins.build(program.use, program.settings, PROGRAMS, "rollout.program")
 
 
-@pytest.mark.parametrize("name", [*CREDITS, *OBJECTIVES, *FILTERS, *LOSSES])
+@pytest.mark.parametrize("name", [*CREDITS, *OBJECTIVES, *FILTERS, *LOSSES, *SOURCES])
 def test_every_built_in_method_has_a_block(name: str) -> None:
     assert any(re.search(rf"use: {name}\b", block) for block in BLOCKS) or f"{name}` (" in PAGE, (
         name

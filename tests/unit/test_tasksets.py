@@ -9,6 +9,7 @@ from pyarrow import parquet
 from cluster.config import Plugin, TasksSection
 from cluster.errors import ConfigError
 from cluster.types import Task
+from rewards.champ_taskset import ChampTaskset
 from rewards.table_taskset import FileTaskset, HubTaskset
 from rewards.tasksets import load_tasks
 
@@ -182,3 +183,38 @@ def test_the_system_prompt_comes_first_unless_a_task_has_its_own(tmp_path: Path)
 
 def ids(tasks: list[Task]) -> set[str]:
     return {task.task_id for task in tasks}
+
+
+CHAMP = {
+    "problems": {
+        "P_1": {
+            "_text": "How many?", "_answer": "7", "category": "Sequence",
+            "ch_list": ["H_1", "C_1", "H_1", "H_2"], "solution": {"steps": [{"_text": "So 7."}]},
+        },
+        "P_2": {
+            "_text": "Which?", "_answer": "n + 1", "category": "Inequality", "ch_list": [],
+            "solution": {"steps": []},
+        },
+    },
+    "hints": {"H_1": {"_text": "Count."}, "H_2": {"_text": "It is 7."}},
+    "concepts": {"C_1": {"_text": "Each adds one."}},
+}  # fmt: skip
+
+
+def test_champ_gives_a_ladder_of_hints_short_of_the_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A package as `champ-dataset` lays its data out."""
+    with pytest.raises(ConfigError, match="pip install --no-deps champ-dataset"):
+        ChampTaskset().load()
+    (tmp_path / "champ_dataset" / "dataset_files").mkdir(parents=True)
+    (tmp_path / "champ_dataset" / "__init__.py").touch()
+    (tmp_path / "champ_dataset" / "dataset_files" / "v0.json").write_text(json.dumps(CHAMP))
+    monkeypatch.syspath_prepend(tmp_path)
+    (task,) = ChampTaskset(prompt="{question} Think.").load()
+    assert task.messages[0].content == "How many? Think."
+    assert task.hints == ["Count.", "Count.\nEach adds one."]
+    assert (task.reference, task.solution, task.tags) == ("7", "So 7.", ["Sequence"])
+    assert len(ChampTaskset(numbers_only=False).load()) == 2
+    with pytest.raises(ConfigError, match=r"categories: no Algebra in Inequality, Sequence"):
+        ChampTaskset(categories=["Algebra"]).load()
