@@ -1,8 +1,9 @@
-"""Memory and time of log-prob plus nucleus entropy, chunked against dense, forward and backward.
+"""Memory and time of log-prob plus SIREN, chunked, against a plain dense log-softmax.
 
 Each way runs in a process of its own, so that its peak is its own; `extra` is the peak above the
-inputs and their gradients. Times are CPU seconds of one thread, so that neighbours on the machine
-do not count. Run with `python -m benchmarks.entropy_memory [NUM_TOKENS]`, or call `measure`.
+inputs and their gradients. SIREN's cost has its survey of the batch in it, a second forward pass.
+Times are CPU seconds of one thread, so that neighbours on the machine do not count. Run with
+`python -m benchmarks.entropy_memory [NUM_TOKENS]`, or call `measure`.
 """
 
 import json
@@ -12,18 +13,19 @@ import time
 from typing import NamedTuple
 
 VOCAB, HIDDEN = 49152, 576  # as SmolLM2-135M
-WAYS = ("logprobs", "chunked", "dense")
+WAYS = ("logprobs", "siren", "dense")
+NUM_SEQUENCES = 8
 TIMEOUT_S = 1200
 
 
 class Cost(NamedTuple):
     extra_bytes: int
     seconds: float
-    checksum: float  # of the gradient, the same for chunked and dense
+    checksum: float  # of the gradient, the same for `logprobs` and `dense`
 
 
 def measure(num_tokens: int) -> dict[str, Cost]:
-    """Cost by way: `logprobs` chunked without the nucleus, `chunked` and `dense` with it."""
+    """Cost by way: log-probs chunked, the same with SIREN, log-probs by a dense log-softmax."""
     costs: dict[str, Cost] = {}
     for way in WAYS:
         answer = subprocess.run(
@@ -40,8 +42,10 @@ def _run(num_tokens: int, way: str) -> Cost:
     import torch
     from torch import Tensor
 
-    from learners.logprobs import token_outputs
+    from learners.batch import MicroBatch, Row
+    from learners.logprobs import TokenOutputs, token_outputs
     from learners.nucleus import Nucleus
+    from learners.siren import Siren
 
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
@@ -51,26 +55,28 @@ def _run(num_tokens: int, way: str) -> Cost:
     head = torch.randn(VOCAB, HIDDEN, generator=generator).requires_grad_()
     labels = torch.randint(0, VOCAB, (num_tokens,), generator=generator)
 
-    def dense() -> Tensor:
-        log_p = (hidden @ head.T).log_softmax(-1)
-        ordered, order = log_p.exp().sort(descending=True)
-        kept = torch.zeros_like(ordered).scatter(
-            -1, order, ((ordered.cumsum(-1) - ordered) < 0.8).float()
-        )
-        q = log_p.exp() * kept
-        q = q / q.sum(-1, keepdim=True)
-        entropy = -(q * q.clamp(min=1e-30).log()).sum(-1)
-        return log_p.gather(-1, labels[:, None]).sum() + entropy.sum()
+    def outputs(nucleus: Nucleus | None = None) -> TokenOutputs:
+        return token_outputs(hidden, head, labels, torch.ones(num_tokens), nucleus)
 
-    def chunked() -> Tensor:
-        nucleus = Nucleus(0.8) if way == "chunked" else None
-        outputs = token_outputs(hidden, head, labels, torch.ones(num_tokens), nucleus)
-        return outputs.logprobs.sum() + (outputs.nucleus_entropy.sum() if nucleus else 0)
+    def logprobs() -> Tensor:
+        return outputs().logprobs.sum()
+
+    def siren() -> Tensor:
+        completions = labels.to(torch.int32).numpy().reshape(NUM_SEQUENCES, -1)
+        rows = MicroBatch.pack([Row.plain(row[:1], row) for row in completions])
+        objective = Siren(anchor=0.5)
+        with torch.no_grad():
+            objective.begin(objective.survey(rows, outputs(objective.nucleus)))
+        found = outputs(objective.nucleus)
+        return found.logprobs.sum() + objective.loss(rows, found).total
+
+    def dense() -> Tensor:
+        return (hidden @ head.T).log_softmax(-1).gather(-1, labels[:, None]).sum()
 
     hidden.grad, head.grad = torch.zeros_like(hidden), torch.zeros_like(head)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.process_time()
-    (dense() if way == "dense" else chunked()).backward()
+    {"logprobs": logprobs, "siren": siren, "dense": dense}[way]().backward()
     seconds = time.process_time() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Cost((peak - before) * 1024, seconds, hidden.grad.double().abs().sum().item())

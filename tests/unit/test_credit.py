@@ -51,6 +51,7 @@ def _first(advantages: list[np.ndarray | None]) -> list[float | None]:
     return [None if a is None else float(a[0]) for a in advantages]
 
 
+# TV-C1
 @pytest.mark.parametrize(
     ("credit", "expected"),
     [

@@ -22,6 +22,7 @@ def test_bonus() -> None:
     assert gradient(outputs.entropy) == pytest.approx([-0.01, -0.01])
 
 
+# TV-E3
 def test_adaptive_coefficient() -> None:
     bonus, paid = AdaptiveEntropyBonus(target=0.2, step=1e-4), []
     for entropy in (0.25, 0.15, 0.1, 0.3):
@@ -33,6 +34,7 @@ def test_adaptive_coefficient() -> None:
     assert bonus.state() == pytest.approx([1e-4])
 
 
+# TV-E2
 def test_forking_tokens_of_the_batch_and_of_each_sequence() -> None:
     entropy = [i / 10 for i in range(1, 11)]
     rows = rows_of([[-1.0] * 4, [-1.0] * 6])
@@ -51,6 +53,7 @@ def test_forking_tokens_of_the_batch_and_of_each_sequence() -> None:
     assert kept.nonzero().flatten().tolist() == [3, 8, 9]
 
 
+# TV-E1
 @pytest.mark.parametrize("split", [False, True])
 def test_kl_cov(split: bool) -> None:
     objective = CovarianceKL(coefficient=1.0, fraction=0.25)
@@ -68,6 +71,7 @@ def test_kl_cov(split: bool) -> None:
     assert total / 4 == pytest.approx(0.025)
 
 
+# TV-E1
 def test_clip_cov_drops_one_eligible_token_and_another_next_time() -> None:
     """With ratio e^.1 everywhere, dropping token 0 gives .552585 and token 1 -.276293."""
     objective = PolicyGradient(

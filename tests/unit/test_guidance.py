@@ -10,6 +10,7 @@ from learners.guidance import GuidedPolicyGradient
 from tests.loss_cases import gradient, outputs_of, rows_of
 
 
+# TV-B2
 def test_published_gamma_loss_and_gradient_over_split_batches() -> None:
     objective = GuidedPolicyGradient()
     outputs = outputs_of([-1.0, -3.0, -0.5])
@@ -27,6 +28,7 @@ def test_published_gamma_loss_and_gradient_over_split_batches() -> None:
     assert gradient(outputs.logprobs) == pytest.approx([-0.078230, -0.027484, -0.083147], abs=1e-6)
 
 
+# TV-B4
 @pytest.mark.parametrize(
     ("ratio", "slope"), [(0.05, 0.045351), (0.5, 0.222222), (1.0, 0.25), (3.0, 0.1875)]
 )

@@ -15,6 +15,7 @@ def _with_reference(rows: MicroBatch, ref: list[float]) -> MicroBatch:
     return dataclasses.replace(rows, ref_logprobs=torch.tensor(ref, dtype=torch.float64))
 
 
+# TV-C8
 @pytest.mark.parametrize(
     ("estimator", "x", "value", "slope"),
     [
@@ -35,6 +36,7 @@ def test_published_values(estimator: Estimator, x: float, value: float, slope: f
     assert gradient(outputs.logprobs) == pytest.approx([slope], abs=1e-6)
 
 
+# TV-C8b
 @pytest.mark.parametrize(
     ("estimator", "expected"),
     [

@@ -22,6 +22,7 @@ def _of_distribution(p: list[float], rule: NucleusRule) -> tuple[float, list[flo
     return outputs.nucleus_entropy.item(), logits.grad[0].tolist()
 
 
+# TV-A1
 @pytest.mark.parametrize(
     ("p", "rule", "entropy", "gradient"),
     [
@@ -50,6 +51,7 @@ def _case() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return hidden, head, torch.tensor([0, 1, 2]), torch.ones(3, dtype=torch.float64)
 
 
+# TV-G1
 @pytest.mark.parametrize("chunk_rows", [1, 2, 3])
 def test_published_values_and_gradients_for_any_chunk(chunk_rows: int) -> None:
     hidden, head, labels, temperature = _case()

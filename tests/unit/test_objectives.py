@@ -42,6 +42,7 @@ def _outputs(logprobs: Tensor, entropy: Tensor | None = None) -> TokenOutputs:
     return TokenOutputs(logprobs, zeros if entropy is None else entropy, zeros)
 
 
+# TV-C3
 @pytest.mark.parametrize(
     ("ratio", "advantage", "loss", "gradient"),
     [
@@ -73,6 +74,7 @@ def test_importance_cap_bounds_the_weight_and_keeps_the_gradient() -> None:
     assert term.metrics["ratio/importance_mean"].item() == pytest.approx(6.1), "sum, uncapped"
 
 
+# TV-AGG
 @pytest.mark.parametrize(
     ("objective", "mean"),
     [
@@ -90,6 +92,7 @@ def test_published_aggregation_values(objective: PolicyGradient, mean: float) ->
     assert total / count == pytest.approx(mean)
 
 
+# TV-G2
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean"])
 def test_splitting_into_microbatches_changes_nothing(aggregation: str) -> None:
     """Two tokens of loss 1 and eight of loss 3: exact 2.6; the mean of means would be 2.0."""

@@ -23,6 +23,7 @@ def _run(siren: Siren, sequences: list[list[float]], guided: list[bool] | None =
     return metrics, term.reported.item() / rows.num_sequences, gradient(outputs.nucleus_entropy)
 
 
+# TV-A3
 def test_published_loss_and_gradient() -> None:
     metrics, penalty, slope = _run(Siren(anchor=0.5), [FIRST, SECOND])
     assert metrics == pytest.approx({"siren/peak_entropy": 0.75, "siren/anchor": 0.5})
@@ -30,12 +31,14 @@ def test_published_loss_and_gradient() -> None:
     assert slope == pytest.approx([0, 0.00125, 0, 0, 0, 0, 0.00125, 0, 0])
 
 
+# TV-A3
 def test_a_sequence_without_peaks_counts_as_zero() -> None:
     _, penalty, slope = _run(Siren(anchor=0.5), [FIRST, SECOND, [0.3, 0.3, 0.3]])
     assert penalty == pytest.approx(0.0, abs=1e-12)
     assert slope == pytest.approx([0.0] * 12, abs=1e-12)
 
 
+# TV-A2
 @pytest.mark.parametrize(
     ("entropies", "peaks"),
     [
@@ -57,6 +60,7 @@ def test_published_peaks(entropies: list[float], peaks: list[int]) -> None:
     assert [i for i, slope in enumerate(inner) if slope != 0] == peaks
 
 
+# TV-G3
 def test_gradient_of_split_batches_is_that_of_the_square_of_the_whole() -> None:
     """Three sequences with entropies sin 2w + .5, cos 1.5w, w^2 + .1 at w = .3."""
     w = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)

@@ -19,6 +19,7 @@ from learners.surrogates import (
 from tests.loss_cases import gradient, outputs_of, rows_of
 
 
+# TV-C4
 @pytest.mark.parametrize(
     ("logs", "advantage", "loss", "slope"),
     [
@@ -35,6 +36,7 @@ def test_gspo(logs: list[float], advantage: float, loss: float, slope: float) ->
     assert gradient(outputs.logprobs) == pytest.approx([slope] * 3, abs=1e-6)
 
 
+# TV-G4
 def test_gspo_counts_each_sequence_once() -> None:
     """Lengths 2 and 8, s = 1, A = +1 and -1: 0; a token mean would give .6."""
     rows = rows_of([[1.0] * 2, [-1.0] * 8])
@@ -43,6 +45,7 @@ def test_gspo_counts_each_sequence_once() -> None:
     assert objective.loss(rows, outputs_of([0.0] * 10)).total.item() == pytest.approx(0.0)
 
 
+# TV-C5
 @pytest.mark.parametrize(
     ("settings", "mean"), [({"cap": 5.0}, 5.833333), ({"cap": 1.2, "floor": 0.8}, 2.133333)]
 )
@@ -57,6 +60,7 @@ def test_cispo(settings: dict[str, float], mean: float) -> None:
     assert gradient(outputs.logprobs) == pytest.approx([-w for w in weights], abs=1e-5)
 
 
+# TV-C6
 @pytest.mark.parametrize(
     ("logs", "advantage", "loss"),
     [
@@ -77,6 +81,7 @@ def test_gmpo(logs: list[float], advantage: float, loss: float) -> None:
     )
 
 
+# TV-D1
 def test_decoupled_and_naive_ppo() -> None:
     """l = -.9, proximal -1, rollout -1.3: decoupled keeps its gradient, naive is clipped."""
     rows = dataclasses.replace(
@@ -106,6 +111,7 @@ def _weights(correction: RolloutCorrection, logs: list[list[float]]) -> list[flo
     return weights.tolist()
 
 
+# TV-D4, TV-D5, TV-D6
 @pytest.mark.parametrize(
     ("correction", "logs", "expected"),
     [
@@ -129,6 +135,7 @@ def test_weights(
     assert _weights(correction, logs) == pytest.approx(expected, abs=1e-5)
 
 
+# TV-D6
 def test_a_rejected_token_stays_in_the_denominator() -> None:
     """Token losses 1, 2, 3, 4 with the third rejected: 7 / 4 and not 7 / 3."""
     rows = rows_of([[-1.0, -2.0, -3.0, -4.0]], [[0.0, 0.0, -5.0, 0.0]])

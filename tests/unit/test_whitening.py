@@ -21,6 +21,7 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+# TV-RF
 def test_published_values_of_one_token_rows() -> None:
     packs = [rows_of([[a] for a in group]) for group in CENTERED]
     first, second = (
@@ -30,6 +31,7 @@ def test_published_values_of_one_token_rows() -> None:
     assert second == pytest.approx([0.540062, 0.540062, 0.540062, -1.620185], abs=1e-5)
 
 
+# TV-RF
 def test_tokens_weight_by_length_and_sequences_do_not() -> None:
     packs = [
         rows_of([[a] * n for a, n in zip(group, lengths, strict=True)])

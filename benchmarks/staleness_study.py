@@ -1,0 +1,100 @@
+"""What old rollouts cost: naive, decoupled and truncated importance sampling at a policy age of 8.
+
+The policy must move from the way it mostly takes to the one it takes least, so that old rollouts
+are far from the policy they train. `rollout.max_policy_age` k lets rollouts run k steps ahead: the
+slots are always full, so most groups are consumed k versions after they were begun. All runs of a
+seed start from one warm-started policy. Run with `python -m benchmarks.staleness_study FOLDER`.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.entropy_study import CONFIG
+from benchmarks.study import Run, train, warm_started
+
+WAY = "d"  # the rarest in the warm start
+STEPS, LAST_STEPS = 60, 10
+OLDEST = 8
+TASK = [
+    f"tasks.train.settings={{size: 20000, seed: 1, way: {WAY}}}",
+    f"tasks.eval.settings={{size: 200, seed: 1000000, way: {WAY}}}",
+    f"rewards.verifiers.accepted.settings={{way: {WAY}}}",
+    f"run.steps={STEPS}",
+    f"eval.every={STEPS}",
+    "learner.minibatches=4",
+]
+
+
+@dataclass(frozen=True)
+class Method:
+    max_policy_age: int
+    settings: dict[str, Any]
+
+    @property
+    def changes(self) -> list[str]:
+        losses = {"policy": {"use": "policy_gradient", "settings": self.settings}}
+        return [
+            *TASK,
+            f"rollout.max_policy_age={self.max_policy_age}",
+            f"objective.losses={json.dumps(losses)}",
+        ]
+
+
+def _decoupled(**correction: Any) -> dict[str, Any]:
+    return {"ratio_to": "proximal", "correction": {"level": "token", **correction}}
+
+
+METHODS = {
+    "on-policy": Method(0, {"ratio_to": "rollout"}),
+    "naive": Method(OLDEST, {"ratio_to": "rollout"}),
+    "decoupled": Method(OLDEST, _decoupled(action="mask", high=5.0)),
+    "TIS": Method(OLDEST, _decoupled(action="truncate", high=2.0)),
+}
+Results = dict[str, list[Run]]
+
+
+def measure(folder: Path, seeds: Sequence[int]) -> Results:
+    results: Results = {method: [] for method in METHODS}
+    for seed in seeds:
+        start = warm_started(CONFIG, folder, seed)
+        for name, method in METHODS.items():
+            run = train(CONFIG, folder, f"{name}-{seed}", [*start, *method.changes])
+            results[name].append(run)
+    return results
+
+
+def mean(runs: Sequence[Run], key: str, num_steps: int = LAST_STEPS) -> float:
+    return fmean(run.last(key, num_steps) for run in runs)
+
+
+def oldest(runs: Sequence[Run]) -> float:
+    return max(age for run in runs for _, age in run.curve("policy_age/max"))
+
+
+def table(results: Results) -> Table:
+    """Means over the seeds; ages and mismatch over the whole run, rewards over its last steps."""
+    rows = Table(
+        "method", "policy age", "final reward", "held-out pass@1", "mismatch KL", "clipped"
+    )
+    for name, runs in results.items():
+        rows.add_row(
+            name,
+            f"mean {mean(runs, 'policy_age/mean', STEPS):.1f}, oldest {oldest(runs):.0f}",
+            f"{mean(runs, 'reward/mean'):.3f}",
+            f"{mean(runs, 'eval/pass@1', 1):.3f}",
+            f"{mean(runs, 'ratio/mismatch_kl', STEPS):.1e}",
+            f"{mean(runs, 'ratio/clip_fraction', STEPS):.3f}",
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    Console().print(table(measure(Path(sys.argv[1]), [0])))

@@ -1,0 +1,87 @@
+"""One, two and four ranks give the same update, with odd batch sizes and idle ranks."""
+
+import json
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster.config import Config, LossConfig, ObjectiveSection
+from cluster.types import GroupHeader
+from learners.packing import plan_groups
+from tests.learner_cases import (
+    CONTEXT_LENGTH,
+    assert_same_weights,
+    free_port,
+    make_config,
+    make_groups,
+    make_policy,
+    open_learner,
+    train_step,
+)
+
+START_TIMEOUT_S = 240
+NUM_STEPS = 2
+
+
+def _config() -> Config:
+    """Two losses with different denominators, one of which needs a survey of the whole update."""
+    losses = {
+        "policy": LossConfig(use="policy_gradient"),
+        "siren": LossConfig(use="siren", settings={"beta": 1.0}, weight=2.0),
+    }
+    return make_config(lr=3e-4).model_copy(update={"objective": ObjectiveSection(losses=losses)})
+
+
+def _run(policy_dir: Path, out: Path, rank: int, world_size: int, port: int) -> None:
+    with open_learner(_config(), policy_dir, rank, world_size, port) as learner:
+        for step in range(NUM_STEPS):
+            result = train_step(learner, step, world_size)
+            learner.export_weights(out / f"{world_size}_{step}.safetensors")
+            (out / f"{world_size}_{step}_{rank}.json").write_text(json.dumps(result.metrics))
+
+
+def _run_rank(rank: int, ports: dict[int, int], policy_dir: Path, out: Path) -> None:
+    for world_size, port in ports.items():
+        if rank < world_size:
+            _run(policy_dir, out, rank, world_size, port)
+
+
+def test_one_two_and_four_ranks_give_the_same_update(
+    tmp_path: Path, record_property: Callable[[str, float], None]
+) -> None:
+    policy_dir = make_policy(tmp_path / "policy")
+    last = [GroupHeader.of(group) for group in make_groups(0)][-1:]
+    shares = plan_groups(last, 4, CONTEXT_LENGTH).microbatches
+    assert sum(not any(share) for share in shares) == 2, "two of four ranks have an empty pack"
+
+    ports = {4: free_port(), 2: free_port()}
+    spawn = multiprocessing.get_context("spawn")
+    processes = [
+        spawn.Process(target=_run_rank, args=(rank, ports, policy_dir, tmp_path))
+        for rank in range(4)
+    ]
+    for process in processes:
+        process.start()
+    _run(policy_dir, tmp_path, 0, 1, free_port())
+    for process in processes:
+        process.join(START_TIMEOUT_S)
+        if process.is_alive():
+            process.kill()
+    assert [process.exitcode for process in processes] == [0] * 4
+
+    for step in range(NUM_STEPS):
+        ours = json.loads((tmp_path / f"1_{step}_0.json").read_text())
+        assert ours["grad/norm"] > 0
+        for world_size in ports:
+            difference = assert_same_weights(
+                tmp_path / f"1_{step}.safetensors",
+                tmp_path / f"{world_size}_{step}.safetensors",
+                1e-5,
+            )
+            record_property("max_abs_weight_difference", difference)
+            for rank in range(world_size):
+                theirs = json.loads((tmp_path / f"{world_size}_{step}_{rank}.json").read_text())
+                for key in ours.keys() - {"learner/tokens_per_s"}:
+                    assert theirs[key] == pytest.approx(ours[key], abs=2e-5, rel=2e-5), key
