@@ -39,6 +39,7 @@ SERVED_NAME = "policy"
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 Api = Literal["chat", "completion"]
+REQUESTS = {"chat": ChatCompletionRequest, "completion": CompletionRequest}  # what `respond` reads
 
 
 @dataclass

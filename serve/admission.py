@@ -19,7 +19,7 @@ from serve.api_errors import ApiError
 from serve.api_keys import ApiKey, KeyStore, Scope
 
 MAX_DEPTH = 64
-ANONYMOUS = ApiKey(name="local", digest="", scopes=["query", "admin"], created_at=0.0)
+ANONYMOUS = ApiKey(name="local", digest="", scopes=["query", "view", "admin"], created_at=0.0)
 
 # What OpenAI documents, and vLLM's sampling extras that cost no more than they do.
 _SAMPLING = {
@@ -61,7 +61,10 @@ class Admission:
         self._tokens: dict[str, Bucket] = {}
 
     def identify(self, request: Request, scope: Scope) -> ApiKey:
-        """The key of a request; 401 without a valid one, 403 when it lacks `scope`."""
+        """The key of a request; 401 without a valid one, 403 when it lacks `scope`.
+
+        Who may change (`admin`) may look (`view`).
+        """
         if self._is_open:
             return ANONYMOUS
         kind, _, secret = request.headers.get("authorization", "").partition(" ")
@@ -71,7 +74,7 @@ class Admission:
                 401, "a valid API key is required: Authorization: Bearer KEY",
                 code="invalid_api_key",
             )  # fmt: skip
-        if scope not in key.scopes:
+        if scope not in key.scopes and not (scope == "view" and "admin" in key.scopes):
             raise ApiError(403, f"this key lacks the scope {scope!r}", code="insufficient_scope")
         return key
 

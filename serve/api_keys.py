@@ -21,7 +21,7 @@ import msgspec
 
 from cluster.errors import ConfigError
 
-Scope = Literal["query", "admin"]
+Scope = Literal["query", "view", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 PREFIX = "hone-"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from cluster.errors import ConfigError
+from cluster.run_dir import RunDir
 
 KEY_ENV = "HONE_API_KEY"
 keys_app = typer.Typer(help="API keys of the endpoint.", no_args_is_help=True)
@@ -57,8 +58,11 @@ def serve(
     if reference is not None and "=" in reference and not Path(reference).exists():
         reference, overrides = None, [reference, *(overrides or [])]
     print(f"serving {reference or 'the latest run'}: loading takes 30 to 60 s", flush=True)
-    from serve import endpoint_settings
+    from serve import endpoint_settings, first_weights
 
+    if not endpoint_settings.is_model_dir(reference):
+        run = RunDir.open(reference)
+        first_weights.wait_for(run, lambda line: print(line, flush=True))
     settings = endpoint_settings.resolve(
         reference, overrides=overrides, keys=keys, is_open=no_auth, max_engines=engines
     )
@@ -98,7 +102,9 @@ def chat(
 @keys_app.command("create")
 def create_key(
     name: Annotated[str, typer.Argument(help="Who or what the key is for.")],
-    scope: Annotated[list[str] | None, typer.Option(help="query or admin; repeatable.")] = None,
+    scope: Annotated[
+        list[str] | None, typer.Option(help="query, view or admin; repeatable.")
+    ] = None,
     days: Annotated[float | None, typer.Option(min=0.001, help="Valid for; default for ever.")] = (
         None
     ),
