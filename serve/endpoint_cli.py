@@ -108,16 +108,20 @@ def create_key(
     days: Annotated[float | None, typer.Option(min=0.001, help="Valid for; default for ever.")] = (
         None
     ),
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=0, help="Of this key alone; 0 is no limit.")
+    ] = None,
     keys: KeysFile = _KEYS,
 ) -> None:
     """Make a key and print it once; the file keeps its hash."""
-    from serve.api_keys import SCOPES, KeyStore
+    from serve.api_keys import SCOPES, KeyStore, Scope
 
     asked = scope or ["query"]
     unknown = [s for s in asked if s not in SCOPES]
     if unknown:
         raise ConfigError(f"--scope: must be one of {', '.join(SCOPES)}, got {unknown[0]!r}")
-    print(KeyStore(keys).create(name, [s for s in SCOPES if s in asked], days))
+    scopes: list[Scope] = [s for s in SCOPES if s in asked]
+    print(KeyStore(keys).create(name, scopes, days, requests_per_minute))
 
 
 @keys_app.command("list")

@@ -87,7 +87,7 @@ async def _complete(
         headers = {
             "x-policy-version": ",".join(map(str, answer.policy_versions)),
             "x-request-id": uuid.uuid4().hex,
-        }
+        } | admission.rate_headers(key)
         reply = answer.reply
         if reply.events is not None:
             return _Stream(
