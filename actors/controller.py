@@ -184,7 +184,8 @@ class Controller:
             shown = await self._books.commit(headers, result)
             parts.curriculum.settle([header.group_id for header in headers])
             parts.sync.choose_probes(shown)
-            self._observer.samples(result.step, shown)
+            chosen = self._observer.choose(shown)
+            self._observer.samples(result.step, chosen, await parts.learner.inspect(chosen))
             with self._stages.wait("learn", "weight sync"):
                 report = await self._sync(parts)
             await self._close_step(parts, ages, result, report, started)

@@ -13,7 +13,7 @@ from actors.stages import Stages
 from cluster import log, status
 from cluster.config import Config
 from cluster.metrics import Metrics
-from cluster.run_dir import RunDir, Sample
+from cluster.run_dir import RunDir, Sample, TokenColumns
 from cluster.status import ActorStatus, RunStatus
 from cluster.types import TrajectoryGroup
 
@@ -85,14 +85,27 @@ class Observer:
             self._evals.append((step, row["eval/pass@1"]))
             self._recent.append(f"held-out pass@1 {row['eval/pass@1']:.3f} at step {step}")
 
-    def samples(self, step: int, groups: list[TrajectoryGroup]) -> None:
-        """Keep the best and the worst trajectories of these groups, as a person would read them."""
-        trajectories = [(g, t) for g in groups for t in g.trajectories if t.reward is not None]
-        ranked = sorted(trajectories, key=lambda pair: pair[1].reward or 0.0)
+    def choose(self, groups: list[TrajectoryGroup]) -> list[tuple[TrajectoryGroup, int]]:
+        """The best and the worst trajectories of these groups, as (group, index)."""
+        known = [
+            (group, index)
+            for group in groups
+            for index, trajectory in enumerate(group.trajectories)
+            if trajectory.reward is not None
+        ]
+        ranked = sorted(known, key=lambda pair: pair[0].rewards[pair[1]] or 0.0)
         count = self._config.run.samples_per_step
         low = ranked[: count // 2]
-        high = ranked[len(low) :][::-1][: count - len(low)]
-        for group, trajectory in high + low:
+        return ranked[len(low) :][::-1][: count - len(low)] + low
+
+    def samples(
+        self, step: int, chosen: list[tuple[TrajectoryGroup, int]], tokens: list[TokenColumns]
+    ) -> None:
+        """Keep trajectories as a person would read them, and their tokens with what the learner
+        thought of each.
+        """
+        for (group, index), columns in zip(chosen, tokens, strict=True):
+            trajectory = group.trajectories[index]
             self._run.append_sample(
                 Sample(
                     step=step,
@@ -105,6 +118,7 @@ class Observer:
                     status=str(trajectory.status),
                     policy_version=trajectory.min_policy_version,
                     verdicts=trajectory.verdicts,
+                    tokens=columns,
                 )
             )
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from pydantic import ValidationError
@@ -39,6 +39,7 @@ SERVED_NAME = "policy"
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 Api = Literal["chat", "completion"]
+REQUESTS = {"chat": ChatCompletionRequest, "completion": CompletionRequest}  # what `respond` reads
 
 
 @dataclass
@@ -131,6 +132,8 @@ class OpenAIEngine(VllmEngine):
         super().__init__(
             settings, _TracedLLM, skip_tokenizer_init=False, logprobs_mode="raw_logprobs"
         )
+        self._held: tuple[dict[str, Any], int] | None = None  # what `load_weights` took last
+        self._is_lost = False
         llm = self._engine
         paths = [BaseModelPath(name=SERVED_NAME, model_path=SERVED_NAME)]
         models = OpenAIServingModels(llm, paths)
@@ -157,16 +160,35 @@ class OpenAIEngine(VllmEngine):
         )
 
     async def load_weights(self, update_info: dict[str, Any], policy_version: int) -> float:
-        """Swap weights under running requests; an engine that could not load goes on as it was."""
+        """Swap weights under running requests, which stay paused until the engine holds one whole
+        version: after a failure the one before, loaded again from its file.
+
+        Raises `StageError` when it failed; an engine that could not go back is not alive any more.
+        """
         try:
             pause_s = await super().load_weights(update_info, policy_version)
         except Exception as error:
-            await self._engine.resume_generation()
-            raise StageError(
-                "endpoint", f"weights {policy_version} did not load: {error}"
-            ) from error
+            await self._go_back(policy_version, error)
+        self._held = (update_info, policy_version)
         self._engine.num_updates += 1  # pyright: ignore[reportAttributeAccessIssue]
         return pause_s
+
+    async def _go_back(self, failed: int, error: Exception) -> NoReturn:
+        reason = f"weights {failed} did not load: {error}"
+        if self._held is None:
+            self._is_lost = True
+            raise StageError("endpoint", reason) from error
+        try:
+            await super().load_weights(*self._held)
+        except Exception as again:
+            self._is_lost = True
+            raise StageError(
+                "endpoint", f"{reason}; nor did {self._held[1]} again: {again}"
+            ) from error
+        raise StageError("endpoint", reason) from error
+
+    async def is_alive(self) -> bool:
+        return not self._is_lost and await super().is_alive()
 
     async def relabel(self, policy_version: int) -> None:
         """Name the weights that the engine holds already."""

@@ -52,7 +52,7 @@ class ControlClient:
         self._name = run.name
         self._keys = Keys(run.name)
         try:
-            self._client = connect(_url_of(run), retry_s=_CONNECT_S)
+            self._client = redis_of(run)
         except ConfigError as error:
             raise self._not_alive(f"its Redis does not answer: {error}") from error
         if not self._is_alive():
@@ -150,7 +150,8 @@ def _server_ms(client: redis.Redis) -> int:
     return seconds * 1000 + micros // 1000
 
 
-def _url_of(run: RunDir) -> str:
+def redis_of(run: RunDir) -> redis.Redis:
+    """A connection to the Redis of a run; `ConfigError` when it does not answer."""
     settings: dict[str, dict[str, Any]] = yaml.safe_load(run.config.read_text()) or {}
     url = settings.get("buffer", {}).get("url") or os.environ.get(URL_VARIABLE)
-    return url or url_in(run.redis)
+    return connect(url or url_in(run.redis), retry_s=_CONNECT_S)

@@ -28,6 +28,19 @@ Row = TypeVar("Row")
 logger = logging.getLogger(__name__)
 
 
+class TokenColumns(msgspec.Struct, frozen=True, kw_only=True):
+    """A completion of L tokens; every list has L entries.
+
+    `entropies` in nats, None where the policy was not the author; `is_peak` is SIREN's mask.
+    """
+
+    texts: list[str]
+    entropies: list[float | None]
+    advantages: list[float]
+    policy_versions: list[int]
+    is_peak: list[bool]
+
+
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """One line of `samples.jsonl`: a trajectory as a person reads it."""
 
@@ -41,6 +54,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     status: str = ""
     policy_version: int = 0
     verdicts: list[Verdict] = []
+    tokens: TokenColumns | None = None
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

@@ -23,6 +23,7 @@ from cluster.config import Config, LearnerSection
 from cluster.errors import DeadlineError, HoneError, StageError
 from cluster.redis_client import connect
 from cluster.replay_buffer import ReplayBuffer
+from cluster.run_dir import TokenColumns
 from cluster.types import GroupHeader, StepResult, TrajectoryGroup
 from learners.learner import Learner, ScoreRequest
 from learners.packing import PackingPlan, plan_groups
@@ -90,6 +91,9 @@ class LearnerRank:
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray]:
         return self._learner.score(requests)
+
+    def inspect(self, chosen: Sequence[tuple[TrajectoryGroup, int]]) -> list[TokenColumns]:
+        return self._learner.view(chosen)
 
     def begin_warm_start(self, examples: Sequence[Example]) -> None:
         self._warm_start = self._learner.warm_start(examples)
@@ -184,6 +188,10 @@ class LearnerGroup:
     async def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray]:
         """Log-probs float32 [L] of each request's tokens after its context, at temperature 1."""
         return (await self.call("score", list(requests)))[0]
+
+    async def inspect(self, chosen: Sequence[tuple[TrajectoryGroup, int]]) -> list[TokenColumns]:
+        """Token by token, the trajectory of each (group, index), for people to look at."""
+        return (await self.call("inspect", list(chosen)))[0] if chosen else []
 
     async def export_weights(self, path: Path) -> None:
         await self.call("export_weights", path)

@@ -35,6 +35,7 @@ from learners.optimizer import ShardedAdamW, learning_rate
 from learners.packing import PackingPlan, assign
 from learners.reference import Reference
 from learners.step_sums import StepSums
+from learners.token_view import TokenViewer
 from learners.update import PolicyUpdate, UpdateResult, mean_metrics
 from learners.warm_start import Example, WarmStartProgress, warm_start
 from learners.whitening import whiten
@@ -111,6 +112,7 @@ class Learner:
             config.learner.max_grad_norm,
             self._critic,
         )
+        self.view = TokenViewer(self._policy, policy_dir, self._losses, self._credit, self._device)
         self._pending: dict[int, list[MicroBatch]] = {}
         self._busy_s = 0.0
         self.step = 0

@@ -130,6 +130,10 @@ class WeightedLosses:
         }
 
     @property
+    def objectives(self) -> list[Objective]:
+        return [*self._objectives.values()]
+
+    @property
     def common_denominator(self) -> Denominator | None:
         """The count that divides every loss; None when they differ, so that counts must be known
         before the first gradient.

@@ -78,7 +78,7 @@ class Siren:
         total = self._factor * self._sequence_entropies(rows, outputs).sum()
         return LossTerm(
             total,
-            metrics={"siren/peak_fraction": self._is_peak(rows, outputs).sum()},
+            metrics={"siren/peak_fraction": self.is_peak(rows, outputs).sum()},
             reported=total.new_tensor(self._penalty * rows.num_sequences),
         )
 
@@ -89,7 +89,8 @@ class Siren:
         [anchor] = state
         self._anchor = None if math.isnan(anchor) else anchor
 
-    def _is_peak(self, rows: MicroBatch, outputs: TokenOutputs) -> Bool[Tensor, " N"]:
+    def is_peak(self, rows: MicroBatch, outputs: TokenOutputs) -> Bool[Tensor, " N"]:
+        """Whether a token's nucleus entropy is above the quantile of its own sequence."""
         entropy = outputs.nucleus_entropy.detach()
         if self._peak_quantile == 0:
             return torch.ones_like(entropy, dtype=torch.bool)
@@ -97,6 +98,6 @@ class Siren:
         return entropy > thresholds[rows.sequence_ids]
 
     def _sequence_entropies(self, rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, " S"]:
-        is_peak = self._is_peak(rows, outputs).to(outputs.nucleus_entropy.dtype)
+        is_peak = self.is_peak(rows, outputs).to(outputs.nucleus_entropy.dtype)
         sums = sequence_sums(outputs.nucleus_entropy * is_peak, rows)
         return sums / sequence_sums(is_peak, rows).clamp(min=1)

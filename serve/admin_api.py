@@ -1,13 +1,12 @@
-"""The admin routes: runs, status, curves, samples, versions and release actions; scope `admin`.
+"""The admin routes: runs, status, curves, samples, versions and release actions.
 
 Invariant: a route reads run directories that lie beside the served one and nothing else, and every
-change goes through `PolicyService.change`. The same routes feed the page, `serve.client` and the
-`hone` command.
+change of the release goes through `PolicyService.change`. Looking needs the scope `view`, changing
+`admin`. The same routes feed the page and `serve.client`; `serve.run_api` adds those into a living
+run.
 """
 
-import base64
-import hashlib
-from importlib.resources import files
+import asyncio
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,16 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import status as run_status
 from cluster.run_dir import RunDir
+from serve import page, run_api
 from serve.admission import Admission
+from serve.api_document import answers
 from serve.api_errors import ApiError
+from serve.api_types import EngineState, Events, Metrics, Release, Runs, Samples, Versions
 from serve.service import PolicyService
 
 MAX_ROWS = 1000
-_SECURITY = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "X-Frame-Options": "DENY",
-}
 From = Annotated[int, Query(ge=0, le=2**53)]
 
 
@@ -46,80 +43,95 @@ def attach(
 ) -> None:
     """Add the admin routes and the page to `app`."""
     runs_dir = service.home.path.parent
-    html = files("serve").joinpath("templates/dashboard.html").read_text()
-    policy = _content_policy(html)
+    whole_page = page.response()
 
-    def opened(request: Request, run: str) -> RunDir:
-        admission.identify(request, "admin")
+    def opened(request: Request, run: str, scope: Literal["view", "admin"] = "view") -> RunDir:
+        admission.identify(request, scope)
         return find_run(runs_dir, run)
 
     @app.get("/", include_in_schema=False)
-    async def page() -> HTMLResponse:
-        return HTMLResponse(html, headers=_SECURITY | {"Content-Security-Policy": policy})
+    async def show_page() -> HTMLResponse:
+        return whole_page
 
-    @app.get("/admin/runs", responses=errors, summary="Runs beside the served one")
+    @app.get("/admin/runs", responses=errors | answers(Runs), summary="Runs beside the served one")
     async def list_runs(request: Request) -> JSONResponse:
-        admission.identify(request, "admin")
+        admission.identify(request, "view")
         names = sorted({p.parent.resolve().name for p in runs_dir.glob("*/config.yaml")})
-        return JSONResponse({"runs": names, "served": service.home.name})
+        return _json(Runs(names, service.home.name))
 
-    @app.get("/admin/runs/{run}/status", responses=errors, summary="The state `hone status` shows")
+    @app.get(
+        "/admin/runs/{run}/status",
+        responses=errors | answers(run_status.RunStatus),
+        summary="The state `hone status` shows",
+    )
     async def status(request: Request, run: str) -> JSONResponse:
         state = run_status.read(opened(request, run).path)
         if state is None:
             raise ApiError(404, f"run {run!r} has not reported yet", code="no_status")
         return _json(state)
 
-    @app.get("/admin/runs/{run}/metrics", responses=errors, summary="Rows of metrics.jsonl")
+    @app.get(
+        "/admin/runs/{run}/metrics",
+        responses=errors | answers(Metrics),
+        summary="Rows of metrics.jsonl",
+    )
     async def metrics(request: Request, run: str, after: From = 0) -> JSONResponse:
-        rows = [row for row in opened(request, run).read_metrics() if row["step"] >= after]
-        return _json({"rows": rows[-MAX_ROWS:]})
+        found = opened(request, run)
+        rows = [r for r in await asyncio.to_thread(found.read_metrics) if r["step"] >= after]
+        return _json(Metrics(rows[-MAX_ROWS:]))
 
-    @app.get("/admin/runs/{run}/events", responses=errors, summary="Last lines of events.jsonl")
+    @app.get(
+        "/admin/runs/{run}/events",
+        responses=errors | answers(Events),
+        summary="Last lines of events.jsonl",
+    )
     async def events(request: Request, run: str) -> JSONResponse:
-        return _json({"events": opened(request, run).read_events()[-MAX_ROWS:]})
+        rows = await asyncio.to_thread(opened(request, run).read_events)
+        return _json(Events(rows[-MAX_ROWS:]))
 
-    @app.get("/admin/runs/{run}/samples", responses=errors, summary="Trajectories of one step")
+    @app.get(
+        "/admin/runs/{run}/samples",
+        responses=errors | answers(Samples),
+        summary="Trajectories of one step",
+    )
     async def samples(request: Request, run: str, step: From) -> JSONResponse:
-        rows = opened(request, run).read_samples()
+        rows = await asyncio.to_thread(opened(request, run).read_samples)
         steps = sorted({row.step for row in rows})
-        return _json({"steps": steps, "samples": [row for row in rows if row.step == step]})
+        return _json(Samples(steps, [row for row in rows if row.step == step]))
 
-    @app.get("/admin/versions", responses=errors, summary="Loadable versions and what is loaded")
+    @app.get(
+        "/admin/versions",
+        responses=errors | answers(Versions),
+        summary="Loadable versions and what is loaded",
+    )
     async def versions(request: Request) -> JSONResponse:
-        admission.identify(request, "admin")
-        slots = [
-            {"policy_version": slot.policy_version, "running": slot.num_running,
-             "pause_s": slot.pause_s}
+        admission.identify(request, "view")
+        engines = [
+            EngineState(slot.policy_version, slot.num_running, slot.pause_s)
             for slot in service.pool.slots
-        ]  # fmt: skip
-        return _json({"versions": service.library.versions(), "engines": slots})
+        ]
+        return _json(Versions(service.library.versions(), engines))
 
-    @app.get("/admin/release", responses=errors, summary="What `policy` means now")
+    @app.get(
+        "/admin/release",
+        responses=errors | answers(Release),
+        summary="What `policy` means now",
+    )
     async def release(request: Request) -> JSONResponse:
-        admission.identify(request, "admin")
-        return _json(_release(service))
+        admission.identify(request, "view")
+        return _json(Release(service.release.state, service.last_problem))
 
-    @app.post("/admin/release", responses=errors, summary="Canary, promote, roll back or follow")
+    @app.post(
+        "/admin/release",
+        responses=errors | answers(Release),
+        summary="Canary, promote, roll back or follow",
+    )
     async def change(request: Request, action: ReleaseAction) -> JSONResponse:
         key = admission.identify(request, "admin")
         await service.change(action.action, action.version, action.share, key.name)
-        return _json(_release(service))
+        return _json(Release(service.release.state, service.last_problem))
 
-
-def _content_policy(html: str) -> str:
-    """The page may run its own script and talk to its own server, and nothing else."""
-    script = html.partition("<script>")[2].partition("</script>")[0]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return (
-        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
-
-def _release(service: PolicyService) -> dict[str, Any]:
-    state = msgspec.to_builtins(service.release.state)
-    return {"state": state, "problem": service.last_problem}
+    run_api.attach(app, opened, errors)
 
 
 def find_run(parent: Path, run: str) -> RunDir:

@@ -17,9 +17,10 @@ from starlette.requests import Request
 
 from serve.api_errors import ApiError
 from serve.api_keys import ApiKey, KeyStore, Scope
+from serve.rates import Rate
 
 MAX_DEPTH = 64
-ANONYMOUS = ApiKey(name="local", digest="", scopes=["query", "admin"], created_at=0.0)
+ANONYMOUS = ApiKey(name="local", digest="", scopes=["query", "view", "admin"], created_at=0.0)
 
 # What OpenAI documents, and vLLM's sampling extras that cost no more than they do.
 _SAMPLING = {
@@ -57,11 +58,13 @@ class Admission:
         self.num_inside = 0
         self._keys = keys
         self._is_open = is_open
-        self._requests: dict[str, Bucket] = {}
-        self._tokens: dict[str, Bucket] = {}
+        self._rates: dict[tuple[str, str], tuple[Rate | None, Rate | None]] = {}
 
     def identify(self, request: Request, scope: Scope) -> ApiKey:
-        """The key of a request; 401 without a valid one, 403 when it lacks `scope`."""
+        """The key of a request; 401 without a valid one, 403 when it lacks `scope`.
+
+        Who may change (`admin`) may look (`view`).
+        """
         if self._is_open:
             return ANONYMOUS
         kind, _, secret = request.headers.get("authorization", "").partition(" ")
@@ -71,33 +74,31 @@ class Admission:
                 401, "a valid API key is required: Authorization: Bearer KEY",
                 code="invalid_api_key",
             )  # fmt: skip
-        if scope not in key.scopes:
+        if scope not in key.scopes and not (scope == "view" and "admin" in key.scopes):
             raise ApiError(403, f"this key lacks the scope {scope!r}", code="insufficient_scope")
         return key
 
     def charge_request(self, key: ApiKey) -> None:
         """Count one request; 429 when the key is above a rate."""
-        limits = self.limits
-        rates = (
-            ("requests", self._requests, limits.requests_per_minute, 1.0),
-            ("tokens", self._tokens, limits.tokens_per_minute, 0.0),
-        )
-        for what, buckets, per_minute, cost in rates:
-            if per_minute == 0:
-                continue
-            bucket = buckets.setdefault(key.name, Bucket(per_minute / 60.0, 2.0 * per_minute))
-            wait_s = bucket.take(cost, time.monotonic())
-            if wait_s > 0:
+        for rate, cost in zip(self._rates_of(key), (1.0, 0.0), strict=True):
+            wait_s = 0.0 if rate is None else rate.bucket.take(cost, time.monotonic())
+            if rate is not None and wait_s > 0:
                 raise ApiError(
-                    429, f"rate limit: {per_minute} {what} per minute for this key",
+                    429, f"rate limit: {rate.per_minute} {rate.what} per minute for this key",
                     code="rate_limit_exceeded", retry_after_s=wait_s,
+                    headers=self.rate_headers(key),
                 )  # fmt: skip
 
     def charge_tokens(self, key: ApiKey, num_tokens: int) -> None:
         """Count what a finished request cost; later requests wait for it."""
-        bucket = self._tokens.get(key.name)
-        if bucket is not None:
-            bucket.level -= num_tokens
+        _, tokens = self._rates_of(key)
+        if tokens is not None:
+            tokens.bucket.level -= num_tokens
+
+    def rate_headers(self, key: ApiKey) -> dict[str, str]:
+        """What is left for this key, as OpenAI's `x-ratelimit-*` headers."""
+        rates = filter(None, self._rates_of(key))
+        return {name: value for rate in rates for name, value in rate.headers().items()}
 
     @contextmanager
     def place(self) -> Generator[None]:
@@ -114,24 +115,20 @@ class Admission:
         finally:
             self.num_inside -= 1
 
-
-class Bucket:
-    """A token bucket: `rate` per second, at most `capacity` saved up."""
-
-    def __init__(self, rate: float, capacity: float) -> None:
-        self._rate = rate
-        self._capacity = max(1.0, capacity)
-        self.level = self._capacity
-        self._filled_at = time.monotonic()
-
-    def take(self, cost: float, now: float) -> float:
-        """0 and the cost is taken, or the seconds until it could be."""
-        self.level = min(self._capacity, self.level + (now - self._filled_at) * self._rate)
-        self._filled_at = now
-        if self.level < max(cost, 0.0) or self.level < 0:
-            return (max(cost, 0.0) - self.level) / self._rate
-        self.level -= cost
-        return 0.0
+    def _rates_of(self, key: ApiKey) -> tuple[Rate | None, Rate | None]:
+        """Requests and tokens of this key; None where there is no limit."""
+        found = self._rates.get((key.name, key.digest))
+        if found is None:
+            limits = self.limits
+            asked = key.requests_per_minute
+            requests = limits.requests_per_minute if asked is None else asked
+            tokens = limits.tokens_per_minute
+            found = (
+                Rate("requests", requests) if requests else None,
+                Rate("tokens", tokens) if tokens else None,
+            )
+            self._rates[key.name, key.digest] = found
+        return found
 
 
 async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:

@@ -21,20 +21,23 @@ import msgspec
 
 from cluster.errors import ConfigError
 
-Scope = Literal["query", "admin"]
+Scope = Literal["query", "view", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 PREFIX = "hone-"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class ApiKey(msgspec.Struct, frozen=True, kw_only=True):
-    """One key without its secret. Times are unix seconds."""
+    """One key without its secret. Times are unix seconds; `requests_per_minute` replaces the
+    endpoint's own limit (0 lifts it).
+    """
 
     name: str
     digest: str
     scopes: list[Scope]
     created_at: float
     expires_at: float | None = None
+    requests_per_minute: int | None = None
 
 
 class KeyStore:
@@ -45,7 +48,13 @@ class KeyStore:
         self._stamp: tuple[int, int] | None = None
         self._keys: list[ApiKey] = []
 
-    def create(self, name: str, scopes: list[Scope], days: float | None = None) -> str:
+    def create(
+        self,
+        name: str,
+        scopes: list[Scope],
+        days: float | None = None,
+        requests_per_minute: int | None = None,
+    ) -> str:
         """A new key; its secret is returned here and nowhere else.
 
         Raises `ConfigError` for a bad or used name, an unknown scope, or no scope.
@@ -68,6 +77,7 @@ class KeyStore:
                     scopes=scopes,
                     created_at=now,
                     expires_at=expires_at,
+                    requests_per_minute=requests_per_minute,
                 )
             )
         return secret

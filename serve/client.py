@@ -8,6 +8,7 @@ an `AdminError` with the server's message. Example:
         print(admin.release().canary)
 """
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -15,10 +16,13 @@ import httpx
 import msgspec
 
 from cluster.errors import HoneError
+from cluster.replay_records import BufferStats
 from cluster.run_dir import Event, Sample
 from cluster.status import RunStatus
+from serve.api_types import Events, Metrics, Release, Runs, Samples, Versions
 from serve.release import ReleaseState
-from serve.weight_library import Version
+from serve.replay_queries import GroupFacts, Why
+from serve.reward_changes import Buffered, Change, Listing, Shadow, Trial
 
 T = TypeVar("T")
 
@@ -36,46 +40,10 @@ class AdminError(HoneError):
         return f"{self.status} {self.code}: {self.message}"
 
 
-class EngineState(msgspec.Struct, frozen=True):
-    """One engine of a replica. `pause_s` is what its last weight update took."""
-
-    policy_version: int | None
-    running: int
-    pause_s: float
-
-
-class Versions(msgspec.Struct, frozen=True):
-    versions: list[Version]
-    engines: list[EngineState]
-
-
-class Runs(msgspec.Struct, frozen=True):
-    runs: list[str]
-    served: str
-
-
-class _Release(msgspec.Struct, frozen=True):
-    state: ReleaseState
-    problem: str
-
-
-class _Metrics(msgspec.Struct, frozen=True):
-    rows: list[dict[str, float]]
-
-
-class _Events(msgspec.Struct, frozen=True):
-    events: list[Event]
-
-
-class _Samples(msgspec.Struct, frozen=True):
-    steps: list[int]
-    samples: list[Sample]
-
-
 class AdminClient:
     """One connection to an endpoint, with a key of scope `admin`."""
 
-    def __init__(self, url: str, key: str, timeout_s: float = 120.0) -> None:
+    def __init__(self, url: str, key: str, timeout_s: float = 300.0) -> None:
         headers = {"Authorization": f"Bearer {key}"}
         self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout_s)
 
@@ -99,20 +67,20 @@ class AdminClient:
     def metrics(self, run: str, after: int = 0) -> list[dict[str, float]]:
         """Rows of steps >= `after`, oldest first."""
         path = f"/admin/runs/{run}/metrics"
-        return self._call(_Metrics, "GET", path, params={"after": after}).rows
+        return self._call(Metrics, "GET", path, params={"after": after}).rows
 
     def events(self, run: str) -> list[Event]:
-        return self._call(_Events, "GET", f"/admin/runs/{run}/events").events
+        return self._call(Events, "GET", f"/admin/runs/{run}/events").events
 
     def samples(self, run: str, step: int) -> list[Sample]:
         path = f"/admin/runs/{run}/samples"
-        return self._call(_Samples, "GET", path, params={"step": step}).samples
+        return self._call(Samples, "GET", path, params={"step": step}).samples
 
     def versions(self) -> Versions:
         return self._call(Versions, "GET", "/admin/versions")
 
     def release(self) -> ReleaseState:
-        return self._call(_Release, "GET", "/admin/release").state
+        return self._call(Release, "GET", "/admin/release").state
 
     def start_canary(self, version: int, share: float) -> ReleaseState:
         return self._release(action="canary", version=version, share=share)
@@ -128,8 +96,49 @@ class AdminClient:
     def follow(self) -> ReleaseState:
         return self._release(action="follow")
 
+    def rewards(self, run: str) -> Listing:
+        """Rubric versions of `run`, the live one, and how the shadow compares with it."""
+        return self._call(Listing, "GET", f"/admin/runs/{run}/rewards")
+
+    def try_rewards(self, run: str, changes: Sequence[str] = (), groups: int = 16) -> Trial:
+        """Score stored groups with a candidate; `changes` as for `hone rewards try`."""
+        return self._rewards(Trial, run, action="try", changes=[*changes], groups=groups)
+
+    def shadow_rewards(self, run: str, changes: Sequence[str] = ()) -> Shadow:
+        return self._rewards(Shadow, run, action="shadow", changes=[*changes])
+
+    def stop_shadow(self, run: str) -> Shadow:
+        return self._rewards(Shadow, run, action="stop_shadow")
+
+    def promote_rewards(self, run: str, buffered: Buffered = "keep") -> Change:
+        """Make the shadow the live rubric."""
+        return self._rewards(Change, run, action="promote", buffered=buffered)
+
+    def roll_back_rewards(self, run: str, buffered: Buffered = "keep") -> Change:
+        return self._rewards(Change, run, action="rollback", buffered=buffered)
+
+    def swap_rewards(
+        self, run: str, changes: Sequence[str] = (), buffered: Buffered = "keep"
+    ) -> Change:
+        """Check a candidate on gold answers and make it live between two groups."""
+        return self._rewards(Change, run, action="swap", changes=[*changes], buffered=buffered)
+
+    def replay(self, run: str) -> BufferStats:
+        """Counts of the replay buffer of a living run."""
+        return self._call(BufferStats, "GET", f"/admin/runs/{run}/replay")
+
+    def replay_group(self, run: str, group_id: str) -> GroupFacts:
+        return self._call(GroupFacts, "GET", f"/admin/runs/{run}/replay/groups/{group_id}")
+
+    def why(self, run: str, step: int) -> Why:
+        """What moved the weights at `step`."""
+        return self._call(Why, "GET", f"/admin/runs/{run}/replay/steps/{step}")
+
+    def _rewards(self, kind: type[T], run: str, **action: Any) -> T:
+        return self._call(kind, "POST", f"/admin/runs/{run}/rewards", json=action)
+
     def _release(self, **action: Any) -> ReleaseState:
-        return self._call(_Release, "POST", "/admin/release", json=action).state
+        return self._call(Release, "POST", "/admin/release", json=action).state
 
     def _call(self, kind: type[T], method: str, path: str, **options: Any) -> T:
         answer = self._http.request(method, path, **options)

@@ -1,7 +1,8 @@
 """The Ray Serve application of the policy endpoint: replicas, health, and how it is started.
 
 Invariant: the HTTP door binds to loopback unless asked otherwise, and never opens on another
-address without keys. Stopping takes the engines, their processes and their weight files with it.
+address without keys. In a Ray of our own each replica is its own HTTP server; on a cluster Ray
+Serve's proxies listen. Stopping takes the engines, their processes and their weight files with it.
 """
 
 # pyright: basic
@@ -24,6 +25,7 @@ from cluster import log
 from cluster.errors import StageError
 from cluster.run_dir import RunDir
 from serve.endpoint_settings import Door, EndpointSettings, check
+from serve.front_door import FrontDoor, listen
 from serve.service import PolicyService
 
 APP = "hone-policy"
@@ -37,12 +39,18 @@ _PATIENCE = {
 
 
 class PolicyReplica:
-    """One replica: a `PolicyService` with the application on top of it."""
+    """One replica: a `PolicyService` with the application on top of it.
 
-    async def __init__(self, settings: EndpointSettings) -> None:
+    `door` None leaves listening to Ray Serve's proxies.
+    """
+
+    async def __init__(self, settings: EndpointSettings, door: Door | None) -> None:
         log.setup("endpoint", settings.home)
         self._service = PolicyService(settings)
+        self._front = None if door is None else FrontDoor(door)
         await self._service.open()
+        if self._front is not None:
+            await self._front.open(self.__serve_build_asgi_app__())
 
     def __serve_build_asgi_app__(self) -> Any:
         from serve import http_api
@@ -53,8 +61,12 @@ class PolicyReplica:
         """Ray Serve replaces a replica that raises here."""
         if not await self._service.is_healthy():
             raise StageError("endpoint", "an engine is gone")
+        if self._front is not None and not self._front.is_open:
+            raise StageError("endpoint", "the HTTP server is gone")
 
     async def __del__(self) -> None:
+        if self._front is not None:
+            await self._front.close()
         await self._service.close()
 
 
@@ -64,11 +76,14 @@ def running(
 ) -> Generator[str]:
     """The endpoint, answering; yields its URL. `StageError` when no engine came up."""
     check(settings, door)
+    is_ours = address == "local"
+    if is_ours:
+        listen(door, is_shared=False).close()  # taken: say so now, not when the engine is loaded
     files = RunDir(settings.home).weights
     try:
         with _cluster(address):
             try:
-                _deploy(settings, door, replicas)
+                _deploy(settings, door, replicas, is_ours=is_ours)
                 yield door.url
             finally:
                 ray_serve.shutdown()
@@ -76,14 +91,18 @@ def running(
         shutil.rmtree(files.with_name(f"{files.name}-endpoint"), ignore_errors=True)
 
 
-def application(settings: EndpointSettings, replicas: int) -> ray_serve.Application:
-    """What Ray Serve deploys: `replicas` copies of `PolicyReplica`."""
+def application(
+    settings: EndpointSettings, replicas: int, door: Door | None = None
+) -> ray_serve.Application:
+    """What Ray Serve deploys: `replicas` copies of `PolicyReplica`, which listen at `door` or leave
+    that to the proxies.
+    """
     env = QUIET_ENV | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     if not settings.engine.is_gpu:
         threads = max(1, (os.cpu_count() or 1) // (replicas * settings.max_engines))
         env |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     deployment: Any = ray_serve.deployment(
-        ray_serve.ingress()(PolicyReplica),
+        ray_serve.ingress()(PolicyReplica) if door is None else PolicyReplica,
         name="policy",
         num_replicas=replicas,
         max_ongoing_requests=2 * (settings.limits.running + settings.limits.queued),
@@ -96,12 +115,12 @@ def application(settings: EndpointSettings, replicas: int) -> ray_serve.Applicat
             "runtime_env": {"env_vars": env},
         },
     )
-    return deployment.bind(settings)
+    return deployment.bind(settings, door)
 
 
-def _deploy(settings: EndpointSettings, door: Door, replicas: int) -> None:
+def _deploy(settings: EndpointSettings, door: Door, replicas: int, *, is_ours: bool) -> None:
     ray_serve.start(
-        proxy_location="HeadOnly",
+        proxy_location="Disabled" if is_ours else "HeadOnly",
         http_options=HTTPOptions(
             host=door.host,
             port=door.port,
@@ -110,7 +129,8 @@ def _deploy(settings: EndpointSettings, door: Door, replicas: int) -> None:
         ),
     )
     try:
-        ray_serve.run(application(settings, replicas), name=APP, route_prefix="/")
+        at = door if is_ours else None
+        ray_serve.run(application(settings, replicas, at), name=APP, route_prefix="/")
     except RuntimeError as error:
         last = str(error).strip().splitlines()[-1]
         raise StageError("endpoint", f"{last} (log: {settings.home}/logs/endpoint.log)") from error

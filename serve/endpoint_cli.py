@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from cluster.errors import ConfigError
+from cluster.run_dir import RunDir
 
 KEY_ENV = "HONE_API_KEY"
 keys_app = typer.Typer(help="API keys of the endpoint.", no_args_is_help=True)
@@ -57,8 +58,11 @@ def serve(
     if reference is not None and "=" in reference and not Path(reference).exists():
         reference, overrides = None, [reference, *(overrides or [])]
     print(f"serving {reference or 'the latest run'}: loading takes 30 to 60 s", flush=True)
-    from serve import endpoint_settings
+    from serve import endpoint_settings, first_weights
 
+    if not endpoint_settings.is_model_dir(reference):
+        run = RunDir.open(reference)
+        first_weights.wait_for(run, lambda line: print(line, flush=True))
     settings = endpoint_settings.resolve(
         reference, overrides=overrides, keys=keys, is_open=no_auth, max_engines=engines
     )
@@ -98,20 +102,26 @@ def chat(
 @keys_app.command("create")
 def create_key(
     name: Annotated[str, typer.Argument(help="Who or what the key is for.")],
-    scope: Annotated[list[str] | None, typer.Option(help="query or admin; repeatable.")] = None,
+    scope: Annotated[
+        list[str] | None, typer.Option(help="query, view or admin; repeatable.")
+    ] = None,
     days: Annotated[float | None, typer.Option(min=0.001, help="Valid for; default for ever.")] = (
         None
     ),
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=0, help="Of this key alone; 0 is no limit.")
+    ] = None,
     keys: KeysFile = _KEYS,
 ) -> None:
     """Make a key and print it once; the file keeps its hash."""
-    from serve.api_keys import SCOPES, KeyStore
+    from serve.api_keys import SCOPES, KeyStore, Scope
 
     asked = scope or ["query"]
     unknown = [s for s in asked if s not in SCOPES]
     if unknown:
         raise ConfigError(f"--scope: must be one of {', '.join(SCOPES)}, got {unknown[0]!r}")
-    print(KeyStore(keys).create(name, [s for s in SCOPES if s in asked], days))
+    scopes: list[Scope] = [s for s in SCOPES if s in asked]
+    print(KeyStore(keys).create(name, scopes, days, requests_per_minute))
 
 
 @keys_app.command("list")

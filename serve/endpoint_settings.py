@@ -76,7 +76,7 @@ def resolve(
 ) -> EndpointSettings:
     """Settings for a run (by name or path, None = latest) or a Hugging Face model directory."""
     chosen = _overrides(overrides or [])
-    is_model = reference is not None and (Path(reference) / "config.json").is_file()
+    is_model = is_model_dir(reference)
     if is_model:
         policy_dir = Path(str(reference)).resolve()
         home = (runs / f"serve-{policy_dir.name}").resolve()
@@ -97,6 +97,11 @@ def resolve(
         guards=chosen.guards,
         max_engines=max_engines,
     )
+
+
+def is_model_dir(reference: str | None) -> bool:
+    """Whether `RUN|MODEL_DIR` names a Hugging Face directory."""
+    return reference is not None and (Path(reference) / "config.json").is_file()
 
 
 def check(settings: EndpointSettings, door: Door) -> None:

@@ -119,8 +119,14 @@ class EnginePool:
                     "other versions (hone serve --engines)",
                     code="engines_busy", retry_after_s=5.0,
                 )  # fmt: skip
-            async with slot.lock:
-                await self._load(slot, weights)
+            try:
+                async with slot.lock:
+                    await self._load(slot, weights)
+            except StageError:
+                if not await slot.engine.is_alive():
+                    self.slots.remove(slot)
+                    slot.engine.shutdown()
+                raise
             return slot
 
     def held(self) -> set[int]:
@@ -150,20 +156,18 @@ class EnginePool:
         slot.weights = weights
 
     async def _swap(self, slot: Slot, weights: Weights) -> float:
-        """Load and probe; an engine that fails either gets its old weights back."""
-        info = {"path": str(weights.path)}
-        try:
-            pause_s = await slot.engine.load_weights(info, weights.policy_version)
-            if await slot.engine.probe(np.arange(1, PROBE_TOKENS + 1, dtype=np.int32)):
-                return pause_s
-            raise StageError(
-                "endpoint", f"policy@{weights.policy_version} answers with values not finite"
-            )
-        except StageError:
-            old = slot.weights
-            if old is not None and old.path is not None:
-                await slot.engine.load_weights({"path": str(old.path)}, old.policy_version)
-            raise
+        """Load and probe; an engine that fails the probe gets its old weights back."""
+        pause_s = await slot.engine.load_weights(
+            {"path": str(weights.path)}, weights.policy_version
+        )
+        if await slot.engine.probe(np.arange(1, PROBE_TOKENS + 1, dtype=np.int32)):
+            return pause_s
+        old = slot.weights
+        if old is not None and old.path is not None:
+            await slot.engine.load_weights({"path": str(old.path)}, old.policy_version)
+        raise StageError(
+            "endpoint", f"policy@{weights.policy_version} answers with values not finite"
+        )
 
     async def _drain_pinned(self, slot: Slot) -> None:
         deadline = time.monotonic() + DRAIN_S

@@ -20,19 +20,13 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from actors.openai_engine import Api
+from serve import api_document
 from serve.admission import Admission, check_body, read_json
 from serve.api_errors import ApiError, error_body, from_engine
 from serve.api_keys import ApiKey, KeyStore
 from serve.service import NAME, PolicyService
 
 logger = logging.getLogger(__name__)
-_BODY = {"content": {"application/json": {"schema": {"type": "object"}}}, "required": True}
-_ERROR: dict[str, Any] = {
-    "description": "OpenAI's error object",
-    "content": {"application/json": {}},
-}
-_STATUSES = (400, 401, 403, 404, 409, 413, 415, 429, 503)
-_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(_STATUSES, _ERROR)
 
 
 def build(service: PolicyService) -> FastAPI:
@@ -43,13 +37,14 @@ def build(service: PolicyService) -> FastAPI:
     admission = Admission(KeyStore(settings.keys), settings.limits, settings.is_open)
     app = FastAPI(title="Hone policy endpoint", version="1", docs_url=None, redoc_url=None)
     _handle_errors(app)
+    errors = api_document.errors()
 
     @app.get("/health", summary="Whether the engines run; needs no key")
     async def health() -> JSONResponse:
         is_healthy = await service.is_healthy()
         return JSONResponse({"ok": is_healthy}, 200 if is_healthy else 503)
 
-    @app.get("/v1/models", responses=_ERRORS, summary="Names that requests may use")
+    @app.get("/v1/models", responses=errors, summary="Names that requests may use")
     async def models(request: Request) -> JSONResponse:
         admission.identify(request, "query")
         names = [NAME, f"{NAME}@latest"]
@@ -61,15 +56,16 @@ def build(service: PolicyService) -> FastAPI:
         ]
         return JSONResponse({"object": "list", "data": cards})
 
-    @app.post("/v1/chat/completions", responses=_ERRORS, openapi_extra={"requestBody": _BODY})
+    @app.post("/v1/chat/completions", responses=errors, openapi_extra=api_document.body("chat"))
     async def chat(request: Request) -> Response:
         return await _complete(service, admission, "chat", request)
 
-    @app.post("/v1/completions", responses=_ERRORS, openapi_extra={"requestBody": _BODY})
+    @app.post("/v1/completions", responses=errors, openapi_extra=api_document.body("completion"))
     async def completions(request: Request) -> Response:
         return await _complete(service, admission, "completion", request)
 
-    admin_api.attach(app, service, admission, _ERRORS)
+    admin_api.attach(app, service, admission, errors)
+    api_document.complete(app)
     return app
 
 
@@ -91,7 +87,7 @@ async def _complete(
         headers = {
             "x-policy-version": ",".join(map(str, answer.policy_versions)),
             "x-request-id": uuid.uuid4().hex,
-        }
+        } | admission.rate_headers(key)
         reply = answer.reply
         if reply.events is not None:
             return _Stream(

@@ -1,7 +1,8 @@
 """`hone rewards ...`: look at and change the live rubric of a run that another process trains.
 
 Invariant: every command but `list` needs a living run and ends within its `--deadline`; a refusal
-is exit code 1 with the run's reason, and the run goes on as before.
+is exit code 1 with the run's reason, and the run goes on as before. The work is done by
+`serve.reward_changes`, which the admin API calls, too.
 """
 
 import json
@@ -13,8 +14,8 @@ import typer
 from cluster.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cluster.control import ControlClient
     from cluster.run_dir import RunDir
+    from serve.reward_changes import Change, Edit, Report
 
 app = typer.Typer(
     help="Change the live rubric of a run: verifiers, their settings and weights.\n\n"
@@ -39,29 +40,22 @@ def list_versions(
     run: Run, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
 ) -> None:
     """Show all rubric versions of a run, which one is live, and the shadow's report."""
-    from cluster import reward_state
-    from cluster.control import ControlClient
+    import msgspec
 
-    run_dir = _open(run)
-    answer: dict[str, Any]
-    try:
-        answer = ControlClient(run_dir).ask("rewards.list", {}, 10.0)
-    except ConfigError:
-        state = reward_state.load(run_dir.path)
-        if state is None:
-            raise
-        answer = {"state": _builtins(state), "shadow": "", "report": None, "is_alive": False}
+    from serve import reward_changes
+
+    known = reward_changes.listing(_open(run))
     if as_json:
-        print(json.dumps(answer, indent=1))
+        print(json.dumps(msgspec.to_builtins(known), indent=1))
         return
-    state = answer["state"]
-    for version in state["versions"]:
-        label = f"{version['ordinal']}-{version['hash']}"
-        marks = {state["active"]: "live", state["previous"]: "before", answer["shadow"]: "shadow"}
-        print(f"{marks.get(label, ''):<7} {label:<14} {_words(version['verifiers'])}")
-    if answer["report"]:
-        _print_report(answer["report"])
-    if not answer.get("is_alive", True):
+    state = known.state
+    marks = {state.previous: "before", known.shadow: "shadow", state.active: "live"}
+    for version in state.versions:
+        words = reward_changes.words(version.verifiers)
+        print(f"{marks.get(version.label, ''):<7} {version.label:<14} {words}")
+    if known.report:
+        _print_report(known.report)
+    if not known.is_alive:
         print("(the run is not training)")
 
 
@@ -73,11 +67,12 @@ def try_(
     deadline: Deadline = 180.0,
 ) -> None:
     """Score stored groups with a candidate and show the differences; nothing changes."""
-    client, candidate = _candidate(run, changes)
-    answer = client.ask("rewards.try", {"verifiers": candidate, "groups": groups}, deadline)
-    print(f"candidate {answer['hash']}: {_words(answer['verifiers'])}")
-    print(f"gold answers: {answer['gold'] or 'all paid in full'}")
-    _print_report(answer["report"])
+    from serve import reward_changes
+
+    trial = reward_changes.try_out(_open(run), _edits(changes), groups, deadline)
+    print(f"candidate {trial.hash}: {reward_changes.words(trial.verifiers)}")
+    print(f"gold answers: {trial.gold or 'all paid in full'}")
+    _print_report(trial.report)
 
 
 @app.command()
@@ -88,25 +83,30 @@ def shadow(
     deadline: Deadline = 180.0,
 ) -> None:
     """Let a candidate score live groups beside the live rubric, without influence."""
+    from serve import reward_changes
+
     if stop:
-        _print_report(_client(run).ask("rewards.shadow", {"stop": True}, deadline)["report"])
+        _print_report(reward_changes.stop_shadow(_open(run), deadline).report or {})
         return
-    client, candidate = _candidate(run, changes)
-    answer = client.ask("rewards.shadow", {"verifiers": candidate}, deadline)
-    _print_warnings(answer)
-    print(f"shadow: {answer['version']} (`hone rewards list {run}` shows how it compares)")
+    started = reward_changes.start_shadow(_open(run), _edits(changes), deadline)
+    _print_warnings(started.warnings)
+    print(f"shadow: {started.version} (`hone rewards list {run}` shows how it compares)")
 
 
 @app.command()
 def promote(run: Run, buffered: Buffered = "keep", deadline: Deadline = 180.0) -> None:
     """Make the shadow the live rubric."""
-    _print_change(_client(run).ask("rewards.promote", {"buffered": buffered}, deadline))
+    from serve import reward_changes
+
+    _print_change(reward_changes.promote(_open(run), buffered, deadline))
 
 
 @app.command()
 def rollback(run: Run, buffered: Buffered = "keep", deadline: Deadline = 180.0) -> None:
     """Make the version before the live one live again."""
-    _print_change(_client(run).ask("rewards.rollback", {"buffered": buffered}, deadline))
+    from serve import reward_changes
+
+    _print_change(reward_changes.roll_back(_open(run), buffered, deadline))
 
 
 @app.command()
@@ -114,10 +114,11 @@ def swap(
     run: Run, changes: Changes = None, buffered: Buffered = "keep", deadline: Deadline = 240.0
 ) -> None:
     """Start a candidate, check it on gold answers, and make it live between two groups."""
-    client, candidate = _candidate(run, changes)
-    answer = client.ask("rewards.swap", {"verifiers": candidate, "buffered": buffered}, deadline)
-    _print_warnings(answer)
-    _print_change(answer)
+    from serve import reward_changes
+
+    change = reward_changes.swap(_open(run), _edits(changes), buffered, deadline)
+    _print_warnings(change.warnings)
+    _print_change(change)
 
 
 @app.command("train-process")
@@ -149,28 +150,12 @@ def _open(run: str) -> "RunDir":
     return RunDir.open(run)
 
 
-def _client(run: str) -> "ControlClient":
-    from cluster.control import ControlClient
-
-    return ControlClient(_open(run))
-
-
-def _candidate(run: str, changes: list[str] | None) -> tuple["ControlClient", dict[str, Any]]:
-    """The live verifiers with the changes applied; without changes, the same settings again (their
-    code may have changed).
-    """
-    client = _client(run)
-    state = client.ask("rewards.list", {}, 10.0)["state"]
-    live = next(
-        v for v in state["versions"] if f"{v['ordinal']}-{v['hash']}" == state["active"]
-    )  # fmt: skip
-    verifiers: dict[str, Any] = live["verifiers"]
-    for change in changes or []:
-        if change.endswith((".yaml", ".yml")) and "=" not in change:
-            verifiers = _read(Path(change))
-        else:
-            _override(verifiers, change)
-    return client, {name: value for name, value in verifiers.items() if value is not None}
+def _edits(changes: list[str] | None) -> "list[Edit]":
+    """Overrides as they are; a YAML file becomes the verifiers that it holds."""
+    return [
+        _read(Path(change)) if change.endswith((".yaml", ".yml")) and "=" not in change else change
+        for change in changes or []
+    ]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -188,37 +173,17 @@ def _read(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], loaded)
 
 
-def _override(verifiers: dict[str, Any], change: str) -> None:
-    from cluster.config_file import apply_override
-
-    apply_override(verifiers, change)
+def _print_change(change: "Change") -> None:
+    print(f"{change.before} -> {change.to} ({change.choice} {change.buffered} buffered)")
 
 
-def _builtins(state: Any) -> Any:
-    import msgspec
-
-    return msgspec.to_builtins(state)
-
-
-def _words(verifiers: dict[str, Any]) -> str:
-    def one(name: str, v: dict[str, Any]) -> str:
-        chosen: dict[str, Any] = v.get("settings") or {}
-        settings = "".join(f" {key}={value}" for key, value in chosen.items())
-        return f"{name}: {v['use']} x {v.get('weight', 1.0):g}{settings}"
-
-    return "; ".join(one(name, v) for name, v in verifiers.items())
-
-
-def _print_change(answer: dict[str, Any]) -> None:
-    print(f"{answer['from']} -> {answer['to']} ({answer['choice']} {answer['buffered']} buffered)")
-
-
-def _print_warnings(answer: dict[str, Any]) -> None:
-    for line in answer.get("warnings", []):
+def _print_warnings(warnings: list[str]) -> None:
+    for line in warnings:
         print(f"warning: {line}")
 
 
-def _print_report(report: dict[str, Any]) -> None:
+def _print_report(found: "Report") -> None:
+    report = cast(dict[str, Any], found)
     both = max(1, report["num_trajectories"])
     print(
         f"groups {report['num_groups']} (skipped {report['num_skipped']}, failed "

@@ -59,6 +59,7 @@ class PolicyService:
         self.last_problem = ""
         self._latest: Slot | None = None
         self._guarded_at = 0.0
+        self._metrics: tuple[int, list[dict[str, float]]] = (0, [])  # file size, rows
         self._loop: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()
 
@@ -234,7 +235,7 @@ class PolicyService:
         suspect = state.canary if state.canary is not None else state.stable
         if suspect is None:
             return
-        metrics = self.home.read_metrics() if self.settings.has_run else []
+        metrics = await self._read_metrics()
         drop = eval_drop(metrics, suspect, guards)
         is_judged = drop is not None and (state.is_following or drop.blamed == suspect)
         reason, blamed = "", suspect
@@ -256,6 +257,14 @@ class PolicyService:
             await self._return_to(good[0], bad=blamed, reason=reason, author="guard")
         else:
             self._complain(f"policy@{suspect}: {reason}; no earlier version is kept")
+
+    async def _read_metrics(self) -> list[dict[str, float]]:
+        """Rows of the run's metrics; read again, beside the requests, when the file has grown."""
+        file = self.home.metrics
+        size = file.stat().st_size if self.settings.has_run and file.exists() else 0
+        if size != self._metrics[0]:
+            self._metrics = (size, await asyncio.to_thread(self.home.read_metrics))
+        return self._metrics[1]
 
     def _complain(self, problem: str) -> None:
         if problem != self.last_problem:

@@ -85,6 +85,25 @@ class Browser:
             time.sleep(0.1)
         return value
 
+    def click(self, selector: str) -> None:
+        self.run(f"document.querySelector({selector!r}).click()")
+
+    def write(self, selector: str, text: str) -> None:
+        """Put `text` into a field, as if typed."""
+        self.run(
+            f"(() => {{ const e = document.querySelector({selector!r}); e.value = {text!r}; "
+            "e.dispatchEvent(new Event('input', {bubbles: true})); "
+            "e.dispatchEvent(new Event('change', {bubbles: true})); })()"
+        )
+
+    def sign_in(self, url: str, key: str, *, width: int = 1280, height: int = 900) -> None:
+        """Open the page of an endpoint with an admin key."""
+        self.go(url, width=width, height=height)
+        self.until("!document.getElementById('login').hidden")
+        self.write("#key", key)
+        self.click("#login button")
+        self.until("!document.getElementById('main').hidden")
+
     def picture(self, path: Path) -> None:
         data = self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
         path.write_bytes(base64.b64decode(data))

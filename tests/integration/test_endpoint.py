@@ -6,7 +6,6 @@ story in order: query, follow, pin, canary, promote, roll back, guard.
 
 import asyncio
 import io
-import json
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -22,13 +21,13 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.config import Config
-from cluster.run_dir import RunDir, Sample
-from cluster.types import Verdict
+from cluster.run_dir import RunDir
 from serve import chat, endpoint, endpoint_settings
 from serve.api_keys import KeyStore
 from serve.client import AdminClient, AdminError, Runs
-from tests import browser
+from tests import browser, page_cases
 from tests.endpoint_cases import Publisher, make_run, publish, put
+from tests.endpoint_fuzz import dangling_references, fuzz
 from tests.monitoring_cases import Scrape, alert_rules, panels
 
 PORT = 18231
@@ -271,38 +270,26 @@ def test_an_eval_drop_rolls_a_canary_back_by_itself(served: Served) -> None:
 
 
 def test_every_documented_route_survives_fuzz(served: Served) -> None:
-    """Random bodies, parameters and paths on every route of the API document: never a 5xx."""
+    """Never a 5xx, and every refusal says why."""
     document = httpx.get(f"{URL}/openapi.json").json()
     assert {"/v1/models", "/v1/completions", "/admin/release"} <= document["paths"].keys()
-    routes = [(p, m) for p, methods in document["paths"].items() for m in methods]
-    random = np.random.default_rng(0)
-    junk = [None, True, -1, 0, 10**30, 2**62, 1e18, "", "\u0000", "x" * 3000, "policy@9", [],
-            [[]], {}, {"a": {}}, {"999999": 1}, {"-5": 9}, ["", 1], "../../etc/passwd",
-            "\u00e9"]  # fmt: skip
-    fields = ["model", "messages", "prompt", "n", "stop", "seed", "max_tokens", "temperature",
-              "logprobs", "logit_bias", "stream", "action", "share", "version", "top_p",
-              "stream_options", "echo", "min_tokens", "top_k", "min_p", "repetition_penalty",
-              "presence_penalty", "stop_token_ids", "other"]  # fmt: skip
-    base = {"model": "policy", "prompt": "1", "max_tokens": 1}
-    with httpx.Client(base_url=URL, timeout=60) as http:
-        for round_ in range(400):
-            path, method = routes[round_ % len(routes)]
-            chosen = random.choice(fields, 3, replace=False)
-            body = {f: junk[random.integers(len(junk))] for f in chosen}
-            if random.random() < 0.5:
-                body = base | body
-            if body.get("action") in ("canary", "promote", "rollback", "follow"):
-                continue
-            run = ("demo", "..", "%2e%2e%2f", "a" * 300)[random.integers(4)]
-            answer = http.request(
-                method, path.replace("{run}", run),
-                params={"step": str(junk[random.integers(len(junk))])[:200]},
-                headers={"Authorization": f"Bearer {(served.query, served.admin)[round_ % 2]}"},
-                **({"json": body} if method == "post" else {}),
-            )  # fmt: skip
-            assert answer.status_code < 500, (path, body, answer.text)
-            if answer.status_code >= 400:
-                assert answer.json()["error"]["message"], (path, body)
+    assert dangling_references(document) == set()
+    chat = document["components"]["schemas"]["ChatBody"]["properties"]
+    assert chat["temperature"]["anyOf"][0] == {"type": "number"}
+    fuzzed = fuzz(URL, [served.query, served.admin], 400)
+    assert fuzzed.broken == fuzzed.mute == []
+    assert fuzzed.num_refused > 100
+
+
+def test_a_flood_is_refused_with_the_time_to_wait(served: Served) -> None:
+    secret = KeyStore(served.run.path.parent / "keys.json").create(
+        "flood", ["query"], requests_per_minute=5
+    )
+    body = {"model": "policy", "prompt": "1", "max_tokens": 1}
+    answers = [served.post("/v1/completions", secret, json=body) for _ in range(10)]
+    assert [answer.status_code for answer in answers] == [200] * 5 + [429] * 5
+    assert int(answers[-1].headers["retry-after"]) >= 1
+    assert answers[0].headers["x-ratelimit-remaining-requests"] == "4"
 
 
 def test_the_admin_client_speaks_the_api(served: Served) -> None:
@@ -314,6 +301,10 @@ def test_the_admin_client_speaks_the_api(served: Served) -> None:
         assert admin.events("demo")[-1].kind == "release_rolled_back"
         with pytest.raises(AdminError, match="404 model_not_found"):
             admin.promote(77)
+        with pytest.raises(AdminError, match="409 refused: run 'demo' must be training"):
+            admin.swap_rewards("demo", ["correct.weight=0.5"])
+        with pytest.raises(AdminError, match="404 not_found: step 3 is not in the ledger"):
+            admin.why("demo", 3)
     with AdminClient(URL, served.query) as admin, pytest.raises(AdminError, match="403"):
         admin.release()
 
@@ -328,40 +319,21 @@ def test_a_conversation_in_the_terminal(served: Served) -> None:
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium")
 def test_the_page_shows_the_run_and_changes_the_release(served: Served) -> None:
-    """Curves move, a trajectory shows its text, a promotion takes effect, phone width fits."""
-    sample = Sample(step=9, group_id="group-1", task_id="t", prompt="1 + 2 =",
-                    completion="<b>3</b>", reward=1.0, policy_version=9, status="completed",
-                    verdicts=[Verdict(score=1.0, name="correct", evidence="3 = 3")])  # fmt: skip
-    served.run.append_sample(sample)
-    for step in range(1, 5):
-        served.run.append_metrics(step, {"reward/mean": step / 10, "policy/entropy": 1 / step})
+    """Curves move, tokens are the known ones, release buttons take effect, phone width fits."""
+    page_cases.write_known_run(served.run)
     with browser.Browser() as page:
-        page.go(URL)
-        page.until("!document.getElementById('login').hidden")
-        page.run(f"document.getElementById('key').value = {served.admin!r}")
-        page.run("document.querySelector('#login button').click()")
-        page.until("document.querySelectorAll('#curves polyline').length >= 2")
-        before = page.run("document.querySelector('#curves polyline').getAttribute('points')")
-        served.run.append_metrics(5, {"reward/mean": 0.9})
-        page.until(
-            "document.querySelector('#curves polyline').getAttribute('points') != "
-            + json.dumps(before)
-        )
-        text = page.until("document.querySelector('#samples-a article')?.innerText")
-        assert "<b>3</b>" in text
-        assert "correct 1.00 3 = 3" in text
-        page.run("document.getElementById('version').value = '10'")
-        page.run("document.querySelector('[data-action=promote]').click()")
-        page.until("document.getElementById('release').textContent.includes('version 10')")
-        assert served.ask(max_tokens=1).model == "policy@10"
-        unnamed = page.run(
-            "[...document.querySelectorAll('button, select, input')].filter((e) => "
-            "!(e.textContent.trim() && e.tagName == 'BUTTON') && !e.labels?.length).length"
-        )
-        assert unnamed == 0
-        page.go(URL, width=375, height=800)
-        page.until("document.querySelectorAll('#curves polyline').length >= 2")
-        assert page.run("document.documentElement.scrollWidth") <= 375
+        page.sign_in(URL, served.admin)
+        page_cases.check_tokens(page)
+        page_cases.check_curves_move(page, served.run, 5)
+        for action, version, words in (("promote", "10", "version 10"), ("canary", "7", "canary")):
+            page.write("#version", version)
+            page.click(f"[data-action={action}]")
+            page.until(f"document.getElementById('release').textContent.includes('{words}')")
+        models = [served.ask(max_tokens=1).model for _ in range(20)]
+        assert (models.count("policy@10"), models.count("policy@7")) == (18, 2)
+        page.click("[data-action=rollback]")
+        page.until("document.getElementById('release').textContent.includes('fixed')")
+        page_cases.check_controls(page)
 
 
 def test_secrets_are_in_no_file_of_the_run(served: Served) -> None:
