@@ -71,10 +71,11 @@ class VerifierPools:
         self._start_s = config.resources.start_timeout_s
         self._pools: dict[str, Any] = {}
         for name, verifier in verifiers.items():
-            if verifier.pool is None:
+            pool = verifier.pool
+            if pool is None:
                 continue
             if is_trial:
-                pool = verifier.pool.model_copy(update={"workers": "1"})
+                pool = pool.model_copy(update={"workers": "1"})
                 verifier = verifier.model_copy(update={"pool": pool})
             options = placement.reward_options() | {
                 "name": f"{prefix}/{name}",
@@ -86,7 +87,7 @@ class VerifierPools:
                 ray.remote(VerifierPool)
                 .options(**options)
                 .remote(
-                    name, verifier, worker_options(placement, verifier.pool), run_dir,
+                    name, verifier, worker_options(placement, pool), run_dir,
                     policy_dir, config.rollout.timeout_s, self._start_s, idle_s,
                 )
             )  # fmt: skip

@@ -81,7 +81,7 @@ class Learner:
             "cpu:gloo,cuda:nccl" if self._device.type == "cuda" else "gloo",
             # A lone rank meets nobody, and torch's rendezvous port would ask nobody for a password.
             init_method=None if world_size == 1 else f"tcp://{master}",
-            store=dist.HashStore() if world_size == 1 else None,
+            store=dist.HashStore() if world_size == 1 else None,  # pyright: ignore
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=config.learner.timeout_s),

@@ -48,8 +48,8 @@ class _Signal:
 
     @property
     def golden(self) -> list[GoldenPair]:
-        own = self.verifier.golden if isinstance(self.verifier, HasGolden) else []
-        return [*own, *self.config.golden]
+        own = list(self.verifier.golden) if isinstance(self.verifier, HasGolden) else []
+        return own + self.config.golden
 
 
 class Rubric:
@@ -82,7 +82,7 @@ class Rubric:
     @property
     def version(self) -> str:
         """Eight hex digits over all that shapes a reward: signals, weights, time limits, pools."""
-        content: list[list[object]] = [
+        content = [
             [s.name, s.version, s.weight, s.config.timeout_s]
             + ([s.config.pool.model_dump()] if s.config.pool else [])
             for s in self._signals
