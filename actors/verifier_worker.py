@@ -10,8 +10,9 @@ import os
 import msgspec
 
 from cluster import log, wire
-from cluster.config import GoldenPair, VerifierConfig
+from cluster.config import VerifierConfig
 from cluster.types import TrajectoryGroup, Verdict
+from rewards.base import GoldenPair
 from rewards.rubric import Rubric
 
 

@@ -107,18 +107,6 @@ class RolloutSection(Section):
     timeout_s: PositiveFloat = 300.0
 
 
-class GoldenPair(Section):
-    """A completion whose score is known; a verifier that scores it otherwise never goes live.
-
-    It stands for a task with this `reference` (or these `tests`, for code).
-    """
-
-    completion: str
-    score: float
-    reference: str = ""
-    tests: Any = None
-
-
 class PoolConfig(Section):
     """Ray actors of its own for one verifier; without a pool the reward workers run it themselves.
 
@@ -149,7 +137,7 @@ class VerifierConfig(Plugin):
 
     weight: float = 1.0
     timeout_s: PositiveFloat = 10.0
-    golden: list[GoldenPair] = []
+    golden: list[dict[str, Any]] = []  # of `completion`, `score` and `reference` or `tests`
     pool: PoolConfig | None = None
 
 

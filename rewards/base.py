@@ -7,9 +7,10 @@ signal. Implemented by the modules of this package and by users' plug-ins; calle
 """
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from cluster.config import GoldenPair
+import msgspec
+
 from cluster.types import TrajectoryGroup, Verdict
 
 
@@ -51,6 +52,18 @@ class HasExample(Protocol):
     """A verifier that shows what a well-formed completion looks like, for the self-checks."""
 
     example: str  # "{answer}" stands for the gold answer; "" for no particular form
+
+
+class GoldenPair(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A completion whose score is known; a verifier that scores it otherwise never goes live.
+
+    It stands for a task with this `reference` (or these `tests`, for code).
+    """
+
+    completion: str
+    score: float
+    reference: str = ""
+    tests: Any = None
 
 
 @runtime_checkable

@@ -8,8 +8,8 @@ run, at every change of rewards and by `hone check`.
 
 import json
 
-from cluster.config import GoldenPair
 from cluster.types import Message, Task
+from rewards.base import GoldenPair
 from rewards.rubric import Rubric
 from rewards.self_check import group_of
 

@@ -1,4 +1,4 @@
-r"""Golden sets of the built-in verifiers: right, wrong and hostile completions.
+"""Golden sets of the built-in verifiers: right, wrong and hostile completions.
 
 Invariant: they hold for every setting of the verifier, so answers stand in a box and code in a
 fence. Read by `rewards.math_verifier` and `rewards.code_verifier`; checked by `rewards.golden`.
@@ -6,7 +6,7 @@ fence. Read by `rewards.math_verifier` and `rewards.code_verifier`; checked by `
 
 from typing import Any
 
-from cluster.config import GoldenPair
+from rewards.base import GoldenPair
 
 
 def _boxed(reference: str, right: list[str], wrong: list[str]) -> list[GoldenPair]:

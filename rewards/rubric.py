@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import msgspec
 
-from cluster.config import GoldenPair, VerifierConfig
+from cluster.config import VerifierConfig
 from cluster.errors import ConfigError, HoneError, boundary
 from cluster.reward_state import RUBRIC
 from cluster.types import Trajectory, TrajectoryGroup, TrajectoryStatus, Verdict
-from rewards.base import HasExample, HasGolden, Verifier
+from rewards.base import GoldenPair, HasExample, HasGolden, Verifier
 from rewards.isolation import IsolatedPool
 from rewards.registry import build_verifier
 from rewards.versions import reward_version
@@ -41,15 +41,11 @@ class _Signal:
     version: str
     verifier: Verifier
     limit_s: float | None  # of one group; None where another process keeps it
+    golden: list[GoldenPair]  # the verifier's own and the config's
 
     @property
     def weight(self) -> float:
         return self.config.weight
-
-    @property
-    def golden(self) -> list[GoldenPair]:
-        own = list(self.verifier.golden) if isinstance(self.verifier, HasGolden) else []
-        return own + self.config.golden
 
 
 class Rubric:
@@ -82,7 +78,7 @@ class Rubric:
     @property
     def version(self) -> str:
         """Eight hex digits over all that shapes a reward: signals, weights, time limits, pools."""
-        content = [
+        content: list[list[object]] = [
             [s.name, s.version, s.weight, s.config.timeout_s]
             + ([s.config.pool.model_dump()] if s.config.pool else [])
             for s in self._signals
@@ -175,10 +171,18 @@ class Rubric:
 
 
 def _signal(name: str, config: VerifierConfig, elsewhere: Elsewhere | None) -> _Signal:
-    if elsewhere is not None:
-        return _Signal(name, config, elsewhere.version, elsewhere.verifier, None)
-    verifier = build_verifier(name, config)
-    return _Signal(name, config, reward_version(name, config), verifier, config.timeout_s)
+    if elsewhere is None:
+        verifier, limit_s = build_verifier(name, config), config.timeout_s
+        version = reward_version(name, config)
+    else:
+        verifier, limit_s, version = elsewhere.verifier, None, elsewhere.version
+    try:
+        given = msgspec.convert(config.golden, list[GoldenPair])
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"rewards.verifiers.{name}.golden: {error}") from None
+    own = list(verifier.golden) if isinstance(verifier, HasGolden) else []
+    golden = own if elsewhere else own + given  # what lives elsewhere knows the config's
+    return _Signal(name, config, version, verifier, limit_s, golden)
 
 
 class GroupIO:
