@@ -23,7 +23,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import preflight
-from actors.connection import join
+from actors.connection import join, on_loopback
 from actors.placement import QUIET_ENV, Placement, on_this_machine
 from cluster import config_file, environment, ray_token, status
 from cluster.config import Config
@@ -154,15 +154,16 @@ def ray_session(config: Config, run_dir: RunDir, address: str) -> Iterator[None]
     cores = config.resources.cpus or os.cpu_count() or 1
     paths = [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]
     try:
-        ray.init(
-            address="local",
-            num_cpus=max(cores, placement.total_cpus),
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(temporary),
-            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}},
-            **common,
-        )
+        with on_loopback():
+            ray.init(
+                address="local",
+                num_cpus=max(cores, placement.total_cpus),
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(temporary),
+                runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}},
+                **common,
+            )
         yield
     finally:
         ray.shutdown()

@@ -20,8 +20,9 @@ import ray
 from ray import serve as ray_serve
 from ray.serve.config import HTTPOptions
 
+from actors.connection import on_loopback
 from actors.placement import QUIET_ENV
-from cluster import log
+from cluster import log, ray_token
 from cluster.errors import StageError
 from cluster.run_dir import RunDir
 from serve.endpoint_settings import Door, EndpointSettings, check
@@ -140,6 +141,7 @@ def _deploy(settings: EndpointSettings, door: Door, replicas: int, *, is_ours: b
 def _cluster(address: str) -> Generator[None]:
     """A Ray of our own on loopback, or the one at `address`."""
     os.environ.update(QUIET_ENV | _PATIENCE)
+    ray_token.ensure(may_create=address == "local")
     common: dict[str, Any] = {
         "namespace": "hone",
         "log_to_driver": False,
@@ -155,16 +157,18 @@ def _cluster(address: str) -> Generator[None]:
     temporary = Path(tempfile.mkdtemp(prefix="hone-", dir="/tmp"))  # short: it holds unix sockets
     paths = [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]
     try:
-        ray.init(
-            address="local",
-            num_cpus=max(4, os.cpu_count() or 1),
-            include_dashboard=False,
-            _temp_dir=str(temporary),
-            runtime_env={
-                "env_vars": _PATIENCE | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
-            },
-            **common,
-        )
+        with on_loopback():
+            ray.init(
+                address="local",
+                num_cpus=max(4, os.cpu_count() or 1),
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(temporary),
+                runtime_env={
+                    "env_vars": _PATIENCE | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+                },
+                **common,
+            )
         yield
     finally:
         ray.shutdown()

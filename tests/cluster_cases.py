@@ -34,6 +34,8 @@ SMALL = [
 LABELS = "resources.labels={" + ", ".join(
     f"{role}: {{pool: {role}}}" for role in ("learner", "rollout", "reward")
 ) + "}"  # fmt: skip
+START_S = 120.0
+HEAD = "127.0.0.2"  # each node has an address of its own, as hosts have
 # A dead node is noticed within seconds; Ray's defaults suit clusters with slow networks.
 IMPATIENT = {
     "RAY_health_check_period_ms": "1000",
@@ -51,11 +53,13 @@ def free_port() -> int:
 class Node:
     """One `ray start --block` and all that it has started."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    def __init__(
+        self, address: str, arguments: list[str], environment: dict[str, str], log: Path
+    ) -> None:
         self.metrics_port = free_port()
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [RAY, "start", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=1",
+                [RAY, "start", "--block", f"--node-ip-address={address}", "--num-cpus=1",
                  "--object-store-memory=150000000", "--min-worker-port=0", "--max-worker-port=0",
                  f"--metrics-export-port={self.metrics_port}",
                  f"--dashboard-agent-listen-port={free_port()}", *arguments],
@@ -80,8 +84,10 @@ class Node:
 class ThreeNodes:
     """Head, rollout node and reward node; nodes can be killed and new ones join."""
 
-    def __init__(self, place: Path, environment: dict[str, str], redis_pid: int) -> None:
-        self._place = place
+    def __init__(
+        self, logs: Path, temporary: str, environment: dict[str, str], redis_pid: int
+    ) -> None:
+        self._logs = logs
         self.environment = environment
         self.redis_pid = redis_pid
         self.dashboard = f"http://127.0.0.1:{free_port()}"
@@ -89,21 +95,33 @@ class ThreeNodes:
         self._gcs_port = free_port()
         self.nodes: list[Node] = []
         self.head = self._start(
-            "learner", "--head", f"--port={self._gcs_port}", f"--temp-dir={place}/ray",
+            "learner", "--head", f"--port={self._gcs_port}", f"--temp-dir={temporary}/ray",
             "--include-dashboard=true", "--dashboard-host=127.0.0.1",
             f"--dashboard-port={self.dashboard.rpartition(':')[2]}",
             f"--ray-client-server-port={self.client_port}",
         )  # fmt: skip
-        wait_for(lambda: self._num_alive() == 1, "the head to answer", 60)
-        self.rollout_node, self.reward_node = self.add("rollout"), self.add("reward")
-        wait_for(lambda: self._num_alive() == 3, "all nodes to join", 60)
+        self._wait(1)
+        self.rollout_node = self.add("rollout")
+        self._wait(2)
+        self.reward_node = self.add("reward")
+        self._wait(3)
+
+    def _wait(self, num_nodes: int) -> None:
+        """A busy machine takes its time; what the nodes said is shown when it fails."""
+        try:
+            wait_for(lambda: self._num_alive() == num_nodes, f"{num_nodes} nodes alive", START_S)
+        except AssertionError as error:
+            said = [f"{log.name}:\n{log.read_text()}" for log in self._logs.glob("*.log")]
+            self.close()
+            raise AssertionError("\n".join([str(error), *said])) from None
 
     def add(self, pool: str) -> Node:
-        return self._start(pool, f"--address=127.0.0.1:{self._gcs_port}")
+        return self._start(pool, f"--address={HEAD}:{self._gcs_port}")
 
     def _start(self, pool: str, *arguments: str) -> Node:
-        log = self._place / f"{pool}-{len(self.nodes)}.log"
-        node = Node([f"--labels=pool={pool}", *arguments], self.environment, log)
+        log = self._logs / f"{pool}-{len(self.nodes)}.log"
+        address = f"127.0.0.{2 + len(self.nodes)}"
+        node = Node(address, [f"--labels=pool={pool}", *arguments], self.environment, log)
         self.nodes.append(node)
         return node
 
@@ -162,7 +180,7 @@ def three_nodes(place: Path) -> Iterator[ThreeNodes]:
             }
         )
         environment.pop("RAY_ADDRESS", None)
-        nodes = ThreeNodes(Path(short), environment, server.pid)
+        nodes = ThreeNodes(place, short, environment, server.pid)
         stack.callback(nodes.close)
         yield nodes
 
