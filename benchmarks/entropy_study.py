@@ -3,12 +3,12 @@
 All methods of a seed start from one warm-started policy, sample the same riddles and differ in
 their losses only. Coefficients are the published ones, for a policy loss divided by 3072, and a
 tenth of them where a method has one. `siren/peak_entropy` is measured for every method by a SIREN
-term of weight 0. Run with `python -m benchmarks.entropy_study FOLDER [NUM_SEEDS]`.
+term of weight 0. Run with `python -m benchmarks.entropy_study FOLDER [NUM_SEEDS [METHOD ...]]`.
 """
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.proofs import ROOT
+from benchmarks.show import Row, judged
 from benchmarks.study import Run, figure, mean_curve, train, warm_started
 from serve.charts import Chart, Series
 
@@ -52,6 +53,9 @@ METHODS: dict[str, Losses] = {
     "SIREN 0.005": _siren(0.005),
     "SIREN 0.0005": _siren(0.0005),
 }
+BASELINE, SIREN = "GRPO", "SIREN 0.005"
+COLLAPSED, NEAR = 0.5, (0.75, 1.25)  # shares of the anchor
+SAMPLES, NOISE = 8, 0.02
 Results = dict[str, list[Run]]
 
 
@@ -110,8 +114,32 @@ def drawing(results: Results) -> str:
     return figure(charts)
 
 
+def rows(quick: bool, folder: Path) -> Iterator[Row]:
+    """QUICK compares GRPO and SIREN on one seed, else all methods on three."""
+    methods = [BASELINE, SIREN] if quick else list(METHODS)
+    results = measure(folder, range(1 if quick else 3), methods)
+    Console().print(table(results))
+    grpo, siren = results[BASELINE], results[SIREN]
+    kept = {m: mean(r, "siren/peak_entropy", LAST_STEPS) / anchor(r) for m, r in results.items()}
+    what = f"riddles with several ways, {len(siren)} seed(s)" + (" (reduced)" if quick else "")
+    yield judged(
+        f"GRPO's entropy collapses, SIREN's stays near its anchor; {what}",
+        ", ".join(f"{method} {share:.2f}" for method, share in kept.items()) + " of the anchor",
+        f"GRPO at most {COLLAPSED}, SIREN {NEAR[0]} to {NEAR[1]}",
+        kept[BASELINE] <= COLLAPSED and NEAR[0] <= kept[SIREN] <= NEAR[1],
+    )
+    for k, bound, least in (("k", "above GRPO's", 0.0), ("1", "not lower than GRPO's", -NOISE)):
+        gain = mean(siren, f"eval/pass@{k}") - mean(grpo, f"eval/pass@{k}")
+        yield judged(
+            f"held-out pass@{SAMPLES if k == 'k' else 1} after SIREN, {what}",
+            ", ".join(f"{m} {mean(r, f'eval/pass@{k}'):.3f}" for m, r in results.items()),
+            bound + (f", {NOISE} of noise allowed" if least else ""),
+            gain > least,
+        )
+
+
 if __name__ == "__main__":
     num_seeds = int(sys.argv[2]) if len(sys.argv) > 2 else 1
-    found = measure(Path(sys.argv[1]), range(num_seeds), list(METHODS))
+    found = measure(Path(sys.argv[1]), range(num_seeds), sys.argv[3:] or list(METHODS))
     Console().print(table(found))
     FIGURE.write_text(drawing(found))

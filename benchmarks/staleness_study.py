@@ -8,7 +8,7 @@ seed start from one warm-started policy. Run with `python -m benchmarks.stalenes
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -18,15 +18,16 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.entropy_study import CONFIG
+from benchmarks.show import Row, judged
 from benchmarks.study import Run, train, warm_started
 
 WAY = "d"  # the rarest in the warm start
 STEPS, LAST_STEPS = 60, 10
 OLDEST = 8
+WITHIN = 0.1  # of the on-policy run's final reward
 TASK = [
     f"tasks.train.settings={{size: 20000, seed: 1, way: {WAY}}}",
-    f"tasks.eval.settings={{size: 200, seed: 1000000, way: {WAY}}}",
-    f"rewards.verifiers.accepted.settings={{way: {WAY}}}",
+    f"tasks.eval.settings={{size: 300, seed: 1000000, way: {WAY}}}",
     f"run.steps={STEPS}",
     f"eval.every={STEPS}",
     "learner.minibatches=4",
@@ -94,6 +95,25 @@ def table(results: Results) -> Table:
             f"{mean(runs, 'ratio/clip_fraction', STEPS):.3f}",
         )
     return rows
+
+
+def rows(quick: bool, folder: Path) -> Iterator[Row]:
+    """One seed with QUICK, else three."""
+    results = measure(folder, range(1 if quick else 3))
+    Console().print(table(results))
+    age = min(oldest(results[name]) for name, method in METHODS.items() if method.max_policy_age)
+    measured = "; ".join(
+        f"{name}: reward {mean(runs, 'reward/mean'):.2f}, "
+        f"KL {mean(runs, 'ratio/mismatch_kl', STEPS):.1e}, age {oldest(runs):.0f}"
+        for name, runs in results.items()
+    )
+    corrected = min(mean(results[name], "reward/mean") for name in ("decoupled", "TIS"))
+    yield judged(
+        f"policy age up to {OLDEST}: naive, decoupled, TIS; {len(results['TIS'])} seed(s)",
+        measured,
+        f"age {OLDEST} seen; corrected runs within {WITHIN} of on-policy",
+        age >= OLDEST and corrected >= mean(results["on-policy"], "reward/mean") - WITHIN,
+    )
 
 
 if __name__ == "__main__":

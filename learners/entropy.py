@@ -1,10 +1,12 @@
-"""Entropy terms to compare SIREN with: a plain bonus, an adaptive one, and KL-Cov.
+"""Entropy terms to compare SIREN with: bonuses plain and adaptive, KL-Cov, shaped advantages.
 
-Invariant: statistics that decide are taken over the whole update without gradient; only the bonus
-itself lets gradients through the entropy. All are objectives (`learners.objectives`).
+Invariant: statistics that decide are taken over the whole update without gradient; only the bonuses
+let gradients through the entropy. All are objectives (`learners.objectives`).
 """
 
 # ruff: noqa: F722 (shapes in annotations)
+
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -16,6 +18,7 @@ from learners.covariance import Covariance
 from learners.logprobs import TokenOutputs
 from learners.objectives import LossTerm
 from learners.off_policy import proximal_logprobs
+from learners.surrogates import PolicyGradient
 
 
 class EntropyBonus:
@@ -109,3 +112,27 @@ class CovarianceKL:
         gap = (outputs.logprobs - proximal_logprobs(rows, outputs)).abs()
         chosen = torch.where(covariance >= self._threshold, gap, 0.0)
         return LossTerm(self._coefficient * chosen.sum())
+
+
+@dataclass(eq=False)
+class EntropyShapedGradient(PolicyGradient):
+    """The clipped policy gradient of A + min(scale * H, |A| / kappa), the entropy without gradient
+    (arXiv 2506.14758); no advantage changes its sign for kappa > 1.
+
+    A = 1 and H = 2 give 1.5; A = -1 and H = .5 give -.8.
+    """
+
+    scale: float = 0.4
+    kappa: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale < 0 or self.kappa < 1:
+            raise ValueError(
+                f"must have scale >= 0 and kappa >= 1, got scale={self.scale}, kappa={self.kappa}"
+            )
+
+    def loss(self, rows: MicroBatch, outputs: TokenOutputs) -> LossTerm:
+        bonus = self.scale * outputs.entropy.detach().to(rows.advantages.dtype)
+        bonus = torch.minimum(bonus, rows.advantages.abs() / self.kappa)
+        return super().loss(replace(rows, advantages=rows.advantages + bonus), outputs)

@@ -35,6 +35,7 @@ OBJECTIVES = {
     "entropy_bonus": "learners.entropy:EntropyBonus",
     "adaptive_entropy": "learners.entropy:AdaptiveEntropyBonus",
     "kl_cov": "learners.entropy:CovarianceKL",
+    "entropy_advantage": "learners.entropy:EntropyShapedGradient",
 }
 
 _MAX_LOG_RATIO = 20.0

@@ -8,6 +8,7 @@ taken against the rollout policy or, decoupled from it, against the proximal one
 # ruff: noqa: F722 (shapes in annotations)
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
@@ -26,8 +27,9 @@ _MAX_SEQUENCE_LOG = 10.0
 Losses = tuple[Float[Tensor, " N"], Float[Tensor, " N"]]  # token losses; 1.0 where clipped
 
 
+@dataclass(eq=False)
 class Surrogate(ABC):
-    """What all surrogates share; a subclass gives the loss of each token.
+    """What all surrogates share; a subclass adds its own settings and gives the loss of each token.
 
     `ratio_to="proximal"` is decoupled PPO (arXiv 2505.24298): the trust region lies around the
     learner at the start of the step, and `correction` (settings of `RolloutCorrection`) weights
@@ -35,30 +37,28 @@ class Surrogate(ABC):
     tokens with a gradient.
     """
 
-    def __init__(
-        self,
-        ratio_to: RatioTo = "rollout",
-        correction: dict[str, Any] | None = None,
-        token_filter: dict[str, Any] | None = None,
-        aggregation: Name = "token_mean",
-        constant: int | None = None,
-    ) -> None:
-        if ratio_to not in get_args(RatioTo):
-            raise ValueError(f"ratio_to must be rollout or proximal, got {ratio_to!r}")
-        if correction is not None and ratio_to == "rollout":
+    ratio_to: RatioTo = field(default="rollout", kw_only=True)
+    correction: dict[str, Any] | None = field(default=None, kw_only=True)
+    token_filter: dict[str, Any] | None = field(default=None, kw_only=True)
+    aggregation: Name = field(default="token_mean", kw_only=True)
+    constant: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.ratio_to not in get_args(RatioTo):
+            raise ValueError(f"ratio_to must be rollout or proximal, got {self.ratio_to!r}")
+        if self.correction is not None and self.ratio_to == "rollout":
             raise ValueError(
                 "correction weights by proximal / rollout and needs ratio_to=proximal; the ratio "
                 "to the rollout policy corrects for it already"
             )
-        self._ratio_to: RatioTo = ratio_to
-        self._correction = None if correction is None else RolloutCorrection(**correction)
-        self._filter: TokenFilter | None = build_filter(token_filter)
-        self._aggregation = Aggregation(aggregation, constant)
+        self._correction = None if self.correction is None else RolloutCorrection(**self.correction)
+        self._filter: TokenFilter | None = build_filter(self.token_filter)
+        self._aggregation = Aggregation(self.aggregation, self.constant)
         self.denominator: Denominator = self._aggregation.denominator
         self.needs_survey = self._filter is not None
 
     def loss(self, rows: MicroBatch, outputs: TokenOutputs) -> LossTerm:
-        ratio_log = log_ratio(rows, outputs, self._ratio_to)
+        ratio_log = log_ratio(rows, outputs, self.ratio_to)
         losses, is_clipped = self._token_losses(ratio_log, rows, outputs)
         metrics = {
             "ratio/importance_mean": ratio_log.detach().exp().sum(),
@@ -92,6 +92,13 @@ def _check_clip(clip_low: float, clip_high: float) -> None:
         )
 
 
+def _clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """-r A without and with clipping of r to [1 - low, 1 + high]."""
+    plain = -ratio * advantages
+    return plain, torch.maximum(plain, -ratio.clamp(1 - low, 1 + high) * advantages)
+
+
+@dataclass(eq=False)
 class PolicyGradient(Surrogate):
     """Clipped policy gradient: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
 
@@ -102,40 +109,34 @@ class PolicyGradient(Surrogate):
     With r = 1.35, A = 1 the loss is -1.28 and its gradient 0.
     """
 
-    def __init__(
-        self,
-        clip_low: float = 0.2,
-        clip_high: float = 0.28,
-        dual_clip: float | None = None,
-        importance_cap: float | None = None,
-        ratio_to: RatioTo = "rollout",
-        correction: dict[str, Any] | None = None,
-        token_filter: dict[str, Any] | None = None,
-        aggregation: Name = "token_mean",
-        constant: int | None = None,
-    ) -> None:
-        super().__init__(ratio_to, correction, token_filter, aggregation, constant)
-        _check_clip(clip_low, clip_high)
-        if dual_clip is not None and dual_clip <= 1:
-            raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
-        if importance_cap is not None and importance_cap < 1:
-            raise ValueError(f"importance_cap must be at least 1, got {importance_cap}")
-        self._low, self._high = 1 - clip_low, 1 + clip_high
-        self._dual_clip = dual_clip
-        self._importance_cap = importance_cap
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float | None = None
+    importance_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_clip(self.clip_low, self.clip_high)
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"dual_clip must be above 1, got {self.dual_clip}")
+        if self.importance_cap is not None and self.importance_cap < 1:
+            raise ValueError(f"importance_cap must be at least 1, got {self.importance_cap}")
 
     def _token_losses(self, ratio_log: Tensor, rows: MicroBatch, outputs: TokenOutputs) -> Losses:
         ratio = ratio_log.exp()
-        if self._importance_cap is not None:
-            ratio = ratio * (self._importance_cap / ratio.detach()).clamp(max=1)
+        if self.importance_cap is not None:
+            ratio = ratio * (self.importance_cap / ratio.detach()).clamp(max=1)
         plain = -ratio * rows.advantages
-        losses = torch.maximum(plain, -ratio.clamp(self._low, self._high) * rows.advantages)
-        if self._dual_clip is not None:
-            bound = -self._dual_clip * rows.advantages
+        losses = torch.maximum(
+            plain, -ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * rows.advantages
+        )
+        if self.dual_clip is not None:
+            bound = -self.dual_clip * rows.advantages
             losses = torch.where(rows.advantages < 0, torch.minimum(losses, bound), losses)
         return losses, losses.detach() != plain.detach()
 
 
+@dataclass(eq=False)
 class SequencePolicyGradient(Surrogate):
     """GSPO (arXiv 2507.18071): one ratio per sequence, s = exp(mean log r), clipped for all its
     tokens at once.
@@ -144,26 +145,26 @@ class SequencePolicyGradient(Surrogate):
     lets advantages differ by token. Log-ratios [.02, -.01, .005] give s = 1.0050125.
     """
 
-    def __init__(
-        self,
-        clip_low: float = 3e-4,
-        clip_high: float = 4e-4,
-        ratio_to: RatioTo = "rollout",
-        correction: dict[str, Any] | None = None,
-        token_filter: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(ratio_to, correction, token_filter, "seq_mean_token_mean")
-        _check_clip(clip_low, clip_high)
-        self._low, self._high = 1 - clip_low, 1 + clip_high
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+    aggregation: Name = field(default="seq_mean_token_mean", init=False)
+    constant: None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_clip(self.clip_low, self.clip_high)
 
     def _token_losses(self, ratio_log: Tensor, rows: MicroBatch, outputs: TokenOutputs) -> Losses:
         mean = sequence_means(ratio_log.detach(), rows)[rows.sequence_ids]
         ratio = (mean + ratio_log - ratio_log.detach()).clamp(max=_MAX_SEQUENCE_LOG).exp()
         plain = -ratio * rows.advantages
-        losses = torch.maximum(plain, -ratio.clamp(self._low, self._high) * rows.advantages)
+        losses = torch.maximum(
+            plain, -ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * rows.advantages
+        )
         return losses, losses.detach() != plain.detach()
 
 
+@dataclass(eq=False)
 class ClippedImportance(Surrogate):
     """CISPO (arXiv 2506.13585): -sg(clip(r, floor, cap)) A log p; no token loses its gradient.
 
@@ -171,27 +172,23 @@ class ClippedImportance(Surrogate):
     -1, -2, -3 give a mean loss of 5.8333.
     """
 
-    def __init__(
-        self,
-        cap: float = 5.0,
-        floor: float = 0.0,
-        ratio_to: RatioTo = "rollout",
-        correction: dict[str, Any] | None = None,
-        token_filter: dict[str, Any] | None = None,
-        aggregation: Name = "token_mean",
-        constant: int | None = None,
-    ) -> None:
-        super().__init__(ratio_to, correction, token_filter, aggregation, constant)
-        if not 0 <= floor <= 1 <= cap:
-            raise ValueError(f"must have 0 <= floor <= 1 <= cap, got floor={floor}, cap={cap}")
-        self._floor, self._cap = floor, cap
+    cap: float = 5.0
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.floor <= 1 <= self.cap:
+            raise ValueError(
+                f"must have 0 <= floor <= 1 <= cap, got floor={self.floor}, cap={self.cap}"
+            )
 
     def _token_losses(self, ratio_log: Tensor, rows: MicroBatch, outputs: TokenOutputs) -> Losses:
         ratio = ratio_log.detach().exp()
-        weights = ratio.clamp(self._floor, self._cap)
+        weights = ratio.clamp(self.floor, self.cap)
         return -weights * rows.advantages * outputs.logprobs, weights != ratio
 
 
+@dataclass(eq=False)
 class GeometricMean(Surrogate):
     """GMPO (arXiv 2507.20673): -A exp(mean of log r, each clipped on the side that A rewards).
 
@@ -200,23 +197,22 @@ class GeometricMean(Surrogate):
     and 1.221403 at A = -1.
     """
 
-    def __init__(
-        self,
-        clip_low: float = 0.4,
-        clip_high: float = 0.4,
-        ratio_to: RatioTo = "rollout",
-        correction: dict[str, Any] | None = None,
-        token_filter: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(ratio_to, correction, token_filter, "seq_mean_token_mean")
-        if clip_low < 0 or clip_high < 0:
-            raise ValueError(f"clip_low and clip_high must be >= 0, got {clip_low}, {clip_high}")
-        self._low, self._high = clip_low, clip_high
+    clip_low: float = 0.4
+    clip_high: float = 0.4
+    aggregation: Name = field(default="seq_mean_token_mean", init=False)
+    constant: None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.clip_low, self.clip_high) < 0:
+            raise ValueError(
+                f"clip_low and clip_high must be >= 0, got {self.clip_low}, {self.clip_high}"
+            )
 
     def _token_losses(self, ratio_log: Tensor, rows: MicroBatch, outputs: TokenOutputs) -> Losses:
         is_positive = rows.advantages >= 0
         clipped = torch.where(
-            is_positive, ratio_log.clamp(max=self._high), ratio_log.clamp(min=-self._low)
+            is_positive, ratio_log.clamp(max=self.clip_high), ratio_log.clamp(min=-self.clip_low)
         )
         mean = sequence_means(clipped, rows)[rows.sequence_ids]
         return -rows.advantages * mean.exp(), clipped.detach() != ratio_log.detach()

@@ -6,9 +6,14 @@ import math
 import pytest
 import torch
 
-from learners.entropy import AdaptiveEntropyBonus, CovarianceKL, EntropyBonus
+from learners.entropy import (
+    AdaptiveEntropyBonus,
+    CovarianceKL,
+    EntropyBonus,
+    EntropyShapedGradient,
+)
 from learners.surrogates import PolicyGradient
-from learners.token_filters import ClipCovariance, ForkingTokens
+from learners.token_filters import ClipCovariance, ForkingTokens, SecondMoment
 from tests.loss_cases import gradient, outputs_of, rows_of
 
 ADVANTAGES, LOGPROBS = [2.0, -1.0, 0.0, -1.0], [-0.1, -2.0, -1.0, -0.5]
@@ -95,3 +100,30 @@ def test_clip_cov_without_eligible_tokens_drops_none() -> None:
     assert clip.keeps(rows, outputs, torch.zeros(2, dtype=torch.bool)).all()
     clip.begin(clip.survey(rows_of([]), outputs_of([])))
     assert not math.isnan(clip._last_draw)
+
+
+# TV-E4
+@pytest.mark.parametrize(
+    ("advantage", "entropy", "kappa", "shaped"),
+    [(1.0, 2.0, 2.0, 1.5), (1.0, 2.0, 1.0, 1.8), (-1.0, 0.5, 2.0, -0.8)],
+)
+def test_entropy_shapes_the_advantage(
+    advantage: float, entropy: float, kappa: float, shaped: float
+) -> None:
+    outputs = outputs_of([0.0], entropy=[entropy])
+    objective = EntropyShapedGradient(kappa=kappa)
+    term = objective.loss(rows_of([[advantage]]), outputs)
+    term.total.backward()
+    assert gradient(outputs.logprobs) == pytest.approx([-shaped])
+    assert outputs.entropy.grad is None
+
+
+# TV-D7
+def test_second_moment_leaves_out_the_outlier() -> None:
+    filters = SecondMoment(), SecondMoment(bound=0.6)
+    rows, outputs = rows_of([[1.0] * 4], [[-0.1, 0.2, -1.5, 0.05]]), outputs_of([0.0] * 4)
+    moments = [f.begin(f.survey(rows, outputs))["ratio/second_moment"] for f in filters]
+    assert moments == pytest.approx([0.0175, 0.575625])
+    is_clipped = torch.zeros(4, dtype=torch.bool)
+    assert filters[0].keeps(rows, outputs, is_clipped).tolist() == [True, True, False, True]
+    assert filters[1].keeps(rows, outputs, is_clipped).all()
