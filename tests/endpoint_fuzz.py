@@ -26,7 +26,7 @@ class Fuzzed:
 
 
 def fuzz(url: str, keys: list[str], rounds: int) -> Fuzzed:
-    """`rounds` requests over all documented routes; release actions that would work are left out."""
+    """`rounds` requests over all documented routes, without release actions that would work."""
     document = httpx.get(f"{url}/openapi.json").json()
     routes = [(path, method) for path, methods in document["paths"].items() for method in methods]
     schemas = document["components"]["schemas"]
