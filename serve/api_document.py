@@ -82,7 +82,9 @@ def complete(app: FastAPI) -> None:
             whole = written()
             components = whole.setdefault("components", {})
             schemas = components.setdefault("schemas", {})
-            schemas |= msgspec.json.schema_components(KINDS, ref_template=_REFERENCE)[1]
+            schemas |= msgspec.json.schema_components(
+                KINDS, schema_hook=_anything, ref_template=_REFERENCE
+            )[1]
             schemas["Error"] = _ERROR
             for api, model in REQUESTS.items():
                 schemas |= _body_schemas(api, model)
@@ -92,6 +94,12 @@ def complete(app: FastAPI) -> None:
         return app.openapi_schema
 
     app.openapi = document
+
+
+def _anything(kind: type) -> dict[str, Any]:
+    """The schema of `object`, the only type that msgspec does not know."""
+    assert kind is object, kind
+    return {"description": "any JSON value"}
 
 
 def _body_schemas(api: str, model: Any) -> dict[str, Any]:

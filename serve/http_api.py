@@ -7,6 +7,7 @@ routes (pause, weight update) are not mounted.
 
 import asyncio
 import logging
+import os
 import time
 import uuid
 from contextlib import AsyncExitStack
@@ -42,7 +43,8 @@ def build(service: PolicyService) -> FastAPI:
     @app.get("/health", summary="Whether the engines run; needs no key")
     async def health() -> JSONResponse:
         is_healthy = await service.is_healthy()
-        return JSONResponse({"ok": is_healthy}, 200 if is_healthy else 503)
+        status = 200 if is_healthy else 503
+        return JSONResponse({"ok": is_healthy}, status, {"x-replica": str(os.getpid())})
 
     @app.get("/v1/models", responses=errors, summary="Names that requests may use")
     async def models(request: Request) -> JSONResponse:

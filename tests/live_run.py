@@ -45,7 +45,7 @@ class LiveRun:
 
     def open_endpoint(self) -> None:
         """Start `hone serve` as soon as the run exists, and wait until it answers."""
-        self.until(self.run.config.is_file, 60)
+        self.until(self.run.config.is_file)
         self.serve = self._start(
             "serve", "demo", "--port", str(self._port), "limits.requests_per_minute=0"
         )

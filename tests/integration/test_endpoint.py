@@ -325,12 +325,14 @@ def test_the_page_shows_the_run_and_changes_the_release(served: Served) -> None:
         page.sign_in(URL, served.admin)
         page_cases.check_tokens(page)
         page_cases.check_curves_move(page, served.run, 5)
-        for action, version, words in (("promote", "10", "version 10"), ("canary", "7", "canary")):
+        publish(served.run, 11)
+        page.until("[...document.getElementById('version').options].some((o) => o.value == '11')")
+        for action, version, words in (("promote", "11", "version 11"), ("canary", "9", "canary")):
             page.write("#version", version)
             page.click(f"[data-action={action}]")
             page.until(f"document.getElementById('release').textContent.includes('{words}')")
         models = [served.ask(max_tokens=1).model for _ in range(20)]
-        assert (models.count("policy@10"), models.count("policy@7")) == (18, 2)
+        assert (models.count("policy@11"), models.count("policy@9")) == (18, 2)
         page.click("[data-action=rollback]")
         page.until("document.getElementById('release').textContent.includes('fixed')")
         page_cases.check_controls(page)
