@@ -22,7 +22,8 @@ TIMEOUT_S = 900
 DENSE_BYTES_PER_TOKEN = 2**20  # four arrays of float32 over the vocabulary, and some
 UNIT = "tests/unit/test_"
 VECTORS = ("credit", "objectives", "surrogates", "siren", "nucleus", "kl", "entropy_terms",
-           "guidance", "whitening", "segments", "gae", "value_loss", "published_values")  # fmt: skip
+           "guidance", "whitening", "segments", "gae", "value_loss",
+           "published_values")  # fmt: skip
 METHODS = "tests/integration/test_learner_methods.py"
 
 

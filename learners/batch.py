@@ -7,6 +7,7 @@ loss needs a mask. Built by the learner and warm start from trajectories, exampl
 
 # ruff: noqa: F722 (shapes in annotations)
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cluster.types import Trajectory, TrajectoryStatus
+from cluster.types import Trajectory, TrajectoryGroup, TrajectoryStatus
+from learners.packing import TrajectoryRef
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,24 @@ class Row:
             is_truncated=trajectory.status is TrajectoryStatus.TRUNCATED,
             sampled_context=None if context is None else trajectory.context_tokens,
         )
+
+    @classmethod
+    def chosen(
+        cls,
+        refs: Sequence[TrajectoryRef],
+        credited: Mapping[str, tuple[TrajectoryGroup, Sequence[np.ndarray | None]]],
+        policy_version: int,
+    ) -> "list[Row]":
+        """Rows of those `refs` that have a credit and a token to learn from; `credited` holds each
+        group with the advantages of its trajectories.
+        """
+        pairs = [(credited[ref.group_id], ref.index) for ref in refs]
+        return [
+            cls.of(group.trajectories[index], advantages, policy_version)
+            for (group, credit), index in pairs
+            if (advantages := credit[index]) is not None
+            and group.trajectories[index].num_loss_tokens > 0
+        ]
 
     @classmethod
     def plain(cls, context: np.ndarray, completion: np.ndarray) -> "Row":

@@ -137,12 +137,7 @@ class Learner:
         for minibatch, microbatch in zip(
             plan.minibatches, plan.microbatches[self._rank], strict=True
         ):
-            rows: list[Row] = []
-            for ref in microbatch:
-                group, advantages = credited[ref.group_id]
-                trajectory, credit = group.trajectories[ref.index], advantages[ref.index]
-                if credit is not None and trajectory.num_loss_tokens > 0:
-                    rows.append(Row.of(trajectory, credit, self.policy_version))
+            rows = Row.chosen(microbatch, credited, self.policy_version)
             pack = self._annotated(MicroBatch.pack(rows, self._device))
             if self._losses.needs_sampled_context:
                 pack = annotate(self._policy, rows, pack)

@@ -16,7 +16,6 @@ from typing import Annotated
 import typer
 
 from cluster.errors import ConfigError
-from cluster.run_dir import RunDir
 
 KEY_ENV = "HONE_API_KEY"
 keys_app = typer.Typer(help="API keys of the endpoint.", no_args_is_help=True)
@@ -61,6 +60,8 @@ def serve(
     from serve import endpoint_settings, first_weights
 
     if not endpoint_settings.is_model_dir(reference):
+        from cluster.run_dir import RunDir
+
         run = RunDir.open(reference)
         first_weights.wait_for(run, lambda line: print(line, flush=True))
     settings = endpoint_settings.resolve(
