@@ -78,7 +78,7 @@ class Rubric:
     @property
     def version(self) -> str:
         """Eight hex digits over all that shapes a reward: signals, weights, time limits, pools."""
-        content: list[list[object]] = [
+        content = [
             [s.name, s.version, s.weight, s.config.timeout_s]
             + ([s.config.pool.model_dump()] if s.config.pool else [])
             for s in self._signals
