@@ -146,6 +146,8 @@ async def _gold(num_tasks: int) -> Row:
         f"{len(refused)} of {num_checked} ({num_datasets} datasets)", "0",
         not refused and num_checked > 0, "; ".join(refused)[:200],
     )  # fmt: skip
+
+
 def _process_model(quick: bool) -> Iterator[Row]:
     """A process model of a run's own rollouts on held-out traces, beside the stand-ins."""
     claim = "process model trained on a run's own Monte-Carlo labels: held-out step AUC"
