@@ -229,10 +229,10 @@ class Controller:
 
     async def _evaluate(self, parts: Parts) -> dict[str, float]:
         self._observer.phase("evaluating", f"held-out pass@1 at step {self._books.step}", 0.0)
-        with self._stages.busy("eval"):
+        with self._stages.busy("eval"), parts.rewards.one_version() as score:
             result = await evaluate(
                 parts.fleet,
-                parts.rewards.score,
+                score,
                 parts.eval_tasks,
                 self._config.eval,
                 parts.sampling,

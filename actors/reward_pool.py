@@ -7,6 +7,8 @@ parts; versions are changed by `actors.reward_admin` only.
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from actors.reward_candidate import Candidate
@@ -49,6 +51,17 @@ class RewardPool:
 
     async def score(self, group: Any) -> tuple[GroupSummary, bytes]:
         return await self._set().call("score", group)
+
+    @contextmanager
+    def one_version(self) -> Iterator[Callable[[Any], Awaitable[tuple[GroupSummary, bytes]]]]:
+        """Scoring by the version that is live now, for the whole block, whatever goes live."""
+        workers = self._set()
+
+        async def score(group: Any) -> tuple[GroupSummary, bytes]:
+            return await workers.call("score", group)
+
+        with workers.held():
+            yield score
 
     @property
     def live(self) -> RubricVersion:

@@ -8,7 +8,8 @@ A set ends only after its last call has. Owned by `actors.reward_pool`.
 import asyncio
 import itertools
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,9 @@ class WorkerSet:
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._num_holders = 0
+        self._free = asyncio.Event()
+        self._free.set()
 
     @property
     def in_flight(self) -> int:
@@ -199,8 +203,21 @@ class WorkerSet:
             return  # the next call finds it dead
         self._home.on_event("worker_restarted", worker=name, pid=self._pids[index])
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Not drained before the block ends, also while no call is in flight."""
+        self._num_holders += 1
+        self._free.clear()
+        try:
+            yield
+        finally:
+            self._num_holders -= 1
+            if self._num_holders == 0:
+                self._free.set()
+
     async def drain(self) -> None:
-        """Wait for the calls in flight, then end the workers."""
+        """Wait for who holds the set and for the calls in flight, then end the workers."""
+        await self._free.wait()
         try:
             async with asyncio.timeout(self._call_s):  # each call has the same deadline
                 await self._idle.wait()

@@ -1,5 +1,7 @@
-"""`python -m benchmarks.process_reward RUN MODEL`: how well step scorers tell right from wrong.
+"""`python -m benchmarks.process_reward [RUN MODEL]`: how well step scorers tell right from wrong.
 
+Without arguments a policy is warmed up briefly on sums of five numbers, so that it makes mistakes,
+and `hone rewards train-process` makes a process model of its rollouts, in a temporary place.
 Held-out tasks of the run are sampled by its newest checkpoint. A step is right when all lines up to
 it are those of the worked solution, or the bare answer. Printed as JSON: for each scorer the AUC
 over all steps and over those up to the first wrong one, and the accuracy of best-of-n beside that
@@ -8,6 +10,8 @@ of the majority vote and of one sample.
 
 import asyncio
 import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,16 +32,50 @@ from rewards.steps import compile_separator, split_steps
 from rewards.tasksets import load_tasks
 from serve import export
 
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "deploy" / "configs" / "quickstart.yaml"
+WARM_START = ("run.steps=1", "eval.every=1", "eval.tasks=8", "rollout.groups_per_step=4",
+              "warm_start.steps=600", "warm_start.direct_fraction=0.15",
+              "policy.context_length=96", "rollout.max_new_tokens=60")  # fmt: skip
+TRAINING = ("--tasks", "96", "--traces", "8", "--completions", "4", "--epochs", "8")
+STAND_INS = ("arithmetic", "likelihood_answer", "likelihood_step")
 NUM_TASKS, NUM_SAMPLES = 200, 8
 LINES = compile_separator(r"\n+")
 
 
-def main(run: str, model: str) -> None:
+def main(arguments: list[str]) -> None:
+    if arguments:
+        print(json.dumps(measure(*arguments)))
+        return
+    with tempfile.TemporaryDirectory(prefix="hone-process-") as place:
+        run, model = make(Path(place))
+        print(json.dumps(measure(str(run), str(model))))
+
+
+def make(place: Path) -> tuple[Path, Path]:
+    """A run of one step and a process model of its rollouts, by the commands that a user has."""
+    run, model = place / "runs" / "sums", place / "process-model"
+    settings = [f"tasks.{split}.settings.config.{side}_terms=5"
+                for split in ("train", "eval") for side in ("min", "max")]  # fmt: skip
+    _hone(place, "train", str(QUICKSTART), "--run", run.name, *settings, *WARM_START)
+    _hone(place, "rewards", "train-process", str(run), str(model), *TRAINING)
+    return run, model
+
+
+def measure(run: str, model: str) -> dict[str, Any]:
+    """See the module; shares and AUCs by scorer."""
     run_dir = RunDir.open(run)
     config = config_file.load(run_dir.config)
     with tempfile.TemporaryDirectory() as place:
         policy_dir = export.write(run_dir, Path(place) / "policy", None)
-        print(json.dumps(asyncio.run(_measure(config, policy_dir, model))))
+        return asyncio.run(_measure(config, policy_dir, model))
+
+
+def _hone(place: Path, *arguments: str) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "serve.cli", *arguments], cwd=place, check=True, timeout=1200,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
 
 
 async def _measure(config: Config, policy_dir: Path, model: str) -> dict[str, Any]:
@@ -137,4 +175,4 @@ def _majority(group: TrajectoryGroup) -> float:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])

@@ -5,14 +5,17 @@
 
 import asyncio
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import psutil
 
+from benchmarks import process_reward
 from benchmarks.live_swaps import measure
 from benchmarks.proofs import proven
 from benchmarks.show import Row, judged
@@ -40,7 +43,6 @@ COLD = "print(1)"
 NOT_SHOWN = (
     ("judge served by vLLM, down for 60 s during a run", "training goes on",
      "the protocol is tested against a server process, no training run with it yet"),
-    ("process reward model: step AUC and best-of-8", "> 0.8", "not there yet"),
 )  # fmt: skip
 LIVE = f"{TESTS}reward_admin.py"
 LONG = (
@@ -64,6 +66,9 @@ SHORT = (
     ("judge on a real HTTP server: 500s, rate limits, junk, timeouts, injections, recovery",
      [f"{TESTS}judge.py"]),
     ("efficiency, language and trace rules: published values", ["tests/unit/test_trace_rules.py"]),
+    ("step scores at token ends, on odd splits; exact steps; formats of public process models",
+     ["tests/unit/test_steps.py", "tests/unit/test_arithmetic_steps.py",
+      f"{TESTS}process_reward.py", f"{TESTS}process_training.py"]),
 )  # fmt: skip
 
 
@@ -80,6 +85,7 @@ def rows(quick: bool) -> Iterator[Row]:
     yield from _sandbox(quick)
     yield from asyncio.run(_math(200 if quick else 1000))
     yield asyncio.run(_gold(1 if quick else 3))
+    yield from _process_model(quick)
     for claim, bound, why in NOT_SHOWN:
         yield Row(claim, "-", bound, "not shown here", why)
 
@@ -140,6 +146,37 @@ async def _gold(num_tasks: int) -> Row:
         f"{len(refused)} of {num_checked} ({num_datasets} datasets)", "0",
         not refused and num_checked > 0, "; ".join(refused)[:200],
     )  # fmt: skip
+
+
+def _process_model(quick: bool) -> Iterator[Row]:
+    """A process model of a run's own rollouts on held-out traces, beside the stand-ins."""
+    claim = "process model trained on a run's own Monte-Carlo labels: held-out step AUC"
+    best = "its best-of-8 against the majority vote of the same 8"
+    if quick:
+        for one in (claim, best):
+            yield Row(one, "-", "measured", "not shown here", "takes minutes: leave QUICK out")
+        return
+    with tempfile.TemporaryDirectory(prefix="hone-process-") as place:
+        run, model = process_reward.make(Path(place))
+        found = process_reward.measure(str(run), str(model))
+    trained = found["trained"]
+    others = ", ".join(
+        f"{name} {found[name]['auc']:.2f}" for name in process_reward.STAND_INS if name in found
+    )
+    yield judged(
+        claim,
+        f"{trained['auc']:.3f} over {trained['steps']:.0f} steps, {trained['auc_first_error']:.3f} "
+        f"up to the first wrong one ({others})",
+        "> 0.8",
+        trained["auc"] > 0.8,
+    )
+    yield judged(
+        best,
+        f"{trained['best_of_n']:.3f} against {found['majority']:.3f} (one sample "
+        f"{found['one']:.3f}) on {found['tasks']} tasks",
+        "higher",
+        trained["best_of_n"] > found["majority"],
+    )
 
 
 def _sandbox(quick: bool) -> Iterator[Row]:

@@ -15,9 +15,18 @@ from actors.rollout import Completion, RolloutRequest, Sampling, build_trajector
 from actors.step_estimates import StepEstimator, StepValues
 from cluster.config import VerifierConfig
 from cluster.errors import ConfigError
-from cluster.types import Message, Segment, Task, TrajectoryGroup, TrajectoryStatus, VersionSpan
+from cluster.types import (
+    Message,
+    Segment,
+    Task,
+    TrajectoryGroup,
+    TrajectoryStatus,
+    Verdict,
+    VersionSpan,
+)
 from learners.process_model import ProcessModelSettings, auc
 from learners.tokenizer import load_tokenizer, render
+from rewards.base import VerifierIO
 from rewards.rubric import Rubric
 from rewards.step_models import StepClassifier
 
@@ -37,9 +46,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def pays_even_lengths(prompt: str, completion: str, reference: str) -> float | None:
-    """Abstains on a "9"."""
-    return None if "9" in completion else float(len(completion) % 2 == 0)
+def pays(text: str) -> float | None:
+    """1 for an even length; abstains on a "9"."""
+    return None if "9" in text else float(len(text) % 2 == 0)
+
+
+class EvenLength:
+    async def score(self, group: TrajectoryGroup, io: VerifierIO) -> list[Verdict]:
+        return [Verdict(score=pays(t.text)) for t in group.trajectories]
 
 
 class Sampler:
@@ -90,7 +104,7 @@ async def test_step_values_are_shares_of_rewarded_continuations(tiny_policy_dir:
         )
         for i, c in enumerate(completions)
     ]
-    rubric = Rubric({"even": VerifierConfig(use=f"{__name__}:pays_even_lengths", timeout_s=60)})
+    rubric = Rubric({"even": VerifierConfig(use=f"{__name__}:EvenLength", timeout_s=60)})
     try:
         group = await rubric.score(
             TrajectoryGroup(group_id="g", task=TASK, trajectories=trajectories)
@@ -123,7 +137,7 @@ async def test_step_values_are_shares_of_rewarded_continuations(tiny_policy_dir:
                 continue
             again = await sampler.generate(tokens, 6, replace(SAMPLING, max_new_tokens=left))
             texts = [decode([*prefix.tolist(), *c.segment.token_ids.tolist()]) for c in again]
-            rewards = [pays_even_lengths("", text, "") for text in texts]
+            rewards = [pays(text) for text in texts]
             known = [reward for reward in rewards if reward is not None]
             assert value == (pytest.approx(np.mean(known)) if known else None)
             num_checked += 1

@@ -327,6 +327,24 @@ async def test_buffered_groups_are_kept_rescored_or_dropped(tmp_path: Path, url:
 
 
 @pytest.mark.timeout(200)
+async def test_an_evaluation_sees_one_version_however_often_rewards_change(
+    tmp_path: Path, url: str
+):
+    async with house(tmp_path, url) as home:
+        first = home.pool.live.label
+        with home.pool.one_version() as score:
+            for i in range(2):  # the second change retires the first version
+                await home.ask("swap", verifiers=verifiers(bonus=float(i + 1)))
+            await asyncio.sleep(0.5)
+            summary, _ = await score(wire.encode(live_group(900)))
+            assert summary.reward_versions["rubric"] == first
+            assert (await home.score()).reward_versions["rubric"] == home.pool.live.label != first
+        await asyncio.sleep(0.5)
+        with pytest.raises(StageError):
+            await score(wire.encode(live_group(901)))
+
+
+@pytest.mark.timeout(200)
 async def test_a_resumed_run_goes_on_with_the_promoted_rubric(tmp_path: Path, url: str):
     async with house(tmp_path, url) as home:
         await home.ask("swap", verifiers=verifiers(bonus=1.0))
