@@ -45,10 +45,6 @@ def rows(quick: bool) -> Iterator[Row]:
     )
     yield from _memory(quick)
     yield from guide_study.rows(quick)
-    yield Row(
-        "Guide-PPO with a critic", "-", "learns too", "not shown here",
-        "the arm above has PPO's clip and group advantages, no critic",
-    )  # fmt: skip
     yield Row("four ranks give the update of one", "-", "1e-5", "not shown here", "two are run")
     for claim, bound in (
         ("SIREN keeps entropy near its anchor, pass@8 above GRPO's", "pass@1 not lower"),
