@@ -39,7 +39,6 @@ PROGRAM = {"use": "guide", "settings": {"template": TEMPLATE, "reject": ""}}
 GUIDED = f"rollout.program={json.dumps(PROGRAM)}"
 APART = {"use": "guide", "settings": {"factors": "apart", "shaping": "truncate"}}
 ARMS: dict[str, list[str]] = {
-    "GRPO": [],
     "Guide-GRPO": [GUIDED, "objective.losses={policy: {use: guide}}"],
     "Guide-PPO": [
         GUIDED,
@@ -48,6 +47,7 @@ ARMS: dict[str, list[str]] = {
         "critic={lr: 1.0e-3}",
         "learner.minibatches=2",
     ],
+    "GRPO": [],
 }
 Results = dict[str, list[Run]]
 
@@ -115,11 +115,11 @@ def table(results: Results) -> Table:
 
 def drawing(results: Results) -> str:
     """Means over the seeds."""
-    guided = {arm: runs for arm, runs in results.items() if arm != "GRPO"}
     passes = [Series(arm, mean_curve(runs, PASS)) for arm, runs in results.items()]
-    hinted = [Series("GRPO", [])]
-    hinted += [
-        Series(arm, mean_curve(runs, "guide/guided_fraction")) for arm, runs in guided.items()
+    hinted = [
+        Series(arm, points)
+        for arm, runs in results.items()
+        if (points := mean_curve(runs, "guide/guided_fraction"))
     ]
     return figure(
         [
