@@ -52,10 +52,6 @@ def rows(quick: bool) -> Iterator[Row]:
     )
     yield from _memory(quick)
     yield from guide_study.rows(quick)
-    yield Row(
-        "Guide-PPO with a critic", "-", "learns too", "not shown here",
-        "the arm above has PPO's clip and group advantages, no critic",
-    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="hone-show-") as folder:
         yield from staleness_study.rows(quick, Path(folder))
         yield from entropy_study.rows(quick, Path(folder))
