@@ -22,6 +22,7 @@ METHODS = (
     "ray.rpc.CoreWorkerService/GetCoreWorkerStats",
     "ray.rpc.ObjectManagerService/FreeObjects",
     "ray.rpc.ReporterService/ReportMetrics",
+    "ray.rpc.RayletDriver/ClusterInfo",
 )
 
 
