@@ -32,7 +32,8 @@ bench: setup
 lock: setup
 	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" .venv/bin/uv pip compile pyproject.toml \
 	  --extra cpu --group dev --overrides requirements/overrides-cpu.txt --python-version 3.11 \
-	  --python-platform x86_64-manylinux_2_28 --no-header --no-annotate -q -o requirements/cpu.txt
+	  --python-platform x86_64-manylinux_2_28 --no-header --no-annotate \
+	  --generate-hashes -q -o requirements/cpu.txt
 	UV_FIND_LINKS= .venv/bin/uv --no-config pip compile pyproject.toml --extra gpu --extra flash \
-	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate -q \
-	  -o requirements/gpu.txt
+	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate \
+	  --generate-hashes -q -o requirements/gpu.txt

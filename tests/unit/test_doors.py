@@ -1,0 +1,42 @@
+"""The check of open ports can fail: it tells an open door from one that refuses."""
+
+import os
+import threading
+from concurrent import futures
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import grpc
+from prometheus_client import CollectorRegistry, Gauge, start_http_server
+
+from cluster.embedded_redis import EmbeddedRedis
+from tests.doors import doors
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_open_refusing_and_unknown_doors_are_told_apart(tmp_path: Path) -> None:
+    web = ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    registry = CollectorRegistry()
+    Gauge("anything", "so that there is a sample", registry=registry).set(1)
+    exporter, _ = start_http_server(0, addr="127.0.0.1", registry=registry)
+    unknown = grpc.server(futures.ThreadPoolExecutor(1))
+    unknown_port = unknown.add_insecure_port("127.0.0.1:0")
+    unknown.start()
+    try:
+        with EmbeddedRedis(tmp_path) as redis:
+            found = {door.port: door for door in doors([os.getpid(), redis.pid])}
+            redis_port = urlsplit(redis.url).port or 0
+    finally:
+        web.shutdown()
+        exporter.shutdown()
+        unknown.stop(None)
+    assert found[web.server_port].outcome == "open"
+    assert found[exporter.server_port].outcome == "metrics"
+    assert found[unknown_port].outcome == "silent"
+    assert found[redis_port].outcome == "refused"
+    assert found[redis_port].is_local
