@@ -16,8 +16,7 @@ from serve import first_weights
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     run = RunDir.create(tmp_path / "runs", "demo", "{}", exist_ok=False)
-    run.weights = tmp_path / "weights"
-    run.weights.mkdir()
+    run.share_weights()
     return run
 
 
