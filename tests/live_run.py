@@ -98,7 +98,7 @@ class LiveRun:
             page.until("document.querySelector('#rubric tr td')")
             page.write("#changes", change)
             page.click("[data-reward=swap]")
-            page.until("document.getElementById('reward-result').textContent.includes('2-')", 60)
+            page.until("document.getElementById('reward-result').textContent.includes('2-')", 200)
 
     def until(self, condition: Callable[[], bool], timeout_s: float = START_S) -> None:
         deadline = time.monotonic() + timeout_s
