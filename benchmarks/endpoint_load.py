@@ -1,6 +1,7 @@
 """Load on an OpenAI-compatible endpoint, and plain `vllm serve` to compare with.
 
-Both sides get the same client, prompts and engine arguments. Used by `benchmarks.show_serve`.
+Both sides run at the same time and are asked in turns, with the same client, prompts and engine
+arguments. Used by `benchmarks.show_serve`.
 """
 
 import asyncio
@@ -9,10 +10,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import aiohttp
 import httpx
@@ -33,30 +35,60 @@ class Load:
     p99_s: float
 
 
-def measure(url: str, key: str, model: str, quick: bool) -> dict[int, Load]:
-    per_client = {1: 8, 8: 6, 64: 2} if quick else {1: 24, 8: 16, 64: 6}
-    asyncio.run(_load(url, key, model, 8, 2))  # the first batches pay for warming up
-    return {c: asyncio.run(_load(url, key, model, c, n)) for c, n in per_client.items()}
+@dataclass(frozen=True)
+class Side:
+    """One endpoint under comparison."""
+
+    url: str
+    key: str
+    model: str
 
 
-async def _load(url: str, key: str, model: str, clients: int, per_client: int) -> Load:
+def compare(ours: Side, theirs: Side, quick: bool) -> dict[int, tuple[Load, Load]]:
+    """Both sides by number of clients, in turns, so that whatever else the machine does hits
+    both; each figure is the median of its rounds.
+    """
+    per_client = {1: 8, 8: 4, 64: 1} if quick else {1: 16, 8: 8, 64: 3}
+    rounds = 3 if quick else 5
+    found: dict[int, tuple[Load, Load]] = {}
+    for side in (ours, theirs):
+        asyncio.run(_load(side, 8, 2))  # the first batches pay for warming up
+    for clients, count in per_client.items():
+        pairs: list[tuple[Load, Load]] = []
+        for number in range(rounds):
+            order = (ours, theirs) if number % 2 == 0 else (theirs, ours)
+            loads = {side: asyncio.run(_load(side, clients, count)) for side in order}
+            pairs.append((loads[ours], loads[theirs]))
+        mine, others = zip(*pairs, strict=True)
+        found[clients] = (_median(mine), _median(others))
+    return found
+
+
+def _median(loads: Sequence[Load]) -> Load:
+    def middle(name: str) -> float:
+        return median(getattr(load, name) for load in loads)
+
+    return Load(middle("tokens_per_s"), middle("p50_s"), middle("p99_s"))
+
+
+async def _load(side: Side, clients: int, per_client: int) -> Load:
     """`clients` at once, each asking `per_client` times for a streamed answer of 64 tokens."""
     firsts: list[float] = []
-    body = {"model": model, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 1.0,
+    body = {"model": side.model, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 1.0,
             "ignore_eos": True, "stream": True}  # fmt: skip
 
     async def client(session: aiohttp.ClientSession) -> None:
         for _ in range(per_client):
             started = time.monotonic()
             is_first = True
-            async with session.post(f"{url}/v1/completions", json=body) as answer:
+            async with session.post(f"{side.url}/v1/completions", json=body) as answer:
                 answer.raise_for_status()
                 async for line in answer.content:
                     if is_first and line.startswith(b"data: "):
                         firsts.append(time.monotonic() - started)
                         is_first = False
 
-    headers = {"Authorization": f"Bearer {key}"}
+    headers = {"Authorization": f"Bearer {side.key}"}
     async with aiohttp.ClientSession(
         headers=headers, connector=aiohttp.TCPConnector(limit=0)
     ) as session:
@@ -80,6 +112,7 @@ def plain_vllm(policy_dir: Path) -> Generator[str]:
          "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
          "--max-model-len", "128", "--max-num-seqs", "256", "--no-enable-chunked-prefill",
          "--max-num-batched-tokens", "2048", "--kv-cache-memory-bytes", str(2**28),
+         "--distributed-executor-backend", "uni",
          "--disable-log-stats", "--disable-uvicorn-access-log"],
         env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip

@@ -1,46 +1,69 @@
 """What the endpoint claims, measured: `make show AREA=serve`.
 
-Two engines are compared in one run: `hone serve MODEL_DIR` and plain `vllm serve` on the same
-directory, one after the other, with the same client, prompts and engine arguments.
+Rows on a run that trains come first (`benchmarks.show_serve_live`); the others use a run whose
+weights a stand-in publishes. `hone serve` and plain `vllm serve` run side by side on one directory.
 """
 
 import asyncio
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.endpoint_load import (
-    PROMPT,
-    TOKENS,
-    Load,
-    free_port,
-    measure,
-    plain_vllm,
-    until,
-)
-from benchmarks.show import Row
+from benchmarks.endpoint_load import Load, Side, compare, free_port, plain_vllm, until
+from benchmarks.endpoint_traffic import PROMPT
+from benchmarks.proofs import proven
+from benchmarks.show import Row, judged
+from benchmarks.show_serve_live import live_rows
 from cluster import config_file
 from cluster.run_dir import RunDir
 from learners.policy_dir import prepare
 from serve import endpoint, endpoint_settings
 from serve.api_keys import KeyStore
 from serve.client import AdminClient
+from tests import browser, page_cases
 from tests.conftest import TINY
-from tests.endpoint_cases import Publisher, make_run, publish, put
+from tests.endpoint_cases import make_run, publish, put
+from tests.endpoint_fuzz import fuzz
 
 MAX_OVERHEAD = 0.10
 MAX_EXTRA_S = 0.015
+FLOOD_PER_MINUTE = 60
+
+
+@dataclass(frozen=True)
+class Published:
+    """An endpoint of a run that publishes, and keys for it."""
+
+    run: RunDir
+    url: str
+    query: str
+    admin: str
+    flood: str
 
 
 def rows(quick: bool) -> Iterator[Row]:
     """All rows; `quick` sends fewer requests."""
+    yield from live_rows(quick)
+    yield from published_rows(quick)
+    yield proven(
+        "two replicas behind one TLS port answer and follow",
+        ["tests/integration/test_endpoint_replicas.py"], "the test passes",
+    )  # fmt: skip
+    yield proven(
+        "a weight load that fails half-way leaves the version before",
+        ["tests/integration/test_openai_engine.py"], "the tests pass",
+    )  # fmt: skip
+
+
+def published_rows(quick: bool) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         config = config_file.parse(TINY, "show_serve")
@@ -50,7 +73,7 @@ def rows(quick: bool) -> Iterator[Row]:
         publish(run, 1)
         keys = KeyStore(root / "runs" / "keys.json")
         query, admin = keys.create("user", ["query"]), keys.create("operator", ["admin"])
-        limited = keys.create("flood", ["query"])
+        flood = keys.create("flood", ["query"], requests_per_minute=FLOOD_PER_MINUTE)
         settings = endpoint_settings.resolve(
             str(run.path), runs=root / "runs",
             overrides=["limits.requests_per_minute=0", "limits.tokens_per_minute=0",
@@ -58,65 +81,25 @@ def rows(quick: bool) -> Iterator[Row]:
         )  # fmt: skip
         door = endpoint_settings.Door(port=free_port())
         with endpoint.running(settings, door):
-            yield _while_weights_move(run, door.url, query, quick)
-            ours = measure(door.url, query, "policy", quick)
-            yield _doors(door.url, query)
-            yield _share(door.url, query, admin, run, quick)
-            yield _bad_version(door.url, admin, run)
-        with plain_vllm(policy_dir) as url:
-            theirs = measure(url, "none", str(policy_dir), quick)
-        for clients in ours:
-            yield from _compare(clients, ours[clients], theirs[clients])
-        yield from _flood(settings, limited)
-    yield Row("a reward swap from the page takes effect in the run", "-", "takes effect",
-              "not shown here", "the page has no reward routes yet")  # fmt: skip
+            served = Published(run, door.url, query, admin, flood)
+            with plain_vllm(policy_dir) as url:
+                yield from load_rows(served, Side(url, "none", str(policy_dir)), quick)
+            yield _share(served, quick)
+            yield _bad_version(served)
+            yield _doors(served)
+            yield _fuzz(served, quick)
+            yield _flood(served)
+            yield _page(served)
 
 
-def _while_weights_move(run: RunDir, url: str, key: str, quick: bool) -> Row:
-    num_requests, num_syncs = (400, 5) if quick else (2000, 20)
-    publisher = Publisher(run, first=2, count=num_syncs, every_s=0.5 if quick else 1.0)
-
-    async def ask_all() -> list[Any]:
-        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=300)
-        gate = asyncio.Semaphore(32)
-
-        async def one(seed: int) -> Any:
-            async with gate:
-                return await client.completions.create(
-                    model="policy", prompt=PROMPT, max_tokens=TOKENS, seed=seed, temperature=1.0,
-                    extra_body={"ignore_eos": True},
-                )  # fmt: skip
-
-        publisher.start()
-        done = await asyncio.gather(*map(one, range(num_requests)), return_exceptions=True)
-        return done
-
-    answers = asyncio.run(ask_all())
-    publisher.join()
-    whole = [a for a in answers if not isinstance(a, BaseException)]
-    failed = len(answers) - len(whole)
-    cut = sum(a.usage.completion_tokens != TOKENS for a in whole)
-    dishonest = sum(not _covers(a.policy_versions) for a in whole)
-    crossed = sum(len(a.policy_versions) > 1 for a in whole)
-    seen = {s["policy_version"] for a in whole for s in a.policy_versions}
-    measured = (
-        f"{failed} failed, {cut} truncated, {dishonest} without whole spans; "
-        f"{len(seen)} versions answered, {crossed} answers span two or more"
-    )
-    is_shown = failed == cut == dishonest == 0 and crossed > 0
-    return Row(
-        f"{num_requests} requests while {num_syncs} versions are published", measured,
-        "0 failed, 0 truncated, honest spans", "holds" if is_shown else "falls short",
-        "weights are published by a stand-in for the trainer",
-    )  # fmt: skip
+def load_rows(served: Published, plain: Side, quick: bool) -> Iterator[Row]:
+    found = compare(Side(served.url, served.query, "policy"), plain, quick)
+    for clients, (ours, theirs) in found.items():
+        yield from _compare(clients, ours, theirs)
 
 
-def _covers(spans: list[dict[str, int]]) -> bool:
-    ends = [0, *[span["end"] for span in spans]]
-    return ends[-1] == TOKENS and all(s["start"] == e for s, e in zip(spans, ends, strict=False))
-
-
-def _share(url: str, query: str, admin: str, run: RunDir, quick: bool) -> Row:
+def _share(served: Published, quick: bool) -> Row:
+    run, url, admin = served.run, served.url, served.admin
     stable = publish_newer(run)
     until(lambda: _stable(url, admin) == stable)
     with AdminClient(url, admin) as client:
@@ -127,7 +110,7 @@ def _share(url: str, query: str, admin: str, run: RunDir, quick: bool) -> Row:
     number = 500 if quick else 5000
 
     async def ask_all() -> list[str]:
-        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=query, max_retries=0)
+        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=served.query, max_retries=0)
         gate = asyncio.Semaphore(32)
 
         async def one(_: int) -> str:
@@ -148,8 +131,9 @@ def _share(url: str, query: str, admin: str, run: RunDir, quick: bool) -> Row:
     return Row(f"canary share over {number} requests", f"{share:.2%}", bound, verdict)
 
 
-def _bad_version(url: str, admin: str, run: RunDir) -> Row:
+def _bad_version(served: Published) -> Row:
     """A version whose held-out score falls, as a canary, and one whose file holds NaN."""
+    run, url, admin = served.run, served.url, served.admin
     good = publish_newer(run)
     bad = good + 1
     with AdminClient(url, admin) as client:
@@ -174,36 +158,68 @@ def _bad_version(url: str, admin: str, run: RunDir) -> Row:
     return Row("a bad version goes by itself", measured, "10 s (guards.window_s)", verdict)
 
 
-def _doors(url: str, query: str) -> Row:
-    wrong = httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer x"}).status_code
-    scope = httpx.get(f"{url}/admin/runs", headers={"Authorization": f"Bearer {query}"}).status_code
-    none = httpx.post(f"{url}/v1/completions", json={}).status_code
-    got = (wrong, scope, none)
-    verdict = "holds" if got == (401, 403, 401) else "falls short"
-    return Row("wrong key, wrong scope, no key", f"{got}", "(401, 403, 401)", verdict)
+def _doors(served: Published) -> Row:
+    def status(path: str, key: str) -> int:
+        headers = {"Authorization": f"Bearer {key}"}
+        return httpx.get(f"{served.url}{path}", headers=headers).status_code
+
+    none = httpx.post(f"{served.url}/v1/completions", json={}).status_code
+    got = (status("/v1/models", "x"), status("/admin/runs", served.query), none)
+    bound = (401, 403, 401)
+    return judged("wrong key, wrong scope, no key", f"{got}", f"{bound}", got == bound)
 
 
-def _flood(settings: Any, secret: str) -> Iterator[Row]:
-    """The door alone, without an engine: 300 requests at 60 a minute."""
-    from starlette.requests import Request
+def _fuzz(served: Published, quick: bool) -> Row:
+    fuzzed = fuzz(served.url, [served.query, served.admin], 300 if quick else 2000)
+    return judged(
+        "random bodies, parameters and paths on every documented route",
+        f"{fuzzed.num_requests} requests, {fuzzed.num_refused} refused, {len(fuzzed.broken)} "
+        f"failures of ours, {len(fuzzed.mute)} refusals without a message",
+        "no 5xx but 503, each refusal has a message", not fuzzed.broken and not fuzzed.mute,
+        "; ".join([*fuzzed.broken, *fuzzed.mute][:2]),
+    )  # fmt: skip
 
-    from serve.admission import Admission, Limits
-    from serve.api_errors import ApiError
 
-    door = Admission(KeyStore(settings.keys), Limits(requests_per_minute=60), is_open=False)
-    header = (b"authorization", f"Bearer {secret}".encode())
-    key = door.identify(Request({"type": "http", "headers": [header]}), "query")
-    statuses: list[int] = []
-    for _ in range(300):
-        try:
-            door.charge_request(key)
-            statuses.append(200)
-        except ApiError as error:
-            statuses.append(error.status)
-    refused = statuses.count(429)
-    verdict = "holds" if refused >= 300 - 122 and statuses[0] == 200 else "falls short"
-    yield Row("300 requests at once, 60 a minute allowed", f"{refused} refused with 429",
-              "all beyond the burst of 120", verdict)  # fmt: skip
+def _flood(served: Published) -> Row:
+    body = {"model": "policy", "prompt": "1", "max_tokens": 1}
+    headers = {"Authorization": f"Bearer {served.flood}"}
+
+    async def ask_all() -> list[httpx.Response]:
+        async with httpx.AsyncClient(headers=headers, timeout=60) as client:
+            asked = [client.post(f"{served.url}/v1/completions", json=body) for _ in range(200)]
+            return await asyncio.gather(*asked)
+
+    started = time.monotonic()
+    answers = asyncio.run(ask_all())
+    refilled = FLOOD_PER_MINUTE * (time.monotonic() - started) / 60
+    statuses = Counter(answer.status_code for answer in answers)
+    late = [a for a in answers if a.status_code == 429 and "retry-after" not in a.headers]
+    is_held = statuses.keys() == {200, 429} and statuses[200] <= FLOOD_PER_MINUTE + refilled + 1
+    return judged(
+        f"200 requests at once with a key of {FLOOD_PER_MINUTE} a minute",
+        f"{statuses[200]} answered, {statuses[429]} refused with 429, {len(late)} without "
+        "Retry-After", f"{FLOOD_PER_MINUTE} answered, the others 429", is_held and not late,
+    )  # fmt: skip
+
+
+def _page(served: Published) -> Row:
+    claim = "curves move, tokens of a known trajectory are right, a promotion takes effect, 375 px"
+    if browser.CHROMIUM is None:
+        return Row(claim, "-", "all true in Chromium", "not shown here", "needs Chromium")
+    page_cases.write_known_run(served.run)
+    newest = publish_newer(served.run)
+    with browser.Browser() as page:
+        page.sign_in(served.url, served.admin)
+        page_cases.check_tokens(page)
+        page_cases.check_curves_move(page, served.run, 5)
+        has = f"[...document.getElementById('version').options].some((o) => o.value == '{newest}')"
+        page.until(has)
+        page.write("#version", str(newest))
+        page.click("[data-action=promote]")
+        page.until(f"document.getElementById('release').textContent.includes('{newest}, fixed')")
+        page_cases.check_controls(page)
+    is_promoted = _stable(served.url, served.admin) == newest
+    return judged(claim, "all true in Chromium", "all true in Chromium", is_promoted)
 
 
 def _compare(clients: int, ours: Load, theirs: Load) -> Iterator[Row]:

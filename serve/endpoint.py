@@ -7,6 +7,7 @@ Serve's proxies listen. Stopping takes the engines, their processes and their we
 
 # pyright: basic
 
+import gc
 import logging
 import os
 import shutil
@@ -50,6 +51,8 @@ class PolicyReplica:
         self._service = PolicyService(settings)
         self._front = None if door is None else FrontDoor(door)
         await self._service.open()
+        gc.collect()
+        gc.freeze()  # what is loaded stays: no collection needs to walk through it again
         if self._front is not None:
             await self._front.open(self.__serve_build_asgi_app__())
 
@@ -109,6 +112,7 @@ def application(
         max_ongoing_requests=2 * (settings.limits.running + settings.limits.queued),
         health_check_period_s=HEALTH_S,
         graceful_shutdown_timeout_s=HEALTH_S,
+        graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=MAX_STARTS,
         ray_actor_options={
             "num_cpus": 1,

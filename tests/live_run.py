@@ -80,6 +80,17 @@ class LiveRun:
         announced = published.read(self.run.weights)
         return -1 if announced is None else announced.policy_version
 
+    def rubrics(self) -> set[str]:
+        """Ordinals, as "2-", of the rubrics that scored what the run trained on."""
+        rows = self.lines("ledger.jsonl")
+        seen = [label for row in rows for label in row["reward_versions"]["rubric"]]  # type: ignore[index]
+        return {f"{str(label).partition('-')[0]}-" for label in seen}
+
+    def checkpoint_version(self) -> int:
+        """The policy version of the newest checkpoint."""
+        states = sorted(self.run.checkpoints.glob("step_*/state.json"))
+        return int(json.loads(states[-1].read_text())["policy_version"])
+
     def swap_from_the_page(self, change: str) -> None:
         """Change the live rubric with the page's own controls."""
         with Browser() as page:
@@ -87,7 +98,7 @@ class LiveRun:
             page.until("document.querySelector('#rubric tr td')")
             page.write("#changes", change)
             page.click("[data-reward=swap]")
-            page.until("document.getElementById('reward-result').textContent.includes('2-')", 60)
+            page.until("document.getElementById('reward-result').textContent.includes('2-')", 200)
 
     def until(self, condition: Callable[[], bool], timeout_s: float = START_S) -> None:
         deadline = time.monotonic() + timeout_s

@@ -46,7 +46,7 @@ def test_requests_live_through_the_syncs_of_the_run(live: LiveRun) -> None:
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium")
 def test_a_swap_from_the_page_takes_effect_in_the_run(live: LiveRun) -> None:
     live.swap_from_the_page("correct.weight=0.5")
-    live.until(lambda: "2-" in _rubrics(live), 60)
+    live.until(lambda: "2-" in live.rubrics(), 60)
 
 
 def test_a_rollback_from_the_terminal_takes_effect(live: LiveRun) -> None:
@@ -68,10 +68,3 @@ def test_the_run_ends_and_the_endpoint_goes_on(live: LiveRun) -> None:
 
 def _version(live: LiveRun) -> int:
     return max(send(live.url, live.query, 1, clients=1, tokens=1).versions)
-
-
-def _rubrics(live: LiveRun) -> set[str]:
-    """Ordinals, as "2-", of the rubrics that scored what the run trained on."""
-    rows = live.lines("ledger.jsonl")
-    seen = [label for row in rows for label in row["reward_versions"]["rubric"]]  # type: ignore[index]
-    return {f"{str(label).partition('-')[0]}-" for label in seen}
