@@ -23,6 +23,7 @@ class RewardPool:
     def __init__(self, home: RewardHome) -> None:
         self.home = home
         self.shadow: Candidate | None = None
+        self.epoch = -1  # of the controller: groups are added in its name
         self._config = home.placement.config
         self._live: WorkerSet | None = None
         self._previous: WorkerSet | None = None
@@ -33,7 +34,11 @@ class RewardPool:
         here.
         """
         summary = await self._set().call(
-            "score_and_add", group, self._config.tasks.skip_uniform, self._config.rollout.timeout_s
+            "score_and_add",
+            group,
+            self._config.tasks.skip_uniform,
+            self._config.rollout.timeout_s,
+            self.epoch,
         )
         if self.shadow is not None:
             self.shadow.offer(group, summary)

@@ -19,7 +19,7 @@ from actors.placement import Placement
 from actors.reward_worker import RewardWorker
 from actors.stages import within
 from cluster.config import VerifierConfig
-from cluster.errors import StageError
+from cluster.errors import DeadlineError, StageError
 from cluster.reward_state import RubricVersion
 from cluster.run_dir import RunDir
 from cluster.status import ActorStatus
@@ -122,6 +122,9 @@ class WorkerSet:
                     deadline_s=self._call_s,
                     knob="rewards.verifiers.*.timeout_s",
                 )
+            except DeadlineError:
+                self._replace(index, worker)  # it hangs; its verifiers have their own deadlines
+                raise
             except RayActorError as error:
                 if attempt == MAX_TRIES - 1:
                     raise StageError("score", f"reward workers keep dying: {error}") from error
@@ -137,7 +140,8 @@ class WorkerSet:
         if self._workers[index] is not dead or self._is_over:
             return
         name = f"reward/{index}"
-        self._home.on_event("worker_died", worker=name, pid=self._pids[index])
+        self._home.on_event("worker_died", actor=name, pid=self._pids[index])
+        ray.kill(dead)
         self._workers[index], self._pids[index] = self._create(index), 0
         task = asyncio.create_task(self._note_start(index, name))
         self._notes.add(task)
@@ -148,7 +152,7 @@ class WorkerSet:
             self._pids[index] = (await self._workers[index].facts.remote()).pid
         except RayActorError:
             return  # the next call finds it dead
-        self._home.on_event("worker_restarted", worker=name, pid=self._pids[index])
+        self._home.on_event("worker_restarted", actor=name, pid=self._pids[index])
 
     async def drain(self) -> None:
         """Wait for the calls in flight, then end the workers."""

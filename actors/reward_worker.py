@@ -15,7 +15,7 @@ import numpy as np
 from cluster import log, wire
 from cluster.config import BufferSection, VerifierConfig
 from cluster.errors import BufferFullError, ConfigError, StageError, boundary
-from cluster.redis_client import connect
+from cluster.redis_client import OUTAGE_S, connect
 from cluster.replay_buffer import ReplayBuffer
 from cluster.reward_state import RUBRIC
 from cluster.types import Task, TrajectoryGroup, TrajectoryStatus
@@ -29,12 +29,14 @@ class GroupSummary(msgspec.Struct, frozen=True, kw_only=True):
     """What the controller learns of a scored group; the tokens stay in the buffer."""
 
     group_id: str
+    task_id: str
     outcome: str  # added, duplicate, uniform, unscored, evaluated
     rewards: list[float | None]
     passed: list[bool | None]  # by the first verifier of the config; None where it abstained
     signals: dict[str, list[float | None]]
     reward_versions: dict[str, str]
     completion_tokens: list[int]
+    arms: list[str]
     num_truncated: int
     is_uniform: bool
     min_policy_version: int
@@ -76,7 +78,7 @@ class RewardWorker:
                 f"{self._rubric.version}: swap to the new version, or put the old code back"
             )
         self._buffer = ReplayBuffer(
-            connect(buffer_url),
+            connect(buffer_url, retry_s=OUTAGE_S),
             run_id,
             capacity_groups=buffer.capacity_groups,
             lease_s=buffer.lease_s,
@@ -109,10 +111,10 @@ class RewardWorker:
             return summarize(group, "evaluated"), wire.encode(group)
 
     async def score_and_add(
-        self, encoded: bytes, skip_uniform: bool, deadline_s: float
+        self, encoded: bytes, skip_uniform: bool, deadline_s: float, epoch: int
     ) -> GroupSummary:
         """Score, then add to the buffer unless the group can teach nothing; waits while it is
-        full.
+        full. Raises `FencedError` when the controller of `epoch` has a successor.
         """
         with boundary("score"):
             group = await self._score(encoded)
@@ -120,7 +122,7 @@ class RewardWorker:
                 return summarize(group, "unscored")
             if skip_uniform and group.is_uniform:
                 return summarize(group, "uniform")
-            return summarize(group, await self._add(group, deadline_s))
+            return summarize(group, await self._add(group, deadline_s, epoch))
 
     async def _score(self, encoded: bytes) -> TrajectoryGroup:
         group = await self._rubric.score(wire.decode(encoded, TrajectoryGroup))
@@ -129,12 +131,12 @@ class RewardWorker:
             group, reward_versions={RUBRIC: label, **group.reward_versions}
         )
 
-    async def _add(self, group: TrajectoryGroup, deadline_s: float) -> str:
+    async def _add(self, group: TrajectoryGroup, deadline_s: float, epoch: int) -> str:
         pause, limit = BACK_OFF_S
         waited = 0.0
         while True:
             try:
-                return str(await asyncio.to_thread(self._buffer.add, group))
+                return str(await asyncio.to_thread(self._buffer.add, group, epoch=epoch))
             except BufferFullError as error:
                 if waited >= deadline_s:
                     raise StageError("score", f"buffer full for {waited:.0f} s: {error}") from error
@@ -150,12 +152,14 @@ def summarize(group: TrajectoryGroup, outcome: str) -> GroupSummary:
     decisive = scores[names[0]]
     return GroupSummary(
         group_id=group.group_id,
+        task_id=group.task.task_id,
         outcome=outcome,
         rewards=group.rewards,
         passed=[None if score is None else score >= 0.5 for score in decisive],
         signals=scores,
         reward_versions=group.reward_versions,
         completion_tokens=[len(t.token_ids) for t in trajectories],
+        arms=[t.arm for t in trajectories],
         num_truncated=sum(t.status is TrajectoryStatus.TRUNCATED for t in trajectories),
         is_uniform=group.is_uniform,
         min_policy_version=group.min_policy_version,

@@ -36,6 +36,10 @@ class DeadlineError(StageError):
     """A bounded wait ran out; `reason` names what was waited for and for how long."""
 
 
+class LearnerLostError(StageError):
+    """A learner rank died, hung or failed: the group must be started again from durable state."""
+
+
 class BufferFullError(HoneError):
     """The replay buffer holds `buffer.capacity_groups` groups: the producer must wait (back-
     pressure).
@@ -44,6 +48,10 @@ class BufferFullError(HoneError):
 
 class BufferUnavailableError(HoneError):
     """Redis did not answer within the retry budget."""
+
+
+class FencedError(HoneError):
+    """This writer was presumed dead and has a successor: it must change nothing any more."""
 
 
 class WireError(HoneError, ValueError):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.errors import ConfigError, HoneError, StageError, boundary
-from serve import endpoint_cli, rewards_cli
+from serve import endpoint_cli, replay_cli, rewards_cli
 
 if TYPE_CHECKING:
     from cluster.config import Config
@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 endpoint_cli.register(app)
 app.add_typer(rewards_cli.app, name="rewards")
+app.add_typer(replay_cli.app, name="replay")
 
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")
