@@ -104,6 +104,7 @@ async def bring_up(
             config=config,
             policy_dir=policy.directory,
             buffer_url=buffer_url,
+            run_dir=str(run.path),
             actor_options=placement.learner_options(),
         )
         metrics: dict[str, float] = {}

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from cluster import stacks
+
 _MARK = "_hone_handler"
 _current_step = 0
 
@@ -35,6 +37,7 @@ def setup(role: str, run_dir: str | os.PathLike[str], level: int = logging.INFO)
         handler.setFormatter(LineFormatter(role))
         root.addHandler(handler)
     root.setLevel(min(level, root.level) if root.level else level)
+    stacks.enable(role, run_dir)
 
 
 def set_step(step: int) -> None:

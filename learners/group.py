@@ -20,6 +20,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from cluster import log
 from cluster.config import Config, LearnerSection
 from cluster.errors import HoneError, LearnerLostError
 from cluster.redis_client import connect
@@ -44,7 +45,9 @@ class LearnerRank:
         buffer_url: str,
         rank: int,
         num_threads: int,
+        run_dir: str,
     ) -> None:
+        log.setup(f"learner-{rank}", run_dir)
         self._config = config
         self._policy_dir = policy_dir
         self._rank = rank
@@ -138,6 +141,7 @@ class LearnerGroup:
         config: Config,
         policy_dir: Path,
         buffer_url: str,
+        run_dir: str,
         actor_options: dict[str, Any],
     ) -> "LearnerGroup":
         """One actor per rank with `actor_options` (num_cpus, num_gpus, ...); loads the policy."""
@@ -157,6 +161,7 @@ class LearnerGroup:
                     buffer_url=buffer_url,
                     rank=rank,
                     num_threads=num_threads,
+                    run_dir=run_dir,
                 )
                 for rank in range(config.learner.world_size)
             ]
