@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from cluster.replay_reader import BufferReader
 from cluster.run_dir import RunDir
 
 QUICKSTART = ROOT / "deploy" / "configs" / "quickstart.yaml"
-KINDS = ("rollout", "reward", "learner", "redis", "controller")
+KINDS = ("rollout", "reward", "learner", "redis", "controller", "hang")
 RECOVERY_S = 240.0
 POLL_S = 0.05
 TINY = [
@@ -101,6 +102,7 @@ class LiveRun:
 
     def pids(self, kind: str) -> set[int]:
         """Process ids of the healthy actors of a kind."""
+        kind = "rollout" if kind == "hang" else kind
         if kind == "redis":
             return self._redis_pids()
         state = status.read(self.run.path)
@@ -108,7 +110,8 @@ class LiveRun:
         return {a.pid for a in actors if a.name.split("/")[0] == kind and _is_up(a)}
 
     def kill(self, kind: str) -> int:
-        """Kill -9 one process of a kind; returns its pid."""
+        """Kill -9 one process of a kind; returns its pid. `hang` stops a rollout worker instead."""
+        number = signal.SIGSTOP if kind == "hang" else signal.SIGKILL
         deadline = time.monotonic() + RECOVERY_S
         while not (pids := {pid for pid in self.pids(kind) if _is_alive(pid)}):
             self.check()
@@ -116,7 +119,7 @@ class LiveRun:
                 raise TimeoutError(f"no {kind} to kill: {self.tail()}")
             time.sleep(POLL_S)
         pid = random.choice(sorted(pids))
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
         return pid
 
     def hurt(self, kind: str) -> Recovery:
@@ -138,12 +141,10 @@ class LiveRun:
     def kill_everything(self) -> None:
         """Kill -9 the launcher and every process below it, at once."""
         assert self._process is not None
-        pids = [self._process.pid, *_descendants(self._process.pid)]
-        for pid in pids:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        for pid in (self._process.pid, *_descendants(self._process.pid)):
+            if self._process.poll() is None or pid != self._process.pid:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self._process.wait(30)
 
     def reconcile(self) -> Reconciliation:
