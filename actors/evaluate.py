@@ -1,11 +1,12 @@
 """Held-out evaluation: pass@1 and pass@k of the current policy, by the same engines and verifiers.
 
 Invariant: evaluation tasks are never trained on, sampled with fixed seeds, and scored by the
-rubric's first verifier; an abstained verdict is left out, not counted as a failure. Called by the
-controller and `hone eval`.
+rubric's first verifier; an abstained verdict, or a task whose rollout failed, is left out and not
+counted as a failure. Called by the controller and `hone eval`.
 """
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -13,7 +14,10 @@ from actors.fleet import RolloutFleet
 from actors.reward_pool import RewardPool
 from actors.rollout import RolloutRequest, Sampling
 from cluster.config import EvalSection
+from cluster.errors import StageError
 from cluster.types import Task
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,11 @@ async def evaluate(
                 sampling.max_new_tokens, config.temperature, sampling.stop_token_ids, seed=index
             ),
         )
-        summary, _ = await rewards.score(await fleet.rollout(request))
+        try:
+            summary, _ = await rewards.score(await fleet.rollout(request))
+        except StageError as error:
+            logger.warning("%s is left out: %s", request.group_id, error)
+            return [None] * config.samples_per_task
         return summary.passed
 
     chosen = tasks[: config.tasks]

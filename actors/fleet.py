@@ -7,6 +7,7 @@ elsewhere; a replacement starts STALE. Used by the controller and by `actors.wei
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -194,8 +195,9 @@ class RolloutFleet:
             ray.kill(worker.handle)  # what is left of the one it replaces
         actor = ray.remote(RolloutWorker)
         options = self._placement.rollout_options()
+        generation = f"{os.getpid()}.{worker.num_restarts}"  # the last controller's may linger
         worker.handle = actor.options(
-            name=f"hone/{self._run_id}/rollout/{worker.index}/{worker.num_restarts}",
+            name=f"hone/{self._run_id}/rollout/{worker.index}/{generation}",
             max_concurrency=MAX_CALLS,
             **options,
         ).remote(worker.index, self._config.rollout.program, self._run_dir)

@@ -8,6 +8,7 @@ A set ends only after its last call has. Owned by `actors.reward_pool`.
 import asyncio
 import itertools
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,8 @@ class RewardHome:
 
     def worker(self, index: int, label: str, verifiers: dict[str, VerifierConfig]) -> Any:
         """A new actor `hone/<run>/reward/<label>.<generation>/<index>`."""
-        name = f"hone/{self.run.name}/reward/{label or 'candidate'}.{next(_generation)}/{index}"
+        generation = f"{label or 'candidate'}.{os.getpid()}.{next(_generation)}"
+        name = f"hone/{self.run.name}/reward/{generation}/{index}"
         options = self.placement.reward_options() | {
             "name": name,
             "max_concurrency": 64,

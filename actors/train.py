@@ -28,6 +28,7 @@ from cluster import status
 from cluster.config import Config
 from cluster.embedded_redis import EmbeddedRedis
 from cluster.errors import ConfigError, HoneError, StageError
+from cluster.redis_client import OUTAGE_S
 from cluster.run_dir import RunDir
 from cluster.status import RunStatus
 
@@ -88,7 +89,7 @@ def _conduct(
         finished = controller.run.remote()
         while not ray.wait([finished], timeout=POLL_S)[0]:
             if server is not None:
-                server.start()  # a server that died comes back on the same data and address
+                server.start(OUTAGE_S)  # one that died comes back on the same data and address
             if interrupt and deadline is None:
                 deadline = time.monotonic() + STOP_DEADLINE_S
                 controller.stop.remote()

@@ -125,7 +125,7 @@ class LearnerRank:
 
 @dataclass
 class LearnerGroup:
-    """Handle over the ranks `hone/<run_id>/learner/<i>`; waits end after `learner.timeout_s`."""
+    """Handle over the ranks `hone/<run_id>/learner/<i>/...`; waits end after `learner.timeout_s`."""
 
     make_ranks: Callable[[], list[Any]]  # Ray actor handles
     settings: LearnerSection
@@ -149,11 +149,10 @@ class LearnerGroup:
         generation = itertools.count()
 
         def make_ranks() -> list[Any]:
-            number = next(generation)
-            suffix = f"/{number}" if number else ""
+            suffix = f"{os.getpid()}.{next(generation)}"
             return [
                 ray.remote(LearnerRank)
-                .options(**actor_options, name=f"hone/{run_id}/learner/{rank}{suffix}")
+                .options(**actor_options, name=f"hone/{run_id}/learner/{rank}/{suffix}")
                 .remote(
                     run_id=run_id,
                     config=config,
