@@ -6,6 +6,7 @@ Redis. Used by tests/e2e/test_faults.py and `make show AREA=durability`.
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import redis
 from benchmarks.proofs import ROOT
 from cluster import status
 from cluster.embedded_redis import EmbeddedRedis, url_in
+from cluster.errors import ConfigError
 from cluster.ledger import Ledger
 from cluster.reconcile import Reconciliation, reconcile
 from cluster.redis_client import connect
@@ -29,6 +31,7 @@ from cluster.run_dir import RunDir
 QUICKSTART = ROOT / "deploy" / "configs" / "quickstart.yaml"
 KINDS = ("rollout", "reward", "learner", "redis", "controller", "hang")
 RECOVERY_S = 240.0
+END_S = 30.0
 POLL_S = 0.05
 TINY = [
     "policy.hidden_size=64", "policy.num_layers=2", "policy.num_heads=2", "warm_start.steps=20",
@@ -60,6 +63,7 @@ class LiveRun:
         self._folder = folder
         self._arguments = [str(QUICKSTART), "--run", name, *TINY, *overrides]
         self._process: subprocess.Popen[bytes] | None = None
+        self._sessions: set[int] = set()
         self.run = RunDir(folder / "runs" / name)
         self.output = folder / f"{name}.log"
 
@@ -74,6 +78,7 @@ class LiveRun:
                 stderr=output,
                 start_new_session=True,
             )
+        self._sessions.add(self._process.pid)
 
     def finish(self, timeout_s: float) -> int:
         assert self._process is not None
@@ -138,14 +143,51 @@ class LiveRun:
             time.sleep(POLL_S)
         return Recovery(kind, replaced_s, working_s)
 
+    def fill_disk(self) -> None:
+        """Let the disk refuse the learner's next checkpoint, but not its smaller files, until the
+        run has said so.
+        """
+        largest = max(path.stat().st_size for path in self.run.weights.glob("policy_*"))
+        pids = {pid for pid in self.pids("learner") if _is_alive(pid)}
+        limits = {pid: resource.prlimit(pid, resource.RLIMIT_FSIZE) for pid in pids}
+        for pid, (_, hard) in limits.items():
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (largest + largest // 2, hard))
+        deadline = time.monotonic() + RECOVERY_S
+        while "checkpoint_failed" not in [event.kind for event in self.run.read_events()]:
+            self.check()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no save was refused: {self.tail()}")
+            time.sleep(POLL_S)
+        for pid, limit in limits.items():
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, limit)
+
     def kill_everything(self) -> None:
-        """Kill -9 the launcher and every process below it, at once."""
-        assert self._process is not None
-        for pid in (self._process.pid, *_descendants(self._process.pid)):
-            if self._process.poll() is None or pid != self._process.pid:
+        """Kill -9 the launcher and every process that it or another of them has started."""
+        deadline = time.monotonic() + END_S
+        while (pids := [*self._redis_pids(), *self.processes()]) and time.monotonic() < deadline:
+            for pid in pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        self._process.wait(30)
+            time.sleep(POLL_S)
+        if self._process is not None:
+            self._process.wait(END_S)
+
+    def processes(self) -> list[int]:
+        """All living processes of the run but Redis, orphans included, by their session."""
+        found: list[int] = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                fields = path.read_text().rpartition(")")[2].split()
+                if int(fields[3]) in self._sessions and fields[0] != "Z":
+                    found.append(int(path.parent.name))
+        return found
+
+    def leftovers(self, patience_s: float = 20.0) -> list[int]:
+        """Processes that are still there a while after the run has ended."""
+        deadline = time.monotonic() + patience_s
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        return left
 
     def reconcile(self) -> Reconciliation:
         """The audit of the ended run, its buffer opened from disk."""
@@ -167,7 +209,7 @@ class LiveRun:
             client = redis.Redis.from_url(url_in(self.run.redis), socket_timeout=1.0)
             facts: Mapping[str, Any] = client.info("server")
             client.close()
-        except redis.RedisError:
+        except (redis.RedisError, ConfigError):
             return set()
         return {int(facts["process_id"])}
 
@@ -212,12 +254,3 @@ def _is_alive(pid: int) -> bool:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
-
-
-def _descendants(pid: int) -> list[int]:
-    try:
-        tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        children = [int(c) for t in tasks for c in (t / "children").read_text().split()]
-    except OSError:
-        return []
-    return [p for child in children for p in (child, *_descendants(child))]

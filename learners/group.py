@@ -125,7 +125,7 @@ class LearnerRank:
 
 @dataclass
 class LearnerGroup:
-    """Handle over the ranks `hone/<run_id>/learner/<i>/...`; waits end after `learner.timeout_s`."""
+    """Handle over the ranks `hone/<run_id>/learner/<i>`; waits end after `learner.timeout_s`."""
 
     make_ranks: Callable[[], list[Any]]  # Ray actor handles
     settings: LearnerSection

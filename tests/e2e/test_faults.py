@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.chaos import KINDS, LiveRun, differing
 
-STEPS = 24
+STEPS = 40
 OPTIONS = [
     f"run.steps={STEPS}", "run.checkpoint_every=4", "rollout.timeout_s=45", "sync.timeout_s=45",
 ]  # fmt: skip
@@ -43,6 +43,7 @@ def hurt(folder: Path, request: pytest.FixtureRequest) -> Iterator[LiveRun]:
 
 
 def assert_as_if_nothing_happened(calm: LiveRun, hurt: LiveRun, record: Record) -> None:
+    assert not hurt.leftovers()
     audit = hurt.reconcile()
     assert audit.is_sound, audit.faults
     assert audit.steps == STEPS
@@ -71,6 +72,7 @@ def test_chaos_of_every_kind_of_process_ends_with_the_same_bits(
     calm: LiveRun, hurt: LiveRun, record_property: Record
 ) -> None:
     hurt.wait_for_steps(1)
+    hurt.fill_disk()
     for kind in random.sample(KINDS, len(KINDS)):
         recovery = hurt.hurt(kind)
         record_property(f"{kind}_replaced_s", recovery.replaced_s)
