@@ -1,8 +1,9 @@
-"""What must survive: step counter, replay buffer position, ledger and checkpoints.
+"""What must survive: step counter, replay buffer position, ledger, and the fate of every group.
 
 Invariant: a group leaves the buffer for good only when a durable checkpoint contains the step
-that consumed it (exactly once with respect to the surviving weights). Owned by the controller;
-the buffer client is synchronous, so every call runs in a thread.
+that consumed it (exactly once with respect to the surviving weights), and whoever wrote before
+`take_over` can write no more. Owned by the controller; the buffer client is synchronous, so every
+call runs in a thread.
 """
 
 import asyncio
@@ -11,15 +12,19 @@ import time
 from dataclasses import dataclass
 
 from actors.curriculum import Curriculum
+from actors.reward_worker import GroupSummary
 from cluster.checkpoint_store import CheckpointStore
 from cluster.config import Config
 from cluster.config_file import config_hash
 from cluster.errors import ConfigError
+from cluster.group_log import Fate, GroupLine, GroupLog
 from cluster.ledger import Ledger
-from cluster.redis_client import connect
+from cluster.redis_client import OUTAGE_S, connect
 from cluster.replay_buffer import ReplayBuffer
+from cluster.replay_records import DeadLetter
 from cluster.run_dir import RunDir
 from cluster.types import (
+    CurriculumState,
     GroupHeader,
     RunState,
     StepRecord,
@@ -31,14 +36,19 @@ from learners.group import LearnerGroup
 NUM_SHOWN_GROUPS = 2
 TOO_OLD = "too_old"
 SKIPPED = "skipped_step"
+LOST_WEIGHTS = "lost_weights"
+DEAD_LETTER = "dead_letter"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Leased groups, and the ids of those that were dropped for their age instead."""
+    """Leased groups; the ids of those that were dropped for their age instead; and the buffer's
+    dead letters since the last claim.
+    """
 
     headers: list[GroupHeader]
     too_old: list[str]
+    dead: list[DeadLetter]
 
 
 class Bookkeeping:
@@ -48,39 +58,80 @@ class Bookkeeping:
         self._config = config
         self._run = run
         self._owner = f"{run.name}-{os.getpid()}"
-        self._buffer = ReplayBuffer(
-            connect(buffer_url),
+        self.buffer = ReplayBuffer(
+            connect(buffer_url, retry_s=OUTAGE_S),
             run.name,
             capacity_groups=config.buffer.capacity_groups,
             lease_s=config.buffer.lease_s,
             max_deliveries=config.buffer.max_deliveries,
         )
+        self.store = CheckpointStore(run.checkpoints, config.run.keep_checkpoints)
         self._ledger = Ledger(run.ledger)
-        self._store = CheckpointStore(run.checkpoints, config.run.keep_checkpoints)
+        self._groups = GroupLog(run)
         self._renewed_at = time.monotonic()
+        self._num_dead = 0
+        self.epoch = -1
         self.step = 0
         self.policy_version = 0
 
+    @property
+    def has_checkpoint(self) -> bool:
+        return bool(self.store.steps())
+
+    async def take_over(self) -> None:
+        """Become the one writer of the run; a controller that was presumed dead is fenced off."""
+        self.epoch = await asyncio.to_thread(self.buffer.take_over)
+        await asyncio.to_thread(self.store.take_over, self.epoch)
+
     async def restore(self, learner: LearnerGroup, curriculum: Curriculum) -> int:
-        """Continue from the newest whole checkpoint; returns how many groups came back to the
-        buffer.
+        """Go back to the newest whole checkpoint; returns how many groups are in the buffer.
+
+        The groups of steps after it are ready again. In `sync` mode those that lost weights sampled
+        are not: they are sampled again, so that the run goes on as if it had never stopped.
         """
-        latest = await asyncio.to_thread(self._store.latest)
-        if latest is None:
-            self._ledger.truncate_after(0)
-            return await asyncio.to_thread(self._buffer.restore, 0)
-        path, state = latest
-        if state.config_hash != config_hash(self._config):
-            raise ConfigError(
-                f"{path} was made with another configuration (hash {state.config_hash}, now "
-                f"{config_hash(self._config)}): resume with the run's own config.yaml"
-            )
-        await learner.load(path)
-        curriculum.restore(state.curriculum)
+        self.step = self.policy_version = 0
+        state, latest = (
+            self.state(CurriculumState(), {}),
+            await asyncio.to_thread(self.store.latest),
+        )
+        if latest is not None:
+            path, state = latest
+            if state.config_hash != config_hash(self._config):
+                raise ConfigError(
+                    f"{path} was made with another configuration (hash {state.config_hash}, now "
+                    f"{config_hash(self._config)}): resume with the run's own config.yaml"
+                )
+            await learner.load(path)
         self.step, self.policy_version = state.step, state.policy_version
-        self._ledger.truncate_after(state.step)
-        await asyncio.to_thread(self._buffer.acknowledge, state.step)
-        return await asyncio.to_thread(self._buffer.restore, state.step)
+        held = await asyncio.to_thread(self._roll_back)
+        curriculum.restore(state.curriculum, held)
+        return len(held)
+
+    def _roll_back(self) -> set[str]:
+        """Ledger and buffer to the present step; the ids that the buffer holds now."""
+        self._ledger.truncate_after(self.step)
+        self.buffer.acknowledge(self.step)
+        self.buffer.restore(self.step)
+        if self._config.rollout.max_policy_age == 0:
+            for group_id in self.buffer.discard_newer(self.policy_version):
+                self._groups.dropped(group_id, LOST_WEIGHTS)
+        for letter in self._new_dead_letters():
+            self._groups.dropped(letter.group_id, DEAD_LETTER, letter.reason)
+        held = set(self.buffer.places())
+        for group_id in held:
+            self._groups.append(GroupLine(group_id=group_id, fate=Fate.HELD))
+        return held
+
+    def state(self, curriculum: CurriculumState, reward_versions: dict[str, str]) -> RunState:
+        """What a checkpoint of the present step holds besides tensors."""
+        return RunState(
+            run_id=self._run.name,
+            step=self.step,
+            policy_version=self.policy_version,
+            config_hash=config_hash(self._config),
+            curriculum=curriculum,
+            reward_versions=reward_versions,
+        )
 
     async def claim(self, max_groups: int, wait_s: float) -> Claim:
         """Lease up to `max_groups` groups; those past the age bound are dropped and named.
@@ -90,7 +141,7 @@ class Bookkeeping:
         """
         await self._renew()
         headers = await asyncio.to_thread(
-            self._buffer.claim,
+            self.buffer.claim,
             max_groups,
             owner=self._owner,
             min_policy_version=0,
@@ -99,12 +150,13 @@ class Bookkeeping:
         bound = self.policy_version - self._config.rollout.max_policy_age
         too_old = [h.group_id for h in headers if h.min_policy_version < bound]
         for group_id in too_old:
-            await asyncio.to_thread(self._buffer.drop, group_id, TOO_OLD)
-        return Claim([h for h in headers if h.min_policy_version >= bound], too_old)
+            await asyncio.to_thread(self.buffer.drop, group_id, TOO_OLD)
+        fresh = [h for h in headers if h.min_policy_version >= bound]
+        return Claim(fresh, too_old, await asyncio.to_thread(self._new_dead_letters))
 
     async def release(self, headers: list[GroupHeader]) -> None:
         """Give leased groups back: their gradients were never applied."""
-        await asyncio.to_thread(self._buffer.release, [h.group_id for h in headers], self._owner)
+        await asyncio.to_thread(self.buffer.release, [h.group_id for h in headers], self._owner)
 
     async def commit(self, headers: list[GroupHeader], result: StepResult) -> list[TrajectoryGroup]:
         """Write down what this step consumed; returns a few of the groups to look at.
@@ -114,11 +166,11 @@ class Bookkeeping:
         """
         if result.policy_version == self.policy_version:
             for header in headers:
-                await asyncio.to_thread(self._buffer.drop, header.group_id, SKIPPED)
+                await asyncio.to_thread(self.buffer.drop, header.group_id, SKIPPED)
             headers = []
         self.step, self.policy_version = result.step, result.policy_version
         group_ids = [header.group_id for header in headers]
-        await asyncio.to_thread(self._buffer.consume, group_ids, step=result.step)
+        await asyncio.to_thread(self.buffer.consume, group_ids, step=result.step)
         signals = sorted({name for header in headers for name in header.reward_versions})
         record = StepRecord(
             step=result.step,
@@ -134,38 +186,41 @@ class Bookkeeping:
             num_loss_tokens=sum(header.num_loss_tokens for header in headers),
         )
         await asyncio.to_thread(self._ledger.commit, record)
-        return await asyncio.to_thread(self._buffer.fetch, group_ids[:NUM_SHOWN_GROUPS])
+        return await asyncio.to_thread(self.buffer.fetch, group_ids[:NUM_SHOWN_GROUPS])
 
     async def depth(self) -> int:
         """Scored groups that wait for the learner."""
-        return (await asyncio.to_thread(self._buffer.stats)).ready
+        return (await asyncio.to_thread(self.buffer.stats)).ready
 
-    async def save(
-        self, learner: LearnerGroup, curriculum: Curriculum, reward_versions: dict[str, str]
-    ) -> str:
-        """Make the current step durable, then acknowledge what it consumed; returns the directory.
+    async def is_stored(self, group_id: str) -> bool:
+        return await asyncio.to_thread(self.buffer.holds, group_id)
 
-        Does nothing when the step is durable already.
-        """
-        if self.step in self._store.steps():
-            return ""
-        target = await asyncio.to_thread(self._store.begin, self.step)
-        await learner.save(target)
-        state = RunState(
-            run_id=self._run.name,
-            step=self.step,
-            policy_version=self.policy_version,
-            config_hash=config_hash(self._config),
-            curriculum=curriculum.state(),
-            reward_versions=reward_versions,
+    def note_scored(self, summary: GroupSummary) -> None:
+        """Keep the verdicts of a group for `hone replay why`."""
+        self._groups.append(
+            GroupLine(
+                group_id=summary.group_id,
+                fate=Fate.SAMPLED,
+                task_id=summary.task_id,
+                policy_version=summary.min_policy_version,
+                rewards=summary.rewards,
+                signals=summary.signals,
+                reward_versions=summary.reward_versions,
+                arms=summary.arms,
+                completion_tokens=summary.completion_tokens,
+            )
         )
-        path = await asyncio.to_thread(self._store.commit, self.step, state)
-        await asyncio.to_thread(self._buffer.acknowledge, self.step)
-        return str(path)
+
+    def note_dropped(self, group_id: str, reason: str, detail: str) -> None:
+        self._groups.dropped(group_id, reason, detail)
+
+    def _new_dead_letters(self) -> list[DeadLetter]:
+        seen, self._num_dead = self._num_dead, self.buffer.stats().dead_lettered
+        return self.buffer.dead_letters(self._num_dead - seen) if self._num_dead > seen else []
 
     async def _renew(self) -> None:
         now = time.monotonic()
         if now - self._renewed_at > self._config.buffer.lease_s / 4:
             self._renewed_at = now
-            await asyncio.to_thread(self._buffer.renew, self._owner)
-            await asyncio.to_thread(self._buffer.expire)
+            await asyncio.to_thread(self.buffer.renew, self._owner)
+            await asyncio.to_thread(self.buffer.expire)

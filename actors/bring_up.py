@@ -30,6 +30,7 @@ from actors.weight_sync import WeightSync
 from cluster.config import Config
 from cluster.errors import StageError
 from cluster.run_dir import RunDir
+from cluster.status import ActorStatus
 from cluster.types import Task
 from learners.group import LearnerGroup
 from learners.warm_start import Example
@@ -54,6 +55,16 @@ class Parts:
     sampling: Sampling
     eval_tasks: list[Task]
     warm_start: dict[str, float]
+
+    def statuses(self, policy_version: int) -> list[ActorStatus]:
+        """Of all actors; the learner holds `policy_version`."""
+        learners = [
+            ActorStatus(
+                name=f"learner/{rank}", state="healthy", policy_version=policy_version, pid=pid
+            )
+            for rank, pid in enumerate(self.learner.pids)
+        ]
+        return self.fleet.statuses() + self.rewards.statuses() + learners
 
     async def stop(self) -> None:
         """End engines and actors; safe to call once at any time."""
@@ -136,6 +147,7 @@ async def _start_parts(
             config=config,
             policy_dir=policy.directory,
             buffer_url=buffer_url,
+            run_dir=str(run.path),
             actor_options=placement.learner_options(),
         )
         metrics: dict[str, float] = {}

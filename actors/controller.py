@@ -5,32 +5,36 @@
       └──────────────── slots come back when engines hold the weights ─┘
 
 Invariant: a slot is taken per admitted group and given back once, after the sync of the step that
-consumed the group or when it was dropped with a reason. One Ray actor per run, created by
-`actors.train`; anything with an `if` about policy lives in staleness, curriculum, fleet or
-weight_sync.
+consumed the group or when it was dropped with a reason. A lost learner and a resumed run take the
+same way: become the writer, go back to the last durable state, go on. One Ray actor per run,
+created by `actors.train`; anything with an `if` about policy lives in staleness, curriculum,
+intake, supervisor, fleet or weight_sync.
 """
 
 import asyncio
+import os
 import time
 
-from actors.bookkeeping import SKIPPED, TOO_OLD, Bookkeeping
+from actors.bookkeeping import SKIPPED, Bookkeeping
 from actors.bring_up import Parts, bring_up
+from actors.checkpointing import Checkpointing
 from actors.evaluate import evaluate
+from actors.gathering import Gathering
 from actors.observer import Observer
 from actors.producer import Producer
 from actors.rollout import RolloutRequest
 from actors.stages import Stages
 from actors.staleness import StalenessPolicy
 from actors.statistics import RolloutStatistics
+from actors.supervisor import Supervisor
 from actors.weight_sync import SyncReport
 from cluster import log
 from cluster.config import Config
-from cluster.errors import HoneError, StageError
+from cluster.errors import HoneError, LearnerLostError, StageError
 from cluster.run_dir import RunDir
 from cluster.status import ActorStatus
-from cluster.types import GroupHeader, StepResult
+from cluster.types import StepResult
 
-CLAIM_WAIT_S = 0.5
 STATUS_EVERY_S = 0.5
 
 
@@ -44,23 +48,29 @@ class Controller:
         self._url = buffer_url
         self._is_resumed = is_resumed
         self._stages = Stages(["dispatch", "rollout", "score", "learn", "sync", "eval"])
+        self._stopping = asyncio.Event()
         self._statistics = RolloutStatistics()
         self._observer = Observer(config, self._run, self._stages)
         self._books = Bookkeeping(config, self._run, buffer_url)
+        self._supervisor = Supervisor()
+        self._checkpoints = Checkpointing(
+            self._books.store, self._books.buffer, self._supervisor, self._observer.event
+        )
+        self._gathering = Gathering(config, self._books, self._stages, self._stopping, self._drop)
         self._slots = StalenessPolicy(config.max_groups_in_flight)
-        self._stopping = asyncio.Event()
         self._starting: asyncio.Task[Parts] | None = None
         self._parts: Parts | None = None
+        self._is_over = False
 
     async def run(self) -> int:
         """Train to `run.steps` or until `stop`; returns the number of steps taken."""
         publisher = asyncio.create_task(self._publish())
-        kind = "resumed" if self._is_resumed else "run_started"
-        self._observer.event(kind, run=self._run.name)
+        self._observer.event("resumed" if self._is_resumed else "run_started", run=self._run.name)
         try:
             await self._train()
             self._observer.phase("finished", "", 0.0)
-            self._observer.event("run_finished", step=self._books.step, outcome=self._outcome)
+            outcome = "interrupted" if self._stopping.is_set() else "done"
+            self._observer.event("run_finished", step=self._books.step, outcome=outcome)
         except Exception as error:
             self._observer.fail(error)
             raise (
@@ -81,40 +91,61 @@ class Controller:
         if self._parts is None and self._starting is not None:
             self._starting.cancel()
 
-    @property
-    def _outcome(self) -> str:
-        return "interrupted" if self._stopping.is_set() else "done"
-
     async def _train(self) -> None:
+        await self._books.take_over()
         self._starting = asyncio.create_task(
-            bring_up(
-                self._config,
-                self._run,
-                self._url,
-                self._is_resumed,
-                self._observer,
-            )
+            bring_up(self._config, self._run, self._url, self._books.has_checkpoint, self._observer)
         )
         try:
             self._parts = parts = await self._starting
         except asyncio.CancelledError:
             return
+        parts.buffered.on_drop = self._drop
+        lost: LearnerLostError | None = None
+        while not self._is_over:
+            try:
+                if lost is not None:
+                    await self._start_learner_anew(parts, lost)
+                await self._go(parts)
+            except LearnerLostError as error:
+                self._supervisor.learner_lost(error)
+                lost = error
+
+    async def _go(self, parts: Parts) -> None:
+        """From the last durable state to the end of the run."""
         await self._begin(parts)
         if not self._stopping.is_set():
             await self._loop(parts)
         await self._save(parts)
+        await self._checkpoints.settle(parts.learner, should_wait=True)
+        self._is_over = True
+
+    async def _start_learner_anew(self, parts: Parts, lost: LearnerLostError) -> None:
+        """Engines and reward workers live on; who still writes for the lost steps is fenced off."""
+        self._observer.event("worker_died", actor="learner", cause=lost.reason[:300])
+        self._observer.phase("recovering", "starting the learner anew", 15.0)
+        await self._checkpoints.drop()
+        await self._books.take_over()
+        await parts.learner.restart()
+        self._observer.event("worker_restarted", actor="learner")
 
     async def _begin(self, parts: Parts) -> None:
-        """Back to the last state if there is one; first weights to the engines, first eval."""
-        parts.buffered.on_drop = lambda ids, reason: self._drop(parts, ids, reason)
-        if self._is_resumed:
-            num_groups = await self._books.restore(parts.learner, parts.curriculum)
+        """Back to the last durable state, or make the first one; its weights to the engines."""
+        parts.rewards.epoch = self._books.epoch
+        parts.buffered.write_as(self._books.epoch)
+        is_new = not self._books.has_checkpoint
+        num_groups = await self._books.restore(parts.learner, parts.curriculum)
+        await self._slots.reset()
+        self._statistics.drain()
+        if is_new:
+            await self._save(parts)
+            await self._checkpoints.settle(parts.learner, should_wait=True)
+        else:
             self._observer.event("restored", step=self._books.step, num_groups=num_groups)
         self._observer.phase("starting", "first weight sync", 3.0)
         await self._sync(parts)
-        if not self._is_resumed:
-            metrics = parts.warm_start | await self._evaluate(parts)
-            self._observer.log_step(0, metrics)
+        if is_new:
+            self._observer.log_step(0, parts.warm_start | await self._evaluate(parts))
         self._observer.phase("training", "", 0.0)
 
     async def _loop(self, parts: Parts) -> None:
@@ -127,7 +158,8 @@ class Controller:
                 for task in (dispatch, *producers):
                     task.cancel()
         except* HoneError as failures:
-            raise failures.exceptions[0] from None
+            errors = failures.exceptions
+            raise min(errors, key=lambda e: isinstance(e, LearnerLostError)) from None
 
     async def _dispatch(
         self, parts: Parts, group: asyncio.TaskGroup, producers: set[asyncio.Task[None]]
@@ -144,50 +176,60 @@ class Controller:
 
     async def _produce(self, parts: Parts, producer: Producer, request: RolloutRequest) -> None:
         """One group from task to buffer; a dropped group frees its slot at once."""
-        production = await producer.produce(request)
-        self._statistics.add(production)
+        group_id = request.group_id
+        if parts.curriculum.is_held(group_id):
+            return
+        try:
+            production = await producer.produce(request)
+        except HoneError as error:
+            reason = self._supervisor.group_failed(error)
+            await self._drop([group_id], reason, str(error))
+            return
         summary = production.last
+        self._supervisor.group_made()
+        self._statistics.add(production)
+        self._books.note_scored(summary)
         known = [reward for reward in summary.rewards if reward is not None]
         parts.curriculum.observe(summary.is_uniform, sum(known) / max(1, len(known)))
-        if summary.outcome not in ("added", "duplicate"):
-            await self._drop(parts, [summary.group_id], summary.outcome)
+        is_stored = summary.outcome == "added" or (
+            summary.outcome == "duplicate" and await self._books.is_stored(group_id)
+        )
+        if not is_stored:
+            await self._drop([group_id], summary.outcome)
 
-    async def _drop(self, parts: Parts, group_ids: list[str], reason: str) -> None:
-        """These groups will not be trained on: count why, and free their slots."""
-        for _ in group_ids:
+    async def _drop(self, group_ids: list[str], reason: str, detail: str = "") -> None:
+        """These groups will not be trained on: say why, and free their slots."""
+        for group_id in group_ids:
             self._observer.count_drop(reason)
-        parts.curriculum.settle(group_ids)
-        await self._slots.release(len(group_ids))
+            self._books.note_dropped(group_id, reason, detail)
+        if self._parts is not None:
+            await self._slots.release(self._parts.curriculum.settle(group_ids))
 
     async def _learn(self, parts: Parts) -> None:
-        """Micro-batches start as groups arrive; one optimizer step per `groups_per_step` groups."""
+        """One optimizer step per `groups_per_step` groups, until the end."""
         while self._books.step < self._config.run.steps:
             started = time.monotonic()
-            headers: list[GroupHeader] = []
-            while len(headers) < self._config.rollout.groups_per_step:
-                missing = self._config.rollout.groups_per_step - len(headers)
-                with self._stages.wait("learn", "scored groups"):
-                    claim = await self._books.claim(missing, CLAIM_WAIT_S)
-                await self._drop(parts, claim.too_old, TOO_OLD)
-                headers += claim.headers
-                if self._stopping.is_set():
-                    await self._books.release(headers)
-                    return
-                if claim.headers:
-                    await parts.learner.forward_backward(claim.headers)
+            headers = await self._gathering.step(parts.learner, parts.curriculum)
+            if self._stopping.is_set():
+                await self._books.release(headers)
+                return
             result = await parts.learner.optim_step()
             ages = [self._books.policy_version - h.min_policy_version for h in headers]
             if result.policy_version == self._books.policy_version:
                 self._observer.event("step_skipped", step=result.step, num_groups=len(headers))
-                for _ in headers:
+                for header in headers:
                     self._observer.count_drop(SKIPPED)
+                    self._books.note_dropped(header.group_id, SKIPPED, "")
             shown = await self._books.commit(headers, result)
-            parts.curriculum.settle([header.group_id for header in headers])
+            self._supervisor.step_made()
+            num_slots = parts.curriculum.settle([header.group_id for header in headers])
             parts.sync.choose_probes(shown)
             chosen = self._observer.choose(shown)
             self._observer.samples(result.step, chosen, await parts.learner.inspect(chosen))
             with self._stages.wait("learn", "weight sync"):
                 report = await self._sync(parts)
+            if result.step < self._config.run.steps:
+                await self._slots.release(num_slots)
             await self._close_step(parts, ages, result, report, started)
 
     async def _sync(self, parts: Parts) -> SyncReport:
@@ -208,10 +250,8 @@ class Controller:
         report: SyncReport,
         started: float,
     ) -> None:
-        """Free the slots, evaluate, log, save."""
+        """Evaluate, log, save."""
         is_last = result.step >= self._config.run.steps
-        if not is_last:
-            await self._slots.release(len(ages))
         metrics = result.metrics | self._statistics.drain() | report.metrics()
         metrics |= {
             "policy_version": result.policy_version,
@@ -226,6 +266,8 @@ class Controller:
         self._observer.log_step(result.step, metrics)
         if result.step % self._config.run.checkpoint_every == 0 and not is_last:
             await self._save(parts)
+        else:
+            await self._checkpoints.settle(parts.learner)
 
     async def _evaluate(self, parts: Parts) -> dict[str, float]:
         self._observer.phase("evaluating", f"held-out pass@1 at step {self._books.step}", 0.0)
@@ -242,9 +284,9 @@ class Controller:
         return {"eval/pass@1": result.pass_at_1.value, "eval/pass@k": result.pass_at_k.value}
 
     async def _save(self, parts: Parts) -> None:
-        path = await self._books.save(parts.learner, parts.curriculum, parts.admin.versions)
-        if path:
-            self._observer.event("checkpoint", step=self._books.step, path=path)
+        """Start to make the present step durable."""
+        state = self._books.state(parts.curriculum.state(), parts.admin.versions)
+        await self._checkpoints.begin(parts.learner, state)
 
     async def _publish(self) -> None:
         while True:
@@ -252,16 +294,8 @@ class Controller:
             await asyncio.sleep(STATUS_EVERY_S)
 
     def _publish_once(self) -> None:
-        actors: list[ActorStatus] = []
+        version = self._books.policy_version
+        actors = [ActorStatus(name="controller", state="healthy", pid=os.getpid())]
         if self._parts is not None:
-            learners = [
-                ActorStatus(
-                    name=f"learner/{rank}",
-                    state="healthy",
-                    policy_version=self._books.policy_version,
-                    pid=pid,
-                )
-                for rank, pid in enumerate(self._parts.learner.pids)
-            ]
-            actors = self._parts.fleet.statuses() + self._parts.rewards.statuses() + learners
-        self._observer.publish(self._books.step, self._books.policy_version, actors)
+            actors += self._parts.statuses(version)
+        self._observer.publish(self._books.step, version, actors)

@@ -7,6 +7,8 @@ where it stopped. Every pass over the taskset is a new permutation. Called by th
 
 import random
 from collections import deque
+from collections.abc import Set
+from itertools import takewhile
 
 from actors.rollout import RolloutRequest, Sampling
 from cluster.errors import StageError
@@ -27,12 +29,20 @@ class Curriculum:
         self._num_drawn = 0
         self._pending: dict[str, int] = {}  # group_id -> draw
         self._again: deque[int] = deque()
+        self._held: set[str] = set()  # groups in the buffer since before the last restart
+        self._early: set[str] = set()
         self._order: list[int] = []
         self._order_epoch = -1
         self._num_uniform_in_a_row = 0
 
     def next(self) -> RolloutRequest:
         """The next group to produce. Its id names epoch and task, so a retry is a duplicate."""
+        while (request := self._draw()).group_id in self._early:
+            self._early.remove(request.group_id)
+            del self._pending[request.group_id]
+        return request
+
+    def _draw(self) -> RolloutRequest:
         if self._again:
             draw = self._again.popleft()
         else:
@@ -54,10 +64,28 @@ class Curriculum:
         )
         return RolloutRequest(group_id, task, self._group_size, sampling)
 
-    def settle(self, group_ids: list[str]) -> None:
-        """These groups were consumed or dropped: their draws are done."""
-        for group_id in group_ids:
-            self._pending.pop(group_id, None)
+    def is_held(self, group_id: str) -> bool:
+        """Whether the buffer has held this group since before the last restart."""
+        return group_id in self._held
+
+    def settle(self, group_ids: list[str]) -> int:
+        """These groups were consumed or dropped: their draws are done; returns how many were
+        pending, each of which has a slot.
+        """
+        known = [group_id for group_id in group_ids if group_id in self._pending]
+        for group_id in known:
+            del self._pending[group_id]
+        self._early |= (set(group_ids) - set(known)) & self._held
+        self._held -= set(group_ids)
+        return len(known)
+
+    def in_order(self, group_ids: set[str]) -> list[str]:
+        """The longest run of `group_ids`, as they were drawn, that no unsettled draw can precede.
+
+        With draws a, b, c pending: `in_order({"a", "c"}) == ["a"]`.
+        """
+        order = sorted(self._pending, key=self._pending.__getitem__)
+        return list(takewhile(group_ids.__contains__, order))
 
     def observe(self, is_uniform: bool, mean_reward: float) -> None:
         """Count a scored group; `StageError` when nothing but equal rewards has come for long."""
@@ -72,8 +100,16 @@ class Curriculum:
             )
 
     def state(self) -> CurriculumState:
-        return CurriculumState(num_drawn=self._num_drawn, pending=sorted(self._pending.values()))
+        return CurriculumState(
+            num_drawn=self._num_drawn,
+            pending=sorted([*self._pending.values(), *self._again]),
+            early=sorted(self._early),
+        )
 
-    def restore(self, state: CurriculumState) -> None:
+    def restore(self, state: CurriculumState, held: Set[str] = frozenset()) -> None:
+        """Go back to `state`, with the groups `held` in the buffer already."""
         self._num_drawn = state.num_drawn
         self._again = deque(state.pending)
+        self._pending = {}
+        self._early, self._held = set(state.early), set(held)
+        self._num_uniform_in_a_row = 0

@@ -1,11 +1,12 @@
 """Held-out evaluation of a policy, by the engines and verifiers that train it.
 
 Invariant: evaluation tasks are never trained on, sampled with fixed seeds, and scored by the
-rubric's first verifier; an abstained verdict is left out, not counted as a failure. Called by the
-controller and by `actors.standalone_eval` (`hone eval`).
+rubric's first verifier; an abstained verdict, or a task whose rollout failed, is left out and not
+counted as a failure. Called by the controller and by `actors.standalone_eval` (`hone eval`).
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,13 @@ from actors.reward_worker import GroupSummary
 from actors.rollout import RolloutRequest, Sampling
 from cluster import wire
 from cluster.config import EvalSection
+from cluster.errors import StageError
 from cluster.types import Task, TrajectoryGroup
 from rewards.answers import extract_answer, last_line, normalise
 
 Score = Callable[[Any], Awaitable[tuple[GroupSummary, bytes]]]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,14 @@ async def evaluate(
                 sampling.max_new_tokens, config.temperature, sampling.stop_token_ids, seed=index
             ),
         )
-        summary, encoded = await score(await fleet.rollout(request))
+        try:
+            summary, encoded = await score(await fleet.rollout(request))
+        except StageError as error:
+            logger.warning("%s is left out: %s", request.group_id, error)
+            return TaskSamples([], [])
+        finally:
+            on_task()
         group = wire.decode(encoded, TrajectoryGroup)
-        on_task()
         kept = [
             (passed, _answer(trajectory.text))
             for passed, trajectory in zip(summary.passed, group.trajectories, strict=True)

@@ -1,12 +1,13 @@
 """The fleet of rollout actors: who is healthy, who gets the next group, who is replaced.
 
 Invariant: a worker receives work only in state HEALTHY, which it enters only after it loaded the
-current weights and passed the probe. A dead worker's groups are produced again elsewhere; a
-replacement starts STALE. Used by the controller and by `actors.weight_sync`.
+current weights and passed the probe. The groups of a worker that died or hangs are produced again
+elsewhere; a replacement starts STALE. Used by the controller and by `actors.weight_sync`.
 """
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -20,11 +21,12 @@ from actors.placement import Placement
 from actors.rollout import RolloutRequest
 from actors.rollout_worker import RolloutWorker
 from actors.stages import within
-from cluster.errors import StageError
+from cluster.errors import DeadlineError, StageError
 from cluster.status import ActorStatus
 
-MAX_RESTARTS = 5
+MAX_RESTARTS = 5  # of one worker without a finished group in between
 MAX_TRIES = 3
+MAX_HANGS = 2  # workers that one group may hold up before it is the group's fault
 PING_S = 10.0
 MAX_CALLS = 4096  # concurrent calls of one worker's event loop
 logger = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class Worker:
     pid: int = 0
     num_running: int = 0
     num_restarts: int = 0
+    num_in_vain: int = 0  # restarts since the last finished group
 
     @property
     def name(self) -> str:
@@ -86,11 +89,17 @@ class RolloutFleet:
         await self.notify()
 
     async def rollout(self, request: RolloutRequest) -> Any:
-        """Produce one group; an object reference to its encoded bytes, already complete."""
+        """Produce one group; an object reference to its encoded bytes, already complete.
+
+        Raises `DeadlineError` when it held up `MAX_HANGS` workers, each of which is replaced, and
+        `StageError` for the fault of a task or a program.
+        """
+        num_hangs = 0
         for _ in range(MAX_TRIES):
             worker = await self._pick()
+            handle = worker.handle
+            reference = handle.rollout.remote(request)
             try:
-                reference = worker.handle.rollout.remote(request)
                 await within(
                     reference,
                     stage="rollout",
@@ -98,13 +107,22 @@ class RolloutFleet:
                     deadline_s=self._config.rollout.timeout_s,
                     knob="rollout.timeout_s",
                 )
+                worker.num_in_vain = 0
                 return reference
             except RayActorError:
-                self.bury(worker)
+                self.bury(worker, handle)
+            except DeadlineError:
+                self.bury(worker, handle, "hangs")
+                num_hangs += 1
+                if num_hangs == MAX_HANGS:
+                    raise
             except StageError:
                 if await self._serves(worker):
                     raise  # the task's or the program's fault, which another engine would repeat
-                self.bury(worker)
+                self.bury(worker, handle)
+            except asyncio.CancelledError:
+                ray.cancel(reference)
+                raise
             finally:
                 worker.num_running -= 1
                 await self.notify()
@@ -136,25 +154,33 @@ class RolloutFleet:
         for handle in alive:
             ray.kill(handle)
 
-    async def _pick(self) -> Worker:
-        """The healthy worker with the fewest running groups; waits for one within the start
-        deadline.
-        """
-
-        def healthy() -> list[Worker]:
-            return [w for w in self.workers if w.state is WorkerState.HEALTHY]
-
+    async def wait_for_healthy(self) -> None:
+        """Wait for a worker that can serve, within the start deadline."""
         async with self._changed:
             await within(
-                self._changed.wait_for(lambda: bool(healthy())),
+                self._changed.wait_for(lambda: bool(self._healthy)),
                 stage="rollout",
                 what="a healthy rollout worker",
                 deadline_s=self._config.resources.start_timeout_s,
                 knob="resources.start_timeout_s",
             )
-            worker = min(healthy(), key=lambda w: w.num_running)
-            worker.num_running += 1
-            return worker
+
+    @property
+    def has_hope(self) -> bool:
+        """Some worker serves, or is being replaced."""
+        return bool(self._healthy or self._repairs)
+
+    @property
+    def _healthy(self) -> list[Worker]:
+        return [w for w in self.workers if w.state is WorkerState.HEALTHY]
+
+    async def _pick(self) -> Worker:
+        """The healthy worker with the fewest running groups."""
+        while not self._healthy:
+            await self.wait_for_healthy()
+        worker = min(self._healthy, key=lambda w: w.num_running)
+        worker.num_running += 1
+        return worker
 
     async def _serves(self, worker: Worker) -> bool:
         """Whether the actor answers and its engine process lives."""
@@ -175,8 +201,9 @@ class RolloutFleet:
             ray.kill(worker.handle)  # what is left of the one it replaces
         actor = ray.remote(RolloutWorker)
         options = self._placement.rollout_options(worker.index)
+        generation = f"{os.getpid()}.{worker.num_restarts}"  # the last controller's may linger
         worker.handle = actor.options(
-            name=f"hone/{self._run_id}/rollout/{worker.index}/{worker.num_restarts}",
+            name=f"hone/{self._run_id}/rollout/{worker.index}/{generation}",
             max_concurrency=MAX_CALLS,
             **options,
         ).remote(worker.index, self._config.rollout.program, self._run_dir)
@@ -193,20 +220,21 @@ class RolloutFleet:
             raise StageError("rollout", f"{worker.name} died while loading: {error}") from error
         worker.state = WorkerState.STALE
 
-    def bury(self, worker: Worker) -> None:
-        """Declare a worker dead and start its replacement."""
-        if worker.state in (WorkerState.DEAD, WorkerState.STARTING):
+    def bury(self, worker: Worker, handle: Any, cause: str = "died") -> None:
+        """Declare the actor `handle` of a worker lost and start its replacement, once."""
+        if worker.handle is not handle or worker.state in (WorkerState.DEAD, WorkerState.STARTING):
             return
         worker.state = WorkerState.DEAD
-        self._on_event("worker_died", actor=worker.name, pid=worker.pid)
+        self._on_event("worker_died", actor=worker.name, pid=worker.pid, cause=cause)
         repair = asyncio.create_task(self._replace(worker))
         self._repairs.add(repair)
         repair.add_done_callback(self._repairs.discard)
 
     async def _replace(self, worker: Worker) -> None:
         """Start a dead worker again, bring it to the current weights, then let it serve."""
-        while worker.num_restarts < MAX_RESTARTS:
+        while worker.num_in_vain < MAX_RESTARTS:
             worker.num_restarts += 1
+            worker.num_in_vain += 1
             try:
                 await self._launch(worker)
                 if self.catch_up is not None:
@@ -217,7 +245,7 @@ class RolloutFleet:
                 return
             except StageError as error:
                 logger.warning("%s could not be replaced: %s", worker.name, error)
-                await asyncio.sleep(5.0 * worker.num_restarts)
+                await asyncio.sleep(5.0 * (worker.num_in_vain - 1))
         worker.state = WorkerState.DEAD
         self._on_event("worker_retired", actor=worker.name)
 

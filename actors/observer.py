@@ -10,7 +10,7 @@ from collections import Counter, deque
 
 from actors.live_gauges import LiveGauges
 from actors.stages import Stages
-from cluster import log, status
+from cluster import log, stacks, status
 from cluster.config import Config
 from cluster.metrics import Metrics
 from cluster.run_dir import RunDir, Sample, TokenColumns
@@ -158,10 +158,22 @@ class Observer:
         self._metrics.close()
 
     def _watch(self, stages: list[status.StageStatus]) -> None:
-        """Name the stage that holds the learner up, once per stall."""
+        """Name the stage that holds the learner up, and dump all stacks, once per stall."""
         learn = next(s for s in stages if s.name == "learn")
+        bound_s = STALL_AFTER_S if learn.waiting_for else self._config.learner.timeout_s / 2
         was_stalled = self._is_stalled
-        self._is_stalled = bool(learn.waiting_for) and learn.since_s >= STALL_AFTER_S
-        if self._is_stalled and not was_stalled:
-            held = [f"{s.name}: {s.waiting_for or 'busy'} {s.since_s:.0f} s" for s in stages]
-            self.event("stalled", waiting_for=learn.waiting_for, stages="; ".join(held))
+        self._is_stalled = learn.since_s >= bound_s
+        if not self._is_stalled or was_stalled:
+            return
+        busy = [s for s in stages if not s.waiting_for]
+        culprit = max(busy, key=lambda s: s.since_s).name if busy else "dispatch"
+        held = [f"{s.name}: {s.waiting_for or 'busy'} {s.since_s:.0f} s" for s in stages]
+        files = [stacks.dump_tasks(self._run.path), *stacks.dump(self._run.path)]
+        self.event(
+            "stalled",
+            stage=culprit,
+            waiting_for=learn.waiting_for,
+            stages="; ".join(held),
+            stacks=str(files[0].parent),
+            num_stacks=len(files),
+        )

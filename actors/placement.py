@@ -191,6 +191,7 @@ class Placement:
             env |= {
                 "OMP_NUM_THREADS": str(self.threads_per_process),
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "VLLM_CPU_ATTN_SPLIT_KV": "0",  # equal bits whatever else is in the batch
             }
         return {
             "num_cpus": self.rollout_cpus,

@@ -37,6 +37,10 @@ class BufferedGroups:
         self._skip_uniform = skip_uniform
         self.on_drop: OnDrop = _nobody
 
+    def write_as(self, epoch: int) -> None:
+        """Change groups in the name of the controller of `epoch`."""
+        self._buffer.epoch = epoch
+
     @classmethod
     def of(cls, config: Config, run_id: str, url: str) -> "BufferedGroups":
         buffer = ReplayBuffer(

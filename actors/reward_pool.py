@@ -26,6 +26,7 @@ class RewardPool:
     def __init__(self, home: RewardHome) -> None:
         self.home = home
         self.shadow: Candidate | None = None
+        self.epoch = -1  # of the controller: groups are added in its name
         self._config = home.placement.config
         self._live: WorkerSet | None = None
         self._previous: WorkerSet | None = None
@@ -42,6 +43,7 @@ class RewardPool:
             group,
             self._config.tasks.skip_uniform,
             self._config.rollout.timeout_s,
+            self.epoch,
             must_solve,
             failed,
         )

@@ -8,6 +8,7 @@ A set ends only after its last call has. Owned by `actors.reward_pool`.
 import asyncio
 import itertools
 import logging
+import os
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from actors.stages import last_line, within
 from actors.verifier_pool import PoolStatus
 from actors.verifier_pools import PooledSignal, VerifierPools, longest_call_s
 from cluster.config import VerifierConfig
-from cluster.errors import StageError
+from cluster.errors import DeadlineError, StageError
 from cluster.reward_state import RubricVersion
 from cluster.run_dir import RunDir
 from cluster.status import ActorStatus
@@ -49,7 +50,8 @@ class RewardHome:
 
     def prefix(self, label: str) -> str:
         """Of actor names: `hone/<run>/reward/<label>.<generation>`."""
-        return f"hone/{self.run.name}/reward/{label or 'candidate'}.{next(_generation)}"
+        generation = f"{label or 'candidate'}.{os.getpid()}.{next(_generation)}"
+        return f"hone/{self.run.name}/reward/{generation}"
 
     def pools(self, label: str, verifiers: dict[str, VerifierConfig]) -> VerifierPools:
         """New pools of a version, or with "" of a candidate."""
@@ -162,6 +164,9 @@ class WorkerSet:
                     deadline_s=self._call_s,
                     knob="rewards.verifiers.*.timeout_s",
                 )
+            except DeadlineError:
+                self._replace(index, worker)  # it hangs; its verifiers have their own deadlines
+                raise
             except RayActorError as error:
                 if attempt == MAX_TRIES - 1:
                     raise StageError("score", f"reward workers keep dying: {error}") from error
@@ -177,7 +182,8 @@ class WorkerSet:
         if self._workers[index] is not dead or self._is_over:
             return
         name = f"reward/{index}"
-        self._home.on_event("worker_died", worker=name, pid=self._pids[index])
+        self._home.on_event("worker_died", actor=name, pid=self._pids[index])
+        ray.kill(dead)
         self._workers[index], self._pids[index] = self._create(index), 0
         self._note(self._note_start(index, name))
 
@@ -201,7 +207,7 @@ class WorkerSet:
             self._pids[index] = (await self._workers[index].facts.remote()).pid
         except RayActorError:
             return  # the next call finds it dead
-        self._home.on_event("worker_restarted", worker=name, pid=self._pids[index])
+        self._home.on_event("worker_restarted", actor=name, pid=self._pids[index])
 
     @contextmanager
     def held(self) -> Iterator[None]:

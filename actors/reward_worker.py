@@ -16,7 +16,7 @@ from actors.verifier_pools import PooledSignal
 from cluster import log, wire
 from cluster.config import BufferSection, VerifierConfig
 from cluster.errors import BufferFullError, ConfigError, StageError, boundary
-from cluster.redis_client import connect
+from cluster.redis_client import OUTAGE_S, connect
 from cluster.replay_buffer import ReplayBuffer
 from cluster.reward_state import RUBRIC
 from cluster.types import Task, Trajectory, TrajectoryGroup, TrajectoryStatus
@@ -33,12 +33,14 @@ class GroupSummary(msgspec.Struct, frozen=True, kw_only=True):
     """What the controller learns of a scored group; the tokens stay in the buffer."""
 
     group_id: str
+    task_id: str
     outcome: str  # added, duplicate, uniform, unsolved, unscored, evaluated
     rewards: list[float | None]
     passed: list[bool | None]  # by the first verifier of the config; None where it abstained
     signals: dict[str, list[float | None]]
     reward_versions: dict[str, str]
     completion_tokens: list[int]
+    arms: list[str]
     num_truncated: int
     is_uniform: bool
     min_policy_version: int
@@ -83,7 +85,7 @@ class RewardWorker:
                 f"{self._rubric.version}: swap to the new version, or put the old code back"
             )
         self._buffer = ReplayBuffer(
-            connect(buffer_url),
+            connect(buffer_url, retry_s=OUTAGE_S),
             run_id,
             capacity_groups=buffer.capacity_groups,
             lease_s=buffer.lease_s,
@@ -121,11 +123,12 @@ class RewardWorker:
         encoded: bytes,
         skip_uniform: bool,
         deadline_s: float,
+        epoch: int,
         must_solve: bool = False,
         failed: bytes | None = None,
     ) -> GroupSummary:
         """Score, then add to the buffer unless the group can teach nothing; waits while it is
-        full.
+        full. Raises `FencedError` when the controller of `epoch` has a successor.
 
         With `must_solve` a group that failed throughout is not added, whatever its rewards. With
         `failed`, an earlier attempt at the same task, both are scored together and the group is
@@ -139,7 +142,7 @@ class RewardWorker:
                 return summarize(group, "unscored")
             if skip_uniform and group.is_uniform:
                 return summarize(group, "uniform")
-            return summarize(group, await self._add(group, deadline_s))
+            return summarize(group, await self._add(group, deadline_s, epoch))
 
     async def _score(self, encoded: bytes, failed: bytes | None = None) -> TrajectoryGroup:
         given = wire.decode(encoded, TrajectoryGroup)
@@ -162,12 +165,12 @@ class RewardWorker:
         failures = [t for t in plain if is_passed(t) is False]
         return msgspec.structs.replace(group, trajectories=(passes + failures) or plain)
 
-    async def _add(self, group: TrajectoryGroup, deadline_s: float) -> str:
+    async def _add(self, group: TrajectoryGroup, deadline_s: float, epoch: int) -> str:
         pause, limit = BACK_OFF_S
         waited = 0.0
         while True:
             try:
-                return str(await asyncio.to_thread(self._buffer.add, group))
+                return str(await asyncio.to_thread(self._buffer.add, group, epoch=epoch))
             except BufferFullError as error:
                 if waited >= deadline_s:
                     raise StageError("score", f"buffer full for {waited:.0f} s: {error}") from error
@@ -188,12 +191,14 @@ def summarize(group: TrajectoryGroup, outcome: str) -> GroupSummary:
     scores = {name: [t.verdicts[i].score for t in trajectories] for i, name in enumerate(names)}
     return GroupSummary(
         group_id=group.group_id,
+        task_id=group.task.task_id,
         outcome=outcome,
         rewards=group.rewards,
         passed=[is_passed(t) for t in trajectories],
         signals=scores,
         reward_versions=group.reward_versions,
         completion_tokens=[len(t.token_ids) for t in trajectories],
+        arms=[t.arm for t in trajectories],
         num_truncated=sum(t.status is TrajectoryStatus.TRUNCATED for t in trajectories),
         is_uniform=group.is_uniform,
         min_policy_version=group.min_policy_version,

@@ -15,8 +15,15 @@ class StalenessPolicy:
     """
 
     def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
         self._free = capacity
         self._changed = asyncio.Condition()
+
+    async def reset(self) -> None:
+        """All slots are free again: nothing that was admitted before counts any more."""
+        async with self._changed:
+            self._free = self._capacity
+            self._changed.notify_all()
 
     @property
     def free(self) -> int:

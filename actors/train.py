@@ -5,6 +5,7 @@ started here outlives `run`. Called by `hone train`; `python -m actors.train CON
 of a Ray job.
 """
 
+import itertools
 import logging
 import os
 import shutil
@@ -25,11 +26,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors import preflight
 from actors.connection import join, on_loopback
 from actors.placement import QUIET_ENV, Placement, on_this_machine
+from actors.supervisor import Supervisor
 from cluster import config_file, environment, ray_token, status
 from cluster.config import Config
 from cluster.embedded_redis import EmbeddedRedis
 from cluster.errors import ConfigError, HoneError, StageError
-from cluster.redis_client import buffer_url
+from cluster.redis_client import OUTAGE_S, buffer_url
 from cluster.resume import refuse_changes
 from cluster.run_dir import RunDir
 from cluster.status import RunStatus
@@ -74,42 +76,58 @@ def _conduct(
     interrupt: list[int],
     server: EmbeddedRedis | None,
 ) -> int:
-    """Create the controller and wait for it; the first interrupt asks it to stop, the second
-    leaves.
+    """Create the controller and wait for it; one that dies is followed by another, which goes on
+    from the last durable state. The first interrupt asks it to stop, the second leaves.
     """
     from actors.controller import Controller
 
-    controller: Any = (
-        ray.remote(Controller)
-        .options(
-            name=f"hone/{run_dir.name}/controller",
-            num_cpus=0,
-            max_concurrency=1000,
-            # Beside the launcher: a lost rollout or reward node must not take it along.
-            scheduling_strategy=NodeAffinitySchedulingStrategy(
-                ray.get_runtime_context().get_node_id(), soft=False
-            ),
-        )
-        .remote(config, str(run_dir.path), url, resume)
-    )
-    finished = controller.run.remote()
+    supervisor = Supervisor()
     deadline: float | None = None
-    while not ray.wait([finished], timeout=POLL_S)[0]:
-        if server is not None:
-            server.start()  # a server that died comes back on the same data and address
-        if interrupt and deadline is None:
-            deadline = time.monotonic() + STOP_DEADLINE_S
-            controller.stop.remote()
-        if deadline is not None and (len(interrupt) > 1 or time.monotonic() > deadline):
-            logger.warning("the controller did not stop in %.0f s: ended now", STOP_DEADLINE_S)
-            return INTERRUPTED
-    try:
-        ray.get(finished, timeout=POLL_S)
-    except RayTaskError as error:
-        raise _cause(error) from None
-    except RayError as error:
-        raise StageError("controller", f"died: {error}; see {run_dir.logs}") from None
-    return INTERRUPTED if interrupt else 0
+    for attempt in itertools.count():
+        num_steps = _num_steps(run_dir)
+        controller: Any = (
+            ray.remote(Controller)
+            .options(
+                name=f"hone/{run_dir.name}/controller/{attempt}",
+                num_cpus=0,
+                max_concurrency=1000,
+                # Beside the launcher: a lost rollout or reward node must not take it along.
+                scheduling_strategy=NodeAffinitySchedulingStrategy(
+                    ray.get_runtime_context().get_node_id(), soft=False
+                ),
+            )
+            .remote(config, str(run_dir.path), url, resume)
+        )
+        finished = controller.run.remote()
+        while not ray.wait([finished], timeout=POLL_S)[0]:
+            if server is not None:
+                server.start(OUTAGE_S)  # one that died comes back on the same data and address
+            if interrupt and deadline is None:
+                deadline = time.monotonic() + STOP_DEADLINE_S
+                controller.stop.remote()
+            if deadline is not None and (len(interrupt) > 1 or time.monotonic() > deadline):
+                logger.warning("no controller stopped in %.0f s: ended now", STOP_DEADLINE_S)
+                return INTERRUPTED
+        try:
+            ray.get(finished, timeout=POLL_S)
+            return INTERRUPTED if interrupt else 0
+        except RayTaskError as error:
+            raise _cause(error) from None
+        except RayError as error:
+            if _num_steps(run_dir) > num_steps:
+                supervisor.step_made()
+            lost = StageError("controller", f"died: {error}; see {run_dir.logs}")
+            supervisor.controller_lost(lost)
+            run_dir.append_event("worker_died", actor="controller", cause=str(error)[:300])
+            resume = True
+        if interrupt:
+            break
+    return INTERRUPTED
+
+
+def _num_steps(run_dir: RunDir) -> int:
+    """Steps that the ledger knows, those that were rolled back included."""
+    return sum(path.read_bytes().count(b"\n") for path in run_dir.path.glob("ledger*.jsonl"))
 
 
 def _cause(error: RayTaskError) -> HoneError:

@@ -1,9 +1,9 @@
 """One vLLM engine: token-in/token-out generation, scoring, and weight updates in flight.
 
 Invariant: every sampled token carries its temperature-scaled log-prob and the policy version that
-made it, and a prefix cached under one version is never read under another (requests are salted
-with the version). Owned by a rollout worker; the only module besides `weight_transfer` that
-imports vllm.
+made it, and a prefix cached under one set of weights is never read under another (requests are
+salted with the number of loads: a version number comes back when lost steps are repeated). Owned by
+a rollout worker; the only module besides `weight_transfer` that imports vllm.
 """
 
 import asyncio
@@ -41,6 +41,7 @@ class VllmEngine:
     ) -> None:
         self._engine = kind.from_engine_args(_engine_args(settings, overrides))
         self._request_ids = 0
+        self._num_loads = 0
         self.policy_version = 0
 
     async def start(self) -> None:
@@ -88,6 +89,7 @@ class VllmEngine:
         await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
         await self._engine.finish_weight_update(weight_version=str(policy_version))
         self.policy_version = policy_version
+        self._num_loads += 1
         await self._engine.resume_generation()
         return time.monotonic() - started
 
@@ -102,7 +104,7 @@ class VllmEngine:
         request_id = f"request-{self._request_ids}"
         prompt: Any = {
             "prompt_token_ids": token_ids.tolist(),
-            "cache_salt": f"policy-{self.policy_version}",
+            "cache_salt": f"load-{self._num_loads}",
         }
         last: RequestOutput | None = None
         try:

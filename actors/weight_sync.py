@@ -98,16 +98,16 @@ class WeightSync:
                 requests = [ScoreRequest(probe.tolist(), num_context=1) for probe in self._probes]
                 self._expected = await self._learner.score(requests)
             self._published = (path, policy_version)
-            workers = self._fleet.serving
-            results = await asyncio.gather(*[self._bring_up(w) for w in workers])
+            workers = [(w, w.handle) for w in self._fleet.serving]
+            results = await asyncio.gather(*[self._bring_up(w) for w, _ in workers])
             self._forget_old()
-        for worker in workers:
+        for worker, handle in workers:
             if worker.state not in (WorkerState.HEALTHY, WorkerState.QUARANTINED):
-                self._fleet.bury(worker)
+                self._fleet.bury(worker, handle)
         await self._fleet.notify()
         done = [result for result in results if result is not None]
         if not done:
-            raise StageError("sync", f"no rollout engine holds policy version {policy_version}")
+            done = [await self._wait_for_one(policy_version)]
         published.announce(self._directory, policy_version, path)
         return SyncReport(
             policy_version=policy_version,
@@ -117,9 +117,19 @@ class WeightSync:
             num_engines=len(done),
         )
 
+    async def _wait_for_one(self, policy_version: int) -> tuple[float, float | None]:
+        """All engines are gone: wait until a replacement has caught up."""
+        started = time.monotonic()
+        if not self._fleet.has_hope:
+            raise StageError("sync", f"no rollout engine holds policy version {policy_version}")
+        await self._fleet.wait_for_healthy()
+        return time.monotonic() - started, None
+
     async def catch_up(self, worker: Worker) -> None:
-        """Bring one replaced worker to the current version."""
+        """Bring one replaced worker to the current version; before the first there is none."""
         async with self._lock:
+            if self._published is None:
+                return
             result = await self._bring_up(worker)
         await self._fleet.notify()
         if result is None:
@@ -180,5 +190,7 @@ class WeightSync:
         )
 
     def _forget_old(self) -> None:
-        for path in sorted(self._directory.glob("policy_*.safetensors"))[:-KEEP_FILES]:
+        """By age, not by number: a version number comes back when lost steps are repeated."""
+        paths = self._directory.glob("policy_*.safetensors")
+        for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)[:-KEEP_FILES]:
             path.unlink(missing_ok=True)

@@ -8,6 +8,9 @@ included, equals the published file. Registered in every engine process through 
 (several); a dead engine can never block the publisher.
 """
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -81,9 +84,25 @@ def refresh_prepacked_head(model: torch.nn.Module) -> None:
 def register() -> None:
     """Entry point `vllm.general_plugins`: called by vLLM in each of its processes."""
     if BACKEND not in WeightTransferEngineFactory._registry:
+        _end_with_parent()
         WeightTransferEngineFactory.register_engine(
             BACKEND, __name__, SharedFileWeightTransferEngine.__name__
         )
+
+
+def _end_with_parent() -> None:
+    """An engine process must not outlive the actor above it, which kill -9 gives no time to end
+    it.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
 def _tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,11 +1,13 @@
 """Checkpoint directories: written aside, made durable, published by one rename.
 
 Invariant: a directory named `step_000010` holding COMPLETE is whole; COMPLETE lists the size and
-crc32 of every other file. A crash at any point leaves the older checkpoints as they were. Written
-by the run loop (the learner ranks fill the directory of `begin`), read on resume and on export.
+crc32 of every other file. A crash at any point leaves the older checkpoints as they were. A writer
+works in a folder of its own that its successor removes, so a writer that was presumed dead cannot
+publish any more. Written by the run loop (the learner ranks fill the directory of `begin`), read on
+resume and on export.
 
 A checkpoint takes this way:
-    begin -> step_000010.tmp -> ranks write -> commit: state.json, COMPLETE, fsync, rename
+    begin -> .writing-<epoch>/step_000010 -> ranks write -> commit: state, COMPLETE, fsync, rename
 """
 
 import logging
@@ -36,7 +38,7 @@ class _FileSum(msgspec.Struct, frozen=True):
 
 
 class CheckpointStore:
-    """The newest `keep` checkpoints under `directory`; one writer.
+    """The newest `keep` checkpoints under `directory`; one writer, the one with the last `epoch`.
 
     Example: `path = store.begin(10)`, the ranks write under `path`, `store.commit(10, state)`.
     """
@@ -44,14 +46,25 @@ class CheckpointStore:
     def __init__(self, directory: Path, keep: int) -> None:
         self._directory = directory
         self._keep = max(1, keep)
+        self._desk: Path | None = None
 
-    def begin(self, step: int) -> Path:
-        """An empty directory for the files of `step`; remains of earlier crashes are removed.
-
-        Raises `StageError` unless `step` is after the newest checkpoint.
-        """
+    def take_over(self, epoch: int) -> None:
+        """Become the writer; what a predecessor has begun cannot be committed any more."""
         with boundary(_STAGE):
             self._directory.mkdir(parents=True, exist_ok=True)
+            for desk in self._directory.glob(".writing-*"):
+                shutil.rmtree(desk)
+            self._desk = self._directory / f".writing-{epoch}"
+            self._desk.mkdir()
+
+    def begin(self, step: int) -> Path:
+        """An empty directory for the files of `step`; remains of earlier ones are removed.
+
+        Raises `StageError` unless `step` is after the newest checkpoint and this is the writer.
+        """
+        if self._desk is None:
+            self.take_over(0)
+        with boundary(_STAGE):
             newest = max(self.steps(), default=-1)
             if step <= newest:
                 raise StageError(
@@ -59,11 +72,15 @@ class CheckpointStore:
                     f"a checkpoint must come after the newest one in {self._directory}: "
                     f"step {step}, newest {newest}",
                 )
-            for remains in self._directory.glob("*.tmp"):
+            path = self._draft(step)
+            for remains in path.parent.iterdir():
                 shutil.rmtree(remains)
-            path = self._path(step).with_suffix(".tmp")
             path.mkdir()
             return path
+
+    def abandon(self, step: int) -> None:
+        """Remove what was begun for `step`, for example to give a full disk its space back."""
+        shutil.rmtree(self._draft(step), ignore_errors=True)
 
     def commit(self, step: int, state: RunState) -> Path:
         """Publish what the ranks wrote since `begin(step)`; durable on return.
@@ -72,7 +89,7 @@ class CheckpointStore:
         `begin` was not called, the state is of another step, or the disk refuses.
         """
         target = self._path(step)
-        source = target.with_suffix(".tmp")
+        source = self._draft(step)
         if state.step != step or not source.is_dir():
             raise StageError(
                 _STAGE,
@@ -141,9 +158,13 @@ class CheckpointStore:
     def _path(self, step: int) -> Path:
         return self._directory / f"step_{step:06d}"
 
+    def _draft(self, step: int) -> Path:
+        desk = self._desk or self._directory / ".writing-0"
+        return desk / f"step_{step:06d}"
+
     def _remove(self, path: Path) -> None:
         """Rename first, so that a half-deleted directory never looks published."""
-        doomed = path.with_suffix(".tmp")
+        doomed = self._draft(0).parent / path.name
         path.rename(doomed)
         shutil.rmtree(doomed)
 

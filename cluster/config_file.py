@@ -17,8 +17,22 @@ from pydantic import BaseModel, ValidationError
 from cluster.config import Config
 from cluster.errors import ConfigError
 
-# Sections that a resumed run may change: they do not shape what is learnt.
-BOOKKEEPING = {"run", "resources", "buffer", "eval"}
+# What a resumed run may change: it does not shape what is learnt, only where and how fast.
+BOOKKEEPING: dict[str, Any] = {
+    "run": True,
+    "resources": True,
+    "buffer": True,
+    "eval": True,
+    "learner": {"world_size", "timeout_s", "activation_checkpointing"},
+    "rollout": {
+        "workers",
+        "tensor_parallel_size",
+        "kv_cache_gib",
+        "gpu_memory_fraction",
+        "timeout_s",
+    },
+    "sync": {"timeout_s"},
+}
 _OVERRIDE = re.compile(r"^[A-Za-z_][\w.]*=")
 
 

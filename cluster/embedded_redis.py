@@ -93,10 +93,11 @@ class EmbeddedRedis:
         Raises `ConfigError` without a server program or with one already on the directory, and
         `DeadlineError` when it does not answer in `deadline_s`.
         """
-        if self._process is not None and self._refusal() is None:
+        deadline = time.monotonic() + deadline_s
+        if self._process is not None and self._process.poll() is None:
+            self._wait_until_ready(deadline, deadline_s)  # slow is not dead
             return self.url
         program = server_program()
-        deadline = time.monotonic() + deadline_s
         self._data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = self._lock(deadline)
         try:

@@ -40,6 +40,10 @@ class HintError(HoneError):
     """No hint can be given for this task at this level; the task is not at fault, nor the run."""
 
 
+class LearnerLostError(StageError):
+    """A learner rank died, hung or failed: the group must be started again from durable state."""
+
+
 class BufferFullError(HoneError):
     """The replay buffer holds `buffer.capacity_groups` groups: the producer must wait (back-
     pressure).
@@ -48,6 +52,10 @@ class BufferFullError(HoneError):
 
 class BufferUnavailableError(HoneError):
     """Redis did not answer within the retry budget."""
+
+
+class FencedError(HoneError):
+    """This writer was presumed dead and has a successor: it must change nothing any more."""
 
 
 class WireError(HoneError, ValueError):

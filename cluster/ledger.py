@@ -1,12 +1,14 @@
 """The ledger: which groups moved the weights at each optimizer step, one JSON line per step.
 
 Invariant: a step that `commit` returned for is on disk; steps increase from line to line; a line
-that a crash tore (no newline at its end) was never committed and is ignored. Written by the run
-loop after each step, read on resume and by `hone replay why`.
+that a crash tore (no newline at its end) was never committed and is ignored. A writer keeps its
+file open and a successor puts another in its place, so what a writer that was presumed dead still
+appends goes nowhere. Written by the run loop after each step, read on resume and by `hone replay`.
 """
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
@@ -22,6 +24,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._last_step: int | None = None  # known once this object has written
+        self._file: BinaryIO | None = None
 
     @property
     def rolled_back_path(self) -> Path:
@@ -33,15 +36,16 @@ class Ledger:
 
         Raises `StageError` unless its step is after the last one.
         """
-        if self._last_step is None:
+        if self._file is None or self._last_step is None:
             self._last_step = self._repair()
+            self._file = self._open()
         if record.step <= self._last_step:
             raise StageError(
                 _STAGE,
                 f"steps must increase: step {record.step} came after step {self._last_step} in "
                 f"{self._path} (truncate_after on resume)",
             )
-        _append(self._path, [record])
+        _write(self._file, [record])
         self._last_step = record.step
 
     def records(self) -> list[StepRecord]:
@@ -58,17 +62,33 @@ class Ledger:
         return records
 
     def truncate_after(self, step: int) -> list[StepRecord]:
-        """Take out the records after `step`, whose weights are lost, and return them.
+        """Become the writer: take out the records after `step`, whose weights are lost, and return
+        them.
 
         They are appended to `rolled_back_path` first: a crash in between leaves them in both files.
         """
         records = self.records()
         later = [record for record in records if record.step > step]
         if later:
-            _append(self.rolled_back_path, later)
-            _replace(self._path, _encode([r for r in records if r.step <= step]))
-        self._last_step = None
+            with self.rolled_back_path.open("ab") as file:
+                _write(file, later)
+        _replace(self._path, _encode([r for r in records if r.step <= step]))
+        self.close()
+        self._last_step = self._repair()
+        self._file = self._open()
         return later
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> BinaryIO:
+        is_new = not self._path.exists()
+        file = self._path.open("ab")
+        if is_new:
+            _sync_directory(self._path.parent)
+        return file
 
     def _repair(self) -> int:
         """Cut off a torn last line; the last committed step, -1 for none."""
@@ -92,14 +112,10 @@ def _encode(records: list[StepRecord]) -> bytes:
     return b"".join(msgspec.json.encode(record) + b"\n" for record in records)
 
 
-def _append(path: Path, records: list[StepRecord]) -> None:
-    is_new = not path.exists()
-    with path.open("ab") as file:
-        file.write(_encode(records))
-        file.flush()
-        os.fsync(file.fileno())
-    if is_new:
-        _sync_directory(path.parent)
+def _write(file: BinaryIO, records: list[StepRecord]) -> None:
+    file.write(_encode(records))
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -15,6 +15,8 @@ from typing import TextIO
 
 import msgspec
 
+from cluster import stacks
+
 FORMAT_VARIABLE = "HONE_LOG_FORMAT"
 _MARK = "_hone_handler"
 _current_step = 0
@@ -42,6 +44,7 @@ def setup(role: str, run_dir: str | os.PathLike[str], level: int = logging.INFO)
         handler.setFormatter(formatter)
         root.addHandler(handler)
     root.setLevel(min(level, root.level) if root.level else level)
+    stacks.enable(role, run_dir)
 
 
 def set_progress(*, step: int | None = None, policy_version: int | None = None) -> None:

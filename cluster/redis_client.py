@@ -19,13 +19,14 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
 from cluster.config import BufferSection
-from cluster.errors import BufferFullError, BufferUnavailableError, ConfigError
+from cluster.errors import BufferFullError, BufferUnavailableError, ConfigError, FencedError
 
 URL_VARIABLE = "HONE_BUFFER_URL"
 _OLDEST = (7, 0)
 _SOCKET_TIMEOUT_S = 5.0
 _FIRST_PAUSE_S = 0.02
 _LONGEST_PAUSE_S = 1.0
+OUTAGE_S = 60.0  # how long the calls of a run wait for a server that is away
 
 Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
@@ -138,6 +139,11 @@ def translated_errors(action: str) -> Generator[None]:
             f"{action}: the server at buffer.url must answer within the retry budget: {error}"
         ) from error
     except redis.ResponseError as error:
+        if str(error).startswith("FENCED"):
+            raise FencedError(
+                f"{action}: a newer controller of this run has taken over ({error}): this one must "
+                "end"
+            ) from error
         if not str(error).startswith("MISCONF"):
             raise
         raise BufferUnavailableError(

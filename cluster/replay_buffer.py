@@ -24,8 +24,8 @@ import redis
 from cluster import wire
 from cluster.errors import BufferFullError, StageError, WireError
 from cluster.redis_client import translated_errors
-from cluster.replay_keys import Keys
-from cluster.replay_records import AddResult, BufferStats, DeadLetter
+from cluster.replay_reader import BufferReader, decoded
+from cluster.replay_records import AddResult
 from cluster.replay_scripts import Script
 from cluster.types import GroupHeader, TrajectoryGroup
 
@@ -38,7 +38,7 @@ _WAIT_SLICE_S = 1.0  # bounds the delay when a woken waiter died before it claim
 _log = logging.getLogger(__name__)
 
 
-class ReplayBuffer:
+class ReplayBuffer(BufferReader):
     """The buffer of one run. Capacity counts ready and leased groups.
 
     Example: `buffer.add(group); [header] = buffer.claim(1, owner="learner/0", min_policy_version=0,
@@ -55,15 +55,25 @@ class ReplayBuffer:
         lease_s: float,
         max_deliveries: int,
     ) -> None:
-        self._client = client
-        self._keys = Keys(run_id)
+        super().__init__(client, run_id)
+        self.epoch = -1  # of the controller this client writes for; -1 is not fenced
         self._scripts = {script: client.register_script(script) for script in Script}
         self._capacity_groups = capacity_groups
         self._lease_ms = max(1, round(lease_s * 1000))
         self._max_deliveries = max_deliveries
 
-    def add(self, group: TrajectoryGroup) -> AddResult:
+    def take_over(self) -> int:
+        """Become the newest writer of the run; whoever writes with an older epoch gets
+        `FencedError`.
+        """
+        with translated_errors("take over"):
+            self.epoch = self._client.incr(self._keys.epoch)
+        return self.epoch
+
+    def add(self, group: TrajectoryGroup, *, epoch: int | None = None) -> AddResult:
         """Make `group` ready, unless its id is in the buffer or left it in the last 24 hours.
+
+        `epoch` is that of the controller which asked for the group, if it is not the client's.
 
         Raises `BufferFullError` at capacity, and `WireError` when the priority is not finite.
         """
@@ -78,6 +88,7 @@ class ReplayBuffer:
             wire.encode(group),
             self._capacity_groups,
             _REMEMBER_FINISHED_MS,
+            epoch=epoch,
         )
         if answer == b"full":
             raise BufferFullError(
@@ -117,7 +128,7 @@ class ReplayBuffer:
                 payloads = cast(list[bytes | None], self._client.hmget(self._keys.payloads, batch))
             for group_id, payload in zip(batch, payloads, strict=True):
                 try:
-                    groups.append(_decode(group_id, payload))
+                    groups.append(decoded(group_id, payload))
                 except WireError as error:
                     faults[group_id] = str(error)
         if faults:
@@ -125,20 +136,6 @@ class ReplayBuffer:
             reasons = "; ".join(f"{group_id}: {reason}" for group_id, reason in faults.items())
             raise WireError(f"groups must be in the buffer and undamaged: {reasons}")
         return groups
-
-    def sample(self, count: int) -> list[TrajectoryGroup]:
-        """Up to `count` groups at random, in whatever state; those that leave meanwhile are not
-        among them.
-        """
-        with translated_errors("sample"):
-            pairs = cast(
-                list[bytes],
-                self._client.hrandfield(self._keys.payloads, count, withvalues=True) or [],
-            )
-        return [
-            _decode(group_id.decode(), payload)
-            for group_id, payload in zip(pairs[::2], pairs[1::2], strict=True)
-        ]
 
     def replace(self, group: TrajectoryGroup) -> None:
         """New contents for a group that the caller holds a lease on."""
@@ -192,6 +189,13 @@ class ReplayBuffer:
         """
         return self._return_all(Script.RESTORE, durable_step, self._max_deliveries)
 
+    def discard_newer(self, policy_version: int) -> list[str]:
+        """Take back ready groups that weights after `policy_version` sampled, and return their ids.
+
+        Counted as dropped for `lost_weights`; the same ids may be added again.
+        """
+        return [group_id.decode() for group_id in self._run(Script.DISCARD, policy_version)]
+
     def expire(self) -> int:
         """End leases that ran out; returns how many groups are ready again.
 
@@ -206,49 +210,6 @@ class ReplayBuffer:
         """
         if self._run(Script.DROP, group_id, reason) == b"consumed":
             raise StageError(_STAGE, f"{group_id} must not be dropped: a step has consumed it")
-
-    def stats(self) -> BufferStats:
-        """All counts at one instant."""
-        keys = self._keys
-        with translated_errors("stats"), self._client.pipeline(transaction=True) as pipeline:
-            for key in (keys.ready, keys.leased, keys.consumed):
-                pipeline.zcard(key)
-            pipeline.hgetall(keys.counters)
-            ready, leased, consumed, raw = pipeline.execute()
-        counters: dict[str, int] = {name.decode(): int(value) for name, value in raw.items()}
-        return BufferStats(
-            ready=ready,
-            leased=leased,
-            consumed=consumed,
-            added=counters.get("added", 0),
-            duplicates=counters.get("duplicates", 0),
-            acknowledged=counters.get("acknowledged", 0),
-            dropped={
-                name.removeprefix("dropped:"): value
-                for name, value in counters.items()
-                if name.startswith("dropped:")
-            },
-            dead_lettered=counters.get("dead_lettered", 0),
-            payload_bytes=counters.get("payload_bytes", 0),
-        )
-
-    def dead_letters(self, limit: int) -> list[DeadLetter]:
-        """The newest `limit` dead letters, newest first."""
-        with translated_errors("dead_letters"):
-            rows = cast(
-                list[tuple[bytes, dict[bytes, bytes]]],
-                self._client.xrevrange(self._keys.dead, count=limit),
-            )
-        return [
-            DeadLetter(
-                group_id=row[b"group_id"].decode(),
-                reason=row[b"reason"].decode(),
-                deliveries=int(row[b"deliveries"]),
-                died_at=int(entry_id.split(b"-")[0]) / 1000,
-                payload=row[b"payload"],
-            )
-            for entry_id, row in rows
-        ]
 
     def _claim_ready(
         self, max_groups: int, owner: str, min_policy_version: int
@@ -285,16 +246,14 @@ class ReplayBuffer:
             if num_seen == 0:
                 return total
 
-    def _run(self, script: Script, *arguments: str | bytes | float, extra_key: str = "") -> Any:
+    def _run(
+        self,
+        script: Script,
+        *arguments: str | bytes | float,
+        extra_key: str = "",
+        epoch: int | None = None,
+    ) -> Any:
+        writer = self.epoch if epoch is None else epoch
         keys = [*self._keys.state, extra_key] if extra_key else self._keys.state
         with translated_errors(script.name.lower()):
-            return self._scripts[script](keys=keys, args=arguments)
-
-
-def _decode(group_id: str, payload: bytes | None) -> TrajectoryGroup:
-    if payload is None:
-        raise WireError("no payload in the buffer")
-    group = wire.decode(payload, TrajectoryGroup)
-    if group.group_id != group_id:
-        raise WireError(f"payload is of group {group.group_id}")
-    return group
+            return self._scripts[script](keys=keys, args=[writer, *arguments])

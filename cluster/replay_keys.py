@@ -32,12 +32,13 @@ class Keys:
         self.finished = self._key("finished")  # ZSET: group_id that left, by time (server ms)
         self.dead = self._key("dead")  # STREAM of dead letters
         self.wake = self._key("wake")  # LIST: one token while something is ready
+        self.epoch = self._key("epoch")  # STRING: number of the newest writer
         self.requests = self._key("requests")  # LIST of control requests
         self.alive = self._key("alive")  # STRING that expires unless the run renews it
 
     @property
     def state(self) -> list[str]:
-        """KEYS[1..10] of every script, in the order its prelude unpacks them."""
+        """KEYS[1..11] of every script, in the order its prelude unpacks them."""
         return [
             self.ready,
             self.leased,
@@ -49,6 +50,7 @@ class Keys:
             self.finished,
             self.dead,
             self.wake,
+            self.epoch,
         ]
 
     def last_claim(self, owner: str) -> str:

@@ -4,79 +4,14 @@ Invariant: after any script a group is in exactly one of ready, leased, consumed
 the first three have an entry, header and payload, and `wake` holds one token while any is ready.
 Called by `cluster.replay_buffer` alone.
 
-KEYS[1..10] of every script are `Keys.state`; time is the server's. An entry is msgpack of `place`
-(16 digits of arrival number + group_id: first in first out within one priority), `score`
-(-priority, as text), `version`, `size` (payload bytes), `deliveries` and `owner`. Only ADD is
-refused when Redis is out of memory, so a full server can still be drained.
+KEYS[1..11] of every script are `Keys.state`, and the caller's epoch goes before the ARGV that stand
+above it (see `cluster.replay_prelude`). Only ADD is refused when Redis is out of memory, so a full
+server can still be drained.
 """
 
 from enum import StrEnum
 
-_PRELUDE = """
-local ready, leased, consumed, entries, headers, payloads, counters, finished, dead, wake =
-  unpack(KEYS)
-local clock = redis.call('TIME')
-local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
-
-local function count(name, amount) redis.call('HINCRBY', counters, name, amount) end
-
-local function load(id)
-  local packed = redis.call('HGET', entries, id)
-  return packed and cmsgpack.unpack(packed)
-end
-
-local function save(id, entry) redis.call('HSET', entries, id, cmsgpack.pack(entry)) end
-
-local function ring()
-  if redis.call('EXISTS', ready) == 0 then
-    redis.call('DEL', wake)
-  elseif redis.call('EXISTS', wake) == 0 then
-    redis.call('RPUSH', wake, 1)
-  end
-end
-
-local function detach(id, entry)
-  redis.call('ZREM', ready, entry.place)
-  redis.call('ZREM', leased, id)
-  redis.call('ZREM', consumed, id)
-end
-
-local function make_ready(id, entry)
-  detach(id, entry)
-  entry.owner = ''
-  save(id, entry)
-  redis.call('ZADD', ready, entry.score, entry.place)
-end
-
-local function forget(id, entry)
-  detach(id, entry)
-  redis.call('HDEL', entries, id)
-  redis.call('HDEL', headers, id)
-  redis.call('HDEL', payloads, id)
-  count('payload_bytes', -entry.size)
-  redis.call('ZADD', finished, now, id)
-end
-
-local function bury(id, entry, reason)
-  redis.call('XADD', dead, '*', 'group_id', id, 'reason', reason, 'deliveries', entry.deliveries,
-    'payload', redis.call('HGET', payloads, id) or '')
-  forget(id, entry)
-  count('dead_lettered', 1)
-end
-
-local function end_lease(id, max_deliveries)
-  local entry = load(id)
-  if entry.deliveries > max_deliveries then
-    bury(id, entry, 'delivered ' .. entry.deliveries .. ' times')
-    return 0
-  end
-  make_ready(id, entry)
-  return 1
-end
-"""
-
-_GROWS = "#!lua" + _PRELUDE
-_SHRINKS = "#!lua flags=allow-oom" + _PRELUDE
+from cluster.replay_prelude import GROWS, SHRINKS
 
 
 class Script(StrEnum):
@@ -85,7 +20,7 @@ class Script(StrEnum):
     # ARGV: group_id, score, version, header, payload, capacity, memory of finished ids (ms).
     # Returns "added", "duplicate" or "full".
     ADD = (
-        _GROWS
+        GROWS
         + """
 local id, score, version, header, payload = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 redis.call('ZREMRANGEBYSCORE', finished, '-inf', now - ARGV[7])
@@ -107,12 +42,12 @@ return 'added'
 """
     )
 
-    # KEYS[11]: the owner's last claim.
+    # KEYS[12]: the owner's last claim.
     # ARGV: owner, most groups, lowest version, lease (ms), request id.
     # Drops what is older than the lowest version. The same request id gets the same groups again.
     # Returns group_id, header, group_id, header, ... in priority order; a header may be nil.
     CLAIM = (
-        _SHRINKS
+        SHRINKS
         + """
 local owner, most, lowest = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local lease, request = tonumber(ARGV[4]), ARGV[5]
@@ -122,7 +57,7 @@ local function include(id)
   answer[#answer + 1] = redis.call('HGET', headers, id)
 end
 
-local last = redis.call('GET', KEYS[11])
+local last = redis.call('GET', KEYS[12])
 last = last and cmsgpack.unpack(last)
 if last and last.request == request then
   for _, id in ipairs(last.ids) do
@@ -151,7 +86,7 @@ while #ids < most do
   end
 end
 if #ids > 0 then
-  redis.call('SET', KEYS[11], cmsgpack.pack({request = request, ids = ids}), 'PX', lease)
+  redis.call('SET', KEYS[12], cmsgpack.pack({request = request, ids = ids}), 'PX', lease)
 end
 ring()
 return answer
@@ -160,7 +95,7 @@ return answer
 
     # ARGV: owner, lease (ms). Returns the number of leases renewed.
     RENEW = (
-        _SHRINKS
+        SHRINKS
         + """
 local renewed = 0
 for _, id in ipairs(redis.call('ZRANGE', leased, 0, -1)) do
@@ -176,7 +111,7 @@ return renewed
     # ARGV: owner, group_id, ... Gives leases of this owner back; such a delivery does not count.
     # Returns the number of groups made ready.
     RELEASE = (
-        _SHRINKS
+        SHRINKS
         + """
 local released = 0
 for i = 2, #ARGV do
@@ -196,7 +131,7 @@ return released
     # ARGV: step, group_id, ... All or nothing; repeating it with the same step changes nothing.
     # Returns group_id, reason, ... of those that stand in the way, or an empty list.
     CONSUME = (
-        _SHRINKS
+        SHRINKS
         + """
 local conflicts, entering = {}, {}
 for i = 2, #ARGV do
@@ -226,7 +161,7 @@ return conflicts
     # ARGV: durable step, batch size.
     # Returns the number of groups deleted; fewer than a batch means done.
     ACKNOWLEDGE = (
-        _SHRINKS
+        SHRINKS
         + """
 local ids = redis.call('ZRANGEBYSCORE', consumed, '-inf', ARGV[1], 'LIMIT', 0, ARGV[2])
 for _, id in ipairs(ids) do forget(id, load(id)) end
@@ -238,7 +173,7 @@ return #ids
     # ARGV: durable step, most deliveries, batch size.
     # Returns groups looked at, groups made ready; none looked at means done.
     RESTORE = (
-        _SHRINKS
+        SHRINKS
         + """
 local seen, returned = 0, 0
 local undone = redis.call('ZRANGEBYSCORE', consumed, '(' .. ARGV[1], '+inf', 'LIMIT', 0, ARGV[3])
@@ -256,7 +191,7 @@ return {seen, returned}
 
     # ARGV: most deliveries, batch size. Returns as RESTORE.
     EXPIRE = (
-        _SHRINKS
+        SHRINKS
         + """
 local returned = 0
 local ids = redis.call('ZRANGEBYSCORE', leased, '-inf', now, 'LIMIT', 0, ARGV[2])
@@ -268,7 +203,7 @@ return {#ids, returned}
 
     # ARGV: group_id, reason. Returns "dropped", "consumed" (refused) or "unknown" (nothing to do).
     DROP = (
-        _SHRINKS
+        SHRINKS
         + """
 local entry = load(ARGV[1])
 if not entry then return 'unknown' end
@@ -283,7 +218,7 @@ return 'dropped'
     # ARGV: group_id, reason, ... Unknown ids are left out.
     # Returns the number moved to the dead letters.
     BURY = (
-        _SHRINKS
+        SHRINKS
         + """
 local buried = 0
 for i = 1, #ARGV, 2 do
@@ -295,5 +230,26 @@ for i = 1, #ARGV, 2 do
 end
 ring()
 return buried
+"""
+    )
+
+    # ARGV: highest version. Takes back ready groups that newer weights sampled, as if they had
+    # never been made: their ids may be added again. Returns the ids.
+    DISCARD = (
+        SHRINKS
+        + """
+local lost = {}
+for _, place in ipairs(redis.call('ZRANGE', ready, 0, -1)) do
+  local id = string.sub(place, 17)
+  local entry = load(id)
+  if entry.version > tonumber(ARGV[1]) then
+    forget(id, entry)
+    redis.call('ZREM', finished, id)
+    count('dropped:lost_weights', 1)
+    lost[#lost + 1] = id
+  end
+end
+ring()
+return lost
 """
     )

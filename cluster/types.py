@@ -214,10 +214,14 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CurriculumState(msgspec.Struct, frozen=True, kw_only=True):
-    """How far the task order got: draws made, and those whose groups were not settled yet."""
+    """How far the task order got: draws made, and those whose groups were not settled yet.
+
+    `early` are groups that a restart brought back and that were settled before their draw.
+    """
 
     num_drawn: int = 0
     pending: list[int] = []
+    early: list[str] = []
 
 
 class RunState(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,7 +7,9 @@ between save and load. All functions are collective. Atomicity (the COMPLETE mar
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -24,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, StageError
 from learners.weight_source import write_safetensors
 
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".gguf", ".pt", ".pth")
@@ -46,21 +49,57 @@ class Part:
     optimizer: torch.optim.Optimizer | None = None
 
 
-def save(
-    directory: Path,
-    parts: Mapping[str, Part],
-    objectives: Mapping[str, torch.Tensor],
-    progress: Progress,
-) -> None:
-    """Write this rank's shards of everything into `directory`.
+class Saver:
+    """Saves beside training: tensors are copied at once, the files are written by a thread.
 
-    `parts` by name ("model" is the policy); `objectives` are the numbers that losses keep between
-    steps, the same on every rank.
+    It has a process group of its own, so that its collectives never meet those of a step.
     """
-    state = _state(parts)
-    state |= {f"objective_{name}": values for name, values in objectives.items()}
-    state |= {"progress": _as_tensor(progress), f"rng_{dist.get_rank()}": torch.get_rng_state()}
-    state_dict_saver.save(state, checkpoint_id=directory)
+
+    def __init__(self) -> None:
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        self._group = group
+        self._pending: Future[Any] | None = None
+
+    def begin(
+        self,
+        directory: Path,
+        parts: Mapping[str, Part],
+        objectives: Mapping[str, torch.Tensor],
+        progress: Progress,
+    ) -> None:
+        """Start to write this rank's shards of everything into `directory`.
+
+        `parts` by name ("model" is the policy); `objectives` are the numbers that losses keep
+        between steps, the same on every rank.
+        """
+        state = _whole_state(parts, objectives, progress)
+        with _named_failures():
+            pending = state_dict_saver.async_save(
+                state, checkpoint_id=directory, process_group=self._group
+            )
+        assert isinstance(pending, Future)
+        self._pending = pending
+
+    def is_done(self) -> bool:
+        return self._pending is None or self._pending.done()
+
+    def finish(self) -> None:
+        """Wait for the files; raises `StageError` when they could not be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with _named_failures():
+                pending.result()
+
+
+@contextmanager
+def _named_failures() -> Generator[None]:
+    """DCP's failures, some of which are no `Exception`, as the checkpoint stage's."""
+    try:
+        yield
+    except (CheckpointException, OSError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise StageError("checkpoint", f"not written: {text[-400:]}") from None
 
 
 def load(
@@ -91,6 +130,15 @@ def load(
     torch.set_rng_state(rng)
     step, policy_version = progress.tolist()
     return Progress(step, policy_version)
+
+
+def _whole_state(
+    parts: Mapping[str, Part], objectives: Mapping[str, torch.Tensor], progress: Progress
+) -> dict[str, Any]:
+    state = _state(parts)
+    state |= {f"objective_{name}": values for name, values in objectives.items()}
+    state |= {"progress": _as_tensor(progress), f"rng_{dist.get_rank()}": torch.get_rng_state()}
+    return state
 
 
 def _state(parts: Mapping[str, Part]) -> dict[str, Any]:

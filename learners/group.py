@@ -2,15 +2,16 @@
 
 Invariant: trajectories never pass the driver; it plans from headers, and each rank fetches the
 groups it needs from the replay buffer. All ranks hold their groups before any of them starts a
-collective, so a group that cannot be read raises and moves nothing. After a `StageError` the group
-is shut down and started anew. Called by the controller.
+collective, so a group that cannot be read raises and moves nothing. After a `LearnerLostError` the
+ranks are started anew and load a checkpoint. Called by the controller.
 """
 
 import asyncio
+import itertools
 import os
 import socket
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from cluster import log
 from cluster.config import Config, LearnerSection
-from cluster.errors import DeadlineError, HoneError, StageError
+from cluster.errors import HoneError, LearnerLostError
 from cluster.redis_client import connect
 from cluster.replay_buffer import ReplayBuffer
 from cluster.run_dir import TokenColumns
@@ -44,7 +46,9 @@ class LearnerRank:
         buffer_url: str,
         rank: int,
         num_threads: int,
+        run_dir: str,
     ) -> None:
+        log.setup(f"learner-{rank}", run_dir)
         self._config = config
         self._policy_dir = policy_dir
         self._rank = rank
@@ -106,8 +110,14 @@ class LearnerRank:
     def export_weights(self, path: Path) -> None:
         self._learner.export_weights(path)
 
-    def save(self, directory: Path) -> None:
-        self._learner.save(directory)
+    def begin_save(self, directory: Path) -> None:
+        self._learner.begin_save(directory)
+
+    def is_saved(self) -> bool:
+        return self._learner.saver.is_done()
+
+    def finish_save(self) -> None:
+        self._learner.saver.finish()
 
     def load(self, directory: Path) -> int:
         self._learner.load(directory)
@@ -121,9 +131,10 @@ class LearnerRank:
 class LearnerGroup:
     """Handle over the ranks `hone/<run_id>/learner/<i>`; waits end after `learner.timeout_s`."""
 
-    ranks: list[Any]  # Ray actor handles
-    pids: list[int]
+    make_ranks: Callable[[], list[Any]]  # Ray actor handles
     settings: LearnerSection
+    ranks: list[Any] = field(default_factory=list[Any])
+    pids: list[int] = field(default_factory=list[int])
     num_planned: int = 0  # groups of the step so far
 
     @classmethod
@@ -134,31 +145,46 @@ class LearnerGroup:
         config: Config,
         policy_dir: Path,
         buffer_url: str,
+        run_dir: str,
         actor_options: dict[str, Any],
     ) -> "LearnerGroup":
         """One actor per rank with `actor_options` (num_cpus, num_gpus, ...); loads the policy."""
         num_threads = max(1, int(actor_options.get("num_cpus", 1)))
-        ranks = [
-            ray.remote(LearnerRank)
-            .options(**actor_options, name=f"hone/{run_id}/learner/{rank}")
-            .remote(
-                run_id=run_id,
-                config=config,
-                policy_dir=policy_dir,
-                buffer_url=buffer_url,
-                rank=rank,
-                num_threads=num_threads,
-            )
-            for rank in range(config.learner.world_size)
-        ]
-        group = cls(ranks, [], config.learner)
-        try:
-            [master] = await group._gather("address", ranks[:1], ())
-            group.pids = await group.call("start", master)
-        except BaseException:
-            group.shutdown()
-            raise
+        generation = itertools.count()
+
+        def make_ranks() -> list[Any]:
+            suffix = f"{os.getpid()}.{next(generation)}"
+            return [
+                ray.remote(LearnerRank)
+                .options(**actor_options, name=f"hone/{run_id}/learner/{rank}/{suffix}")
+                .remote(
+                    run_id=run_id,
+                    config=config,
+                    policy_dir=policy_dir,
+                    buffer_url=buffer_url,
+                    rank=rank,
+                    num_threads=num_threads,
+                    run_dir=run_dir,
+                )
+                for rank in range(config.learner.world_size)
+            ]
+
+        group = cls(make_ranks, config.learner)
+        await group.restart()
         return group
+
+    async def restart(self) -> None:
+        """End what is left of the ranks and start new ones; they hold the policy as it was before
+        the run, until `load`.
+        """
+        self.shutdown()
+        self.ranks, self.pids, self.num_planned = self.make_ranks(), [], 0
+        try:
+            [master] = await self._gather("address", self.ranks[:1], ())
+            self.pids = await self.call("start", master)
+        except BaseException:
+            self.shutdown()
+            raise
 
     async def forward_backward(self, headers: Sequence[GroupHeader]) -> None:
         """Add the gradients of these groups; if one is lost, raises `WireError` and adds none."""
@@ -196,8 +222,16 @@ class LearnerGroup:
     async def export_weights(self, path: Path) -> None:
         await self.call("export_weights", path)
 
-    async def save(self, directory: Path) -> None:
-        await self.call("save", directory)
+    async def begin_save(self, directory: Path) -> None:
+        """Start a checkpoint of the present state; returns when its tensors are copied."""
+        await self.call("begin_save", directory)
+
+    async def is_saved(self) -> bool:
+        return all(await self.call("is_saved"))
+
+    async def finish_save(self) -> None:
+        """Wait for the files; raises `StageError` of stage "checkpoint" when one failed."""
+        await self.call("finish_save")
 
     async def load(self, directory: Path) -> int:
         """Returns the policy version of the loaded weights."""
@@ -221,7 +255,7 @@ class LearnerGroup:
         try:
             return await asyncio.wait_for(asyncio.gather(*calls), self.settings.timeout_s)
         except TimeoutError as error:
-            raise DeadlineError(
+            raise LearnerLostError(
                 "learn",
                 f"{method} must end within {self.settings.timeout_s:g} s on all {len(ranks)} ranks "
                 "(learner.timeout_s)",
@@ -230,6 +264,6 @@ class LearnerGroup:
             cause = error.cause
             if isinstance(cause, HoneError):
                 raise cause from error
-            raise StageError("learn", f"{method}: {type(cause).__name__}: {cause}") from error
+            raise LearnerLostError("learn", f"{method}: {type(cause).__name__}: {cause}") from error
         except RayActorError as error:
-            raise StageError("learn", f"a rank died during {method}: {error}") from error
+            raise LearnerLostError("learn", f"a rank died during {method}: {error}") from error

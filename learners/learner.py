@@ -113,6 +113,7 @@ class Learner:
             self._critic,
         )
         self.view = TokenViewer(self._policy, policy_dir, self._losses, self._credit, self._device)
+        self.saver = checkpoint.Saver()
         self._pending: dict[int, list[MicroBatch]] = {}
         self._busy_s = 0.0
         self.step = 0
@@ -256,7 +257,12 @@ class Learner:
 
     def save(self, directory: Path) -> None:
         """A checkpoint to go on from; groups that have no step yet are not part of it."""
-        checkpoint.save(directory, self._parts(), self._losses.state(), self._progress())
+        self.begin_save(directory)
+        self.saver.finish()
+
+    def begin_save(self, directory: Path) -> None:
+        """Start such a checkpoint; training may go on at once, `saver` knows when it is written."""
+        self.saver.begin(directory, self._parts(), self._losses.state(), self._progress())
 
     def load(self, directory: Path) -> None:
         """Go on from `save`; groups that had no step yet are dropped."""

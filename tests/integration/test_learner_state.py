@@ -1,5 +1,7 @@
 """What leaves the learner: checkpoints, exported weights, scores, and policies made of files."""
 
+import resource
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cluster.config import GgufPolicy
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, StageError
 from cluster.types import Message
 from learners.batch import MicroBatch, Row
 from learners.learner import ScoreRequest
@@ -112,3 +114,38 @@ def test_a_gguf_file_becomes_a_policy_that_knows_something(tmp_path: Path) -> No
             return model(MicroBatch.pack([row])).logprobs.sum().item()
 
     assert score("The capital of France is Paris.") > score("The capital of France is Madrid.") + 3
+
+
+def test_a_save_beside_training_holds_the_step_at_which_it_began(
+    policy_dir: Path, tmp_path: Path
+) -> None:
+    with open_learner(make_config(), policy_dir) as learner:
+        train_step(learner, 0)
+        learner.export_weights(tmp_path / "begun.safetensors")
+        learner.begin_save(tmp_path / "checkpoint")
+        for step in range(1, 4):
+            train_step(learner, step)
+        learner.saver.finish()
+        learner.load(tmp_path / "checkpoint")
+        learner.export_weights(tmp_path / "loaded.safetensors")
+        assert (learner.step, learner.policy_version) == (1, 1)
+    assert_same_weights(tmp_path / "begun.safetensors", tmp_path / "loaded.safetensors", 0)
+
+
+def test_a_full_disk_fails_the_save_and_not_the_learner(policy_dir: Path, tmp_path: Path) -> None:
+    """The kernel refuses files above a size, as a full disk would, in the middle of a shard."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with open_learner(make_config(), policy_dir) as learner:
+        train_step(learner, 0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+        try:
+            with pytest.raises(StageError, match=r"checkpoint: not written: .*File too large"):
+                learner.save(tmp_path / "refused")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            signal.signal(signal.SIGXFSZ, before)
+        train_step(learner, 1)
+        learner.save(tmp_path / "accepted")
+        learner.load(tmp_path / "accepted")
+        assert learner.step == 2

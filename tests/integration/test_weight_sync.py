@@ -80,7 +80,7 @@ async def parts(
     learner, _ = await asyncio.gather(
         LearnerGroup.start(
             run_id="sync-test", config=guided_config, policy_dir=tiny_policy_dir,
-            buffer_url=redis_url, actor_options=placement.learner_options(),
+            buffer_url=redis_url, run_dir=str(run_dir), actor_options=placement.learner_options(),
         ),
         fleet.start(),
     )  # fmt: skip

@@ -51,7 +51,7 @@ def test_only_the_newest_are_kept(store: CheckpointStore, tmp_path: Path) -> Non
         save(store, step)
     assert store.steps() == [3, 4, 5]
     assert [s.step for _, s in store.all()] == [3, 4, 5]
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step_*")) == [
         "step_000003",
         "step_000004",
         "step_000005",
@@ -158,8 +158,8 @@ def test_every_file_and_directory_is_on_disk_before_the_name_appears(
     monkeypatch.setattr(os, "fsync", watch)
     save(store, 1)
     files = {"shards/rank0.bin", "meta.json", "state.json", "COMPLETE", "shards"}
-    assert set(synced[:-2]) == {f"step_000001.tmp/{name}" for name in files}
-    assert synced[-2:] == ["step_000001.tmp", "."]
+    assert set(synced[:-2]) == {f".writing-0/step_000001/{name}" for name in files}
+    assert synced[-2:] == [".writing-0/step_000001", "."]
 
 
 class Crash(BaseException):
@@ -205,7 +205,7 @@ def test_crash_at_every_system_call_of_a_commit_leaves_a_whole_checkpoint(
         outcomes.append(latest_step(survivor))
         assert save(survivor, 3).is_dir()
         assert survivor.steps() == [3]
-        assert [p.name for p in directory.iterdir()] == ["step_000003"]
+        assert [p.name for p in directory.glob("step_*")] == ["step_000003"]
         if is_done:
             break
     num_before = outcomes.count(1)

@@ -51,3 +51,29 @@ def test_nothing_to_learn_from_is_an_error_that_names_the_knobs() -> None:
         draws.observe(is_uniform=True, mean_reward=0.0)
     with pytest.raises(StageError, match=r"never rewarded.*group_size"):
         draws.observe(is_uniform=True, mean_reward=0.0)
+
+
+def test_draws_that_a_restart_must_repeat_stay_in_the_state_until_they_are_repeated() -> None:
+    before = curriculum()
+    drawn = [before.next() for _ in range(6)]
+    after = curriculum()
+    after.restore(before.state())
+    after.next()
+    again = curriculum()
+    again.restore(after.state())
+    assert [again.next() for _ in range(6)] == drawn
+
+
+def test_a_group_held_by_the_buffer_and_settled_before_its_draw_is_not_drawn() -> None:
+    whole = curriculum()
+    expected = [whole.next().group_id for _ in range(6)]
+    draws = curriculum()
+    draws.restore(draws.state(), held={expected[0], expected[2]})
+    assert draws.is_held(expected[2])
+    assert draws.settle([expected[2]]) == 0, "it had no slot"
+    resumed = curriculum()
+    resumed.restore(draws.state(), held={expected[0]})
+    for each in (draws, resumed):
+        drawn = [each.next().group_id for _ in range(5)]
+        assert drawn == [g for g in expected if g != expected[2]]
+        assert each.settle(drawn) == 5

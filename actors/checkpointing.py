@@ -1,0 +1,89 @@
+"""Checkpoints beside training: staged by the learner, written while it goes on, then published.
+
+Invariant: at most one save is in flight, and a group is acknowledged only after the checkpoint
+that holds its step is published. A save that fails (a full disk) leaves the checkpoint before it in
+force and the run going. Owned by the controller, which calls between steps.
+"""
+
+import asyncio
+from pathlib import Path
+
+from actors.fleet import EventSink
+from actors.supervisor import Supervisor
+from cluster.checkpoint_store import CheckpointStore
+from cluster.errors import HoneError, LearnerLostError
+from cluster.replay_buffer import ReplayBuffer
+from cluster.types import RunState
+from learners.group import LearnerGroup
+
+
+class Checkpointing:
+    """Begins a save, sees it through, and tells `supervisor` how it went."""
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        buffer: ReplayBuffer,
+        supervisor: Supervisor,
+        on_event: EventSink,
+    ) -> None:
+        self._store = store
+        self._buffer = buffer
+        self._supervisor = supervisor
+        self._on_event = on_event
+        self._state: RunState | None = None  # of the save in flight
+        self._commit: asyncio.Task[Path] | None = None
+
+    async def begin(self, learner: LearnerGroup, state: RunState) -> None:
+        """Start to save the present step; returns when its tensors are staged."""
+        await self.settle(learner, should_wait=True)
+        if state.step in await asyncio.to_thread(self._store.steps):
+            return
+        try:
+            target = await asyncio.to_thread(self._store.begin, state.step)
+            await learner.begin_save(target)
+        except LearnerLostError:
+            raise
+        except HoneError as error:
+            self._fail(state.step, error)
+            return
+        self._state = state
+
+    async def settle(self, learner: LearnerGroup, *, should_wait: bool = False) -> None:
+        """Publish the save in flight if it is written, or wait until it is."""
+        if self._state is None:
+            return
+        try:
+            if self._commit is None:
+                if not should_wait and not await learner.is_saved():
+                    return
+                await learner.finish_save()
+                self._commit = asyncio.create_task(self._publish(self._state))
+            if not should_wait and not self._commit.done():
+                return
+            path = await self._commit
+        except LearnerLostError:
+            raise
+        except HoneError as error:
+            step, self._state, self._commit = self._state.step, None, None
+            self._fail(step, error)
+            return
+        step, self._state, self._commit = self._state.step, None, None
+        self._supervisor.saved()
+        self._on_event("checkpoint", step=step, path=str(path))
+
+    async def drop(self) -> None:
+        """The learner is lost: a save that it had not finished is void, a finished one is not."""
+        if self._commit is not None:
+            await asyncio.wait([self._commit])
+        self._state, self._commit = None, None
+
+    async def _publish(self, state: RunState) -> Path:
+        path = await asyncio.to_thread(self._store.commit, state.step, state)
+        await asyncio.to_thread(self._buffer.acknowledge, state.step)
+        return path
+
+    def _fail(self, step: int, error: HoneError) -> None:
+        self._store.abandon(step)
+        self._on_event("checkpoint_failed", step=step, reason=str(error)[:500])
+        self._supervisor.save_failed(error)

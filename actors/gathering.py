@@ -1,0 +1,83 @@
+"""From the buffer into the learner: the groups of one step, claimed until there are enough.
+
+Invariant: a step takes in `rollout.groups_per_step` groups, none of them twice and none that the
+buffer does not hold; a group that is too old or cannot be read is dropped with that reason and the
+step gets another. Owned by the controller.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from actors.bookkeeping import DEAD_LETTER, TOO_OLD, Bookkeeping
+from actors.curriculum import Curriculum
+from actors.intake import AsTheyCome, InDrawOrder, Intake
+from actors.stages import Stages
+from cluster.config import Config
+from cluster.errors import WireError
+from cluster.replay_records import DeadLetter
+from cluster.types import GroupHeader
+from learners.group import LearnerGroup
+
+CLAIM_WAIT_S = 0.5
+Drop = Callable[[list[str], str, str], Awaitable[None]]
+
+
+class Gathering:
+    """`drop(group_ids, reason, detail)` is told of groups that the step cannot use."""
+
+    def __init__(
+        self,
+        config: Config,
+        books: Bookkeeping,
+        stages: Stages,
+        stopping: asyncio.Event,
+        drop: Drop,
+    ) -> None:
+        self._num_groups = config.rollout.groups_per_step
+        self._is_sync = config.rollout.max_policy_age == 0
+        self._books = books
+        self._stages = stages
+        self._stopping = stopping
+        self._drop = drop
+
+    async def step(self, learner: LearnerGroup, curriculum: Curriculum) -> list[GroupHeader]:
+        """Claim and take in the groups of one step; when the run is stopping, those claimed so
+        far.
+        """
+        intake: Intake = (
+            InDrawOrder(curriculum, self._num_groups) if self._is_sync else AsTheyCome()
+        )
+        num_taken = 0
+        while num_taken < self._num_groups and not self._stopping.is_set():
+            missing = self._num_groups - len(intake.claimed)
+            with self._stages.wait("learn", "scored groups"):
+                claim = await self._books.claim(missing, CLAIM_WAIT_S)
+            await self._drop(claim.too_old, TOO_OLD, "")
+            await self._bury(claim.dead, intake)
+            for batch in intake.offer(claim.headers):
+                num_taken += await self._take_in(learner, intake, batch)
+        return intake.claimed
+
+    async def _take_in(
+        self, learner: LearnerGroup, intake: Intake, batch: list[GroupHeader]
+    ) -> int:
+        """Gradients of a batch; returns of how many groups. What cannot be read is left out: the
+        buffer has put it to the dead letters.
+        """
+        while batch:
+            try:
+                await learner.forward_backward(batch)
+                break
+            except WireError:
+                lost = await self._bury((await self._books.claim(0, 0.0)).dead, intake)
+                if not lost & {header.group_id for header in batch}:
+                    raise
+                batch = [header for header in batch if header.group_id not in lost]
+        return len(batch)
+
+    async def _bury(self, letters: list[DeadLetter], intake: Intake) -> set[str]:
+        """Groups that turned out to be poison; returns their ids."""
+        for letter in letters:
+            intake.forget([letter.group_id])
+            await self._drop([letter.group_id], DEAD_LETTER, letter.reason)
+        return {letter.group_id for letter in letters}

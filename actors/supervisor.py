@@ -1,0 +1,64 @@
+"""What to do about a failure: drop, try again, start anew, or give up. Decides; others execute.
+
+Invariant: a single failure never ends a run, and a cause that repeats always does: each kind has a
+budget of failures in a row, given back by the success that disproves it. No clock, no I/O. Asked by
+the controller and by the launcher.
+"""
+
+from cluster.errors import DeadlineError, HoneError, LearnerLostError, StageError, WireError
+
+MAX_GROUPS_IN_A_ROW = 16
+MAX_RESTARTS_IN_A_ROW = 3
+MAX_SAVES_IN_A_ROW = 3
+
+
+class Supervisor:
+    """Failures in a row, by kind. Example: the third failed save in a row is raised."""
+
+    def __init__(self) -> None:
+        self._groups = 0
+        self._restarts = 0
+        self._saves = 0
+
+    def group_failed(self, error: HoneError) -> str:
+        """The reason to drop the group for; raises `error` when it is no accident."""
+        self._groups += 1
+        if not isinstance(error, StageError | WireError) or isinstance(error, LearnerLostError):
+            raise error
+        if self._groups >= MAX_GROUPS_IN_A_ROW:
+            raise StageError(
+                error.stage if isinstance(error, StageError) else "score",
+                f"the last {self._groups} groups failed and none succeeded; the last one: {error}",
+            ) from error
+        if isinstance(error, WireError):
+            return "damaged"
+        return f"{error.stage}_{'deadline' if isinstance(error, DeadlineError) else 'error'}"
+
+    def group_made(self) -> None:
+        self._groups = 0
+
+    def learner_lost(self, error: LearnerLostError) -> None:
+        """Start the group anew, unless it was lost again and again without a step in between."""
+        self._restarts += 1
+        if self._restarts > MAX_RESTARTS_IN_A_ROW:
+            raise error
+
+    def controller_lost(self, error: StageError) -> None:
+        """Start another one, which goes on from the last durable state; the same budget."""
+        self._restarts += 1
+        if self._restarts > MAX_RESTARTS_IN_A_ROW:
+            raise error
+
+    def step_made(self) -> None:
+        self._restarts = 0
+
+    def save_failed(self, error: HoneError) -> None:
+        """Go on with the checkpoint before, unless saves fail again and again."""
+        self._saves += 1
+        if self._saves >= MAX_SAVES_IN_A_ROW:
+            raise StageError(
+                "checkpoint", f"{self._saves} saves failed in a row; the last one: {error}"
+            ) from error
+
+    def saved(self) -> None:
+        self._saves = 0

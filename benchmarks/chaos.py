@@ -1,0 +1,256 @@
+"""Kill -9 at random: a run of `hone train` as a user starts it, and ways to hurt it.
+
+Invariant: only processes of the run are touched, found through its own status file and its own
+Redis. Used by tests/e2e/test_faults.py and `make show AREA=durability`.
+"""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import redis
+
+from benchmarks.proofs import ROOT
+from cluster import status
+from cluster.embedded_redis import EmbeddedRedis, url_in
+from cluster.errors import ConfigError
+from cluster.ledger import Ledger
+from cluster.reconcile import Reconciliation, reconcile
+from cluster.redis_client import connect
+from cluster.replay_reader import BufferReader
+from cluster.run_dir import RunDir
+
+QUICKSTART = ROOT / "deploy" / "configs" / "quickstart.yaml"
+KINDS = ("rollout", "reward", "learner", "redis", "controller", "hang")
+RECOVERY_S = 240.0
+END_S = 30.0
+POLL_S = 0.05
+TINY = [
+    "policy.hidden_size=64", "policy.num_layers=2", "policy.num_heads=2", "warm_start.steps=20",
+    "rollout.groups_per_step=4", "rollout.group_size=4", "rollout.max_new_tokens=24",
+    "eval.tasks=4", "eval.samples_per_task=1", "eval.every=100000",
+    "rewards.verifiers.correct={use: 'benchmarks.chaos:even_length'}",
+]  # fmt: skip
+
+
+def even_length(_prompt: str, completion: str, reference: str) -> float:
+    """A reward that an untrained policy gets half of the time; the gold answer is paid."""
+    return float(completion.strip() == reference or len(completion) % 2 == 0)
+
+
+class Recovery(NamedTuple):
+    """`replaced_s`: until another process had taken the place of the killed one; `working_s`:
+    until an optimizer step that began after the kill was committed.
+    """
+
+    kind: str
+    replaced_s: float
+    working_s: float
+
+
+class LiveRun:
+    """One `hone train` in a process group of its own. Example: `LiveRun(folder, "calm", [...])`."""
+
+    def __init__(self, folder: Path, name: str, overrides: list[str]) -> None:
+        self._folder = folder
+        self._arguments = [str(QUICKSTART), "--run", name, *TINY, *overrides]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._sessions: set[int] = set()
+        self.run = RunDir(folder / "runs" / name)
+        self.output = folder / f"{name}.log"
+
+    def start(self, *arguments: str) -> None:
+        program = "from serve.cli import main; main()"
+        with self.output.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", program, "train", *self._arguments, *arguments],
+                cwd=self._folder,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self._sessions.add(self._process.pid)
+
+    def finish(self, timeout_s: float) -> int:
+        assert self._process is not None
+        return self._process.wait(timeout_s)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in the ledger."""
+        return len(Ledger(self.run.ledger).records())
+
+    def wait_for_steps(self, count: int, timeout_s: float = RECOVERY_S) -> None:
+        deadline = time.monotonic() + timeout_s
+        while self.num_steps < count:
+            self.check()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.num_steps} of {count} steps: {self.tail()}")
+            time.sleep(POLL_S)
+
+    def check(self) -> None:
+        """Raise when the run has ended by itself."""
+        if self._process is not None and self._process.poll() is not None:
+            raise RuntimeError(f"the run ended with {self._process.returncode}: {self.tail()}")
+
+    def tail(self) -> str:
+        return self.output.read_text(errors="replace")[-2000:]
+
+    def pids(self, kind: str) -> set[int]:
+        """Process ids of the healthy actors of a kind."""
+        kind = "rollout" if kind == "hang" else kind
+        if kind == "redis":
+            return self._redis_pids()
+        state = status.read(self.run.path)
+        actors = state.actors if state else []
+        return {a.pid for a in actors if a.name.split("/")[0] == kind and _is_up(a)}
+
+    def kill(self, kind: str) -> int:
+        """Kill -9 one process of a kind; returns its pid. `hang` stops a rollout worker instead."""
+        number = signal.SIGSTOP if kind == "hang" else signal.SIGKILL
+        deadline = time.monotonic() + RECOVERY_S
+        while not (pids := {pid for pid in self.pids(kind) if _is_alive(pid)}):
+            self.check()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no {kind} to kill: {self.tail()}")
+            time.sleep(POLL_S)
+        pid = random.choice(sorted(pids))
+        os.kill(pid, number)
+        return pid
+
+    def hurt(self, kind: str) -> Recovery:
+        """Kill one process of a kind, and wait until the run works again."""
+        before, pid, started = self._commits(), self.kill(kind), time.monotonic()
+        replaced_s = working_s = 0.0
+        while not (replaced_s and working_s):
+            self.check()
+            now_s = time.monotonic() - started
+            if now_s > RECOVERY_S:
+                raise TimeoutError(f"no recovery from a killed {kind}: {self.tail()}")
+            if not replaced_s and any(p != pid and _is_alive(p) for p in self.pids(kind)):
+                replaced_s = now_s
+            if not working_s and self._commits() >= before + 2:
+                working_s = now_s  # the first may have begun before the kill
+            time.sleep(POLL_S)
+        return Recovery(kind, replaced_s, working_s)
+
+    def fill_disk(self) -> None:
+        """Let the disk refuse the learner's next checkpoint, but not its smaller files, until the
+        run has said so.
+        """
+        largest = max(path.stat().st_size for path in self.run.weights.glob("policy_*"))
+        pids = {pid for pid in self.pids("learner") if _is_alive(pid)}
+        limits = {pid: resource.prlimit(pid, resource.RLIMIT_FSIZE) for pid in pids}
+        for pid, (_, hard) in limits.items():
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (largest + largest // 2, hard))
+        deadline = time.monotonic() + RECOVERY_S
+        while "checkpoint_failed" not in [event.kind for event in self.run.read_events()]:
+            self.check()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no save was refused: {self.tail()}")
+            time.sleep(POLL_S)
+        for pid, limit in limits.items():
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, limit)
+
+    def kill_everything(self) -> None:
+        """Kill -9 the launcher and every process that it or another of them has started."""
+        deadline = time.monotonic() + END_S
+        while (pids := [*self._redis_pids(), *self.processes()]) and time.monotonic() < deadline:
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(POLL_S)
+        if self._process is not None:
+            self._process.wait(END_S)
+
+    def processes(self) -> list[int]:
+        """All living processes of the run but Redis, orphans included, by their session."""
+        found: list[int] = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                fields = path.read_text().rpartition(")")[2].split()
+                if int(fields[3]) in self._sessions and fields[0] != "Z":
+                    found.append(int(path.parent.name))
+        return found
+
+    def leftovers(self, patience_s: float = 20.0) -> list[int]:
+        """Processes that are still there a while after the run has ended."""
+        deadline = time.monotonic() + patience_s
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        return left
+
+    def reconcile(self) -> Reconciliation:
+        """The audit of the ended run, its buffer opened from disk."""
+        with EmbeddedRedis(self.run.redis) as server:
+            return reconcile(self.run, BufferReader(connect(server.url), self.run.name))
+
+    def mean_reward(self, first: int, last: int) -> float:
+        rows = [r for r in self.run.read_metrics() if first <= r["step"] <= last]
+        values = [r["reward/mean"] for r in rows if "reward/mean" in r]
+        return sum(values) / len(values)
+
+    def _commits(self) -> int:
+        """Steps ever logged, those that were rolled back later included."""
+        path = self.run.metrics
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    def _redis_pids(self) -> set[int]:
+        try:
+            client = redis.Redis.from_url(url_in(self.run.redis), socket_timeout=1.0)
+            facts: Mapping[str, Any] = client.info("server")
+            client.close()
+        except (redis.RedisError, ConfigError):
+            return set()
+        return {int(facts["process_id"])}
+
+
+def final_tensors(run: RunDir) -> dict[str, Any]:
+    """Every tensor of the newest checkpoint: weights, optimizer, counters, RNG."""
+    import torch
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    newest = sorted(run.checkpoints.glob("step_*/COMPLETE"))[-1].parent
+    target = run.path / "whole.pt"
+    dcp_to_torch_save(newest, target)
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: object) -> None:
+        if isinstance(value, dict):
+            for key, child in value.items():  # pyright: ignore[reportUnknownVariableType]
+                walk(f"{prefix}.{key}", child)  # pyright: ignore[reportUnknownArgumentType]
+        elif isinstance(value, torch.Tensor):
+            flat[prefix] = value
+
+    walk("", torch.load(target))
+    target.unlink()
+    return flat
+
+
+def differing(first: RunDir, second: RunDir) -> list[str]:
+    """Names of the tensors whose bits differ between the ends of two runs."""
+    import torch
+
+    a, b = final_tensors(first), final_tensors(second)
+    unequal = [n for n in a.keys() & b.keys() if not torch.equal(a[n], b[n])]
+    return sorted([*(a.keys() ^ b.keys()), *unequal])
+
+
+def _is_up(actor: status.ActorStatus) -> bool:
+    return actor.pid > 0 and actor.state in ("healthy", "stale")
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False

@@ -1,0 +1,79 @@
+"""One failure never ends a run; the same failure again and again does."""
+
+import pytest
+
+from actors.supervisor import (
+    MAX_GROUPS_IN_A_ROW,
+    MAX_RESTARTS_IN_A_ROW,
+    MAX_SAVES_IN_A_ROW,
+    Supervisor,
+)
+from cluster.errors import (
+    BufferUnavailableError,
+    DeadlineError,
+    FencedError,
+    HoneError,
+    LearnerLostError,
+    StageError,
+    WireError,
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (DeadlineError("rollout", "hangs"), "rollout_deadline"),
+        (StageError("rollout", "program"), "rollout_error"),
+        (DeadlineError("score", "hangs"), "score_deadline"),
+        (WireError("damaged"), "damaged"),
+    ],
+)
+def test_a_failed_group_is_dropped_with_a_reason(error: HoneError, reason: str) -> None:
+    assert Supervisor().group_failed(error) == reason
+
+
+def test_groups_that_all_fail_end_the_run_and_one_success_gives_the_budget_back() -> None:
+    supervisor = Supervisor()
+    error = StageError("rollout", "no such tool")
+    for _ in range(2):
+        for _ in range(MAX_GROUPS_IN_A_ROW - 1):
+            supervisor.group_failed(error)
+        supervisor.group_made()
+    for _ in range(MAX_GROUPS_IN_A_ROW - 1):
+        supervisor.group_failed(error)
+    with pytest.raises(StageError, match=r"none succeeded.*no such tool"):
+        supervisor.group_failed(error)
+
+
+@pytest.mark.parametrize(
+    "error", [FencedError("followed"), BufferUnavailableError("gone"), LearnerLostError("x", "y")]
+)
+def test_what_is_not_the_fault_of_a_group_is_never_a_drop(error: HoneError) -> None:
+    with pytest.raises(type(error)):
+        Supervisor().group_failed(error)
+
+
+def test_a_learner_that_is_lost_without_a_step_in_between_ends_the_run() -> None:
+    supervisor = Supervisor()
+    error = LearnerLostError("learn", "a rank died")
+    for _ in range(5):
+        for _ in range(MAX_RESTARTS_IN_A_ROW):
+            supervisor.learner_lost(error)
+        supervisor.step_made()
+    for _ in range(MAX_RESTARTS_IN_A_ROW):
+        supervisor.learner_lost(error)
+    with pytest.raises(LearnerLostError):
+        supervisor.learner_lost(error)
+
+
+def test_saves_may_fail_but_not_for_ever() -> None:
+    supervisor = Supervisor()
+    error = StageError("checkpoint", "No space left on device")
+    for _ in range(3):
+        for _ in range(MAX_SAVES_IN_A_ROW - 1):
+            supervisor.save_failed(error)
+        supervisor.saved()
+    for _ in range(MAX_SAVES_IN_A_ROW - 1):
+        supervisor.save_failed(error)
+    with pytest.raises(StageError, match=r"3 saves failed in a row.*No space left"):
+        supervisor.save_failed(error)
