@@ -5,6 +5,7 @@ file that this machine keeps is readable by its owner only. The token itself is 
 line. Called before Ray is started or joined.
 """
 
+import errno
 import os
 import secrets
 import stat
@@ -69,4 +70,6 @@ def _keep_private(path: Path) -> None:
         try:
             path.chmod(0o600)
         except OSError as error:
+            if error.errno == errno.EROFS:
+                return  # a secret that was mounted: whoever mounted it chose its mode
             raise ConfigError(f"{path}: must be readable by its owner only: {error}") from error

@@ -39,8 +39,10 @@ def test_the_steps_without_a_cluster_work_as_typed(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ready: hone train deploy/configs/quickstart.yaml run.steps=3" in done.stdout
-    for name in ("ray_token", "redis_password"):
-        assert (tmp_path / "secrets" / name).stat().st_mode & 0o077 == 0
+    secrets = tmp_path / "secrets"
+    assert secrets.stat().st_mode & 0o077 == 0
+    assert (secrets / "ray_token").stat().st_mode & 0o077 == 0
+    assert len((secrets / "redis_password").read_text().strip()) == 48
     assert "secrets/" in (ROOT / ".gitignore").read_text().split()
 
 
