@@ -160,7 +160,8 @@ def test_every_pod_is_behind_a_policy_and_a_budget() -> None:
     assert policies["hone-closed"]["podSelector"] == {}
     assert policies["hone-closed"]["policyTypes"] == ["Ingress", "Egress"]
     budgets = [m["spec"]["selector"] for m in base if m["kind"] == "PodDisruptionBudget"]
-    for group, pod in pods(one("raycluster.yaml")["spec"]):
+    specs = [cluster_spec(one(name)) for name in RAY_FILES]
+    for group, pod in [pod for spec in specs for pod in pods(spec)]:
         labels = pod["metadata"]["labels"]
         assert sum(selects(selector, labels) for selector in budgets) == 1, group
     redis = [m for m in base if m["kind"] == "StatefulSet"]
