@@ -11,7 +11,6 @@ collective: all ranks call it with the same arguments. A plain class; Ray lives 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import cast
 
@@ -33,6 +32,7 @@ from learners.model import PolicyModel, load_policy, shard
 from learners.objectives import WeightedLosses
 from learners.optimizer import ShardedAdamW, learning_rate
 from learners.packing import PackingPlan, assign
+from learners.process_group import meet
 from learners.reference import Reference
 from learners.step_sums import StepSums
 from learners.token_view import TokenViewer
@@ -77,15 +77,7 @@ class Learner:
         self._credit = build_credit(config.objective.credit)
         self._losses = WeightedLosses(config.objective)
         check_critic(config.critic, self._credit)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if self._device.type == "cuda" else "gloo",
-            # A lone rank meets nobody, and torch's rendezvous port would ask nobody for a password.
-            init_method=None if world_size == 1 else f"tcp://{master}",
-            store=dist.HashStore() if world_size == 1 else None,  # pyright: ignore
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=config.learner.timeout_s),
-        )
+        meet(self._device, rank, world_size, master, config.learner.timeout_s)
         mesh = init_device_mesh(self._device.type, (world_size,))
 
         def load() -> PolicyModel:
