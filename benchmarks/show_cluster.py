@@ -85,11 +85,11 @@ def live_cluster() -> Iterator[Row]:
     others = sum(result.figures.get(f"ports_{name}", 0) for name in ("open", "silent"))
     yield judged(
         "every port of that run refuses a stranger without the token",
-        f"{ports['refused']:.0f} ports refuse, {ports['metrics']:.0f} metrics exporters answer "
-        f"(loopback only), {others:.0f} others",
+        f"{ports['refused']:.0f} ports refuse, {ports['metrics']:.0f} metrics exporters answer, "
+        f"{others:.0f} others",
         "all refuse",
         result.is_green and ports["metrics"] == 0 and others == 0,
-        "Ray's metrics exporters know no token: loopback here, network policy on Kubernetes",
+        "Ray's metrics exporters know no token: a network policy or a firewall has to keep them",
     )
 
 

@@ -14,7 +14,7 @@ import httpx
 import psutil
 
 Outcome = Literal["refused", "metrics", "open", "silent"]
-LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+ANYWHERE = ("0.0.0.0", "::")
 PATIENCE_S = 4.0
 AT_ONCE = 16
 PATHS = ("/api/jobs/", "/metrics", "/")
@@ -38,7 +38,7 @@ class Door:
 
     @property
     def is_local(self) -> bool:
-        return self.address in LOOPBACK
+        return self.address.removeprefix("::ffff:").startswith("127.") or self.address == "::1"
 
 
 def doors(pids: Iterable[int]) -> list[Door]:
@@ -55,21 +55,23 @@ def doors(pids: Iterable[int]) -> list[Door]:
             if connection.status == psutil.CONN_LISTEN:
                 found.setdefault(connection.laddr.port, (connection.laddr.ip, name))
     with ThreadPoolExecutor(AT_ONCE) as knockers:
-        answers = dict(zip(found, knockers.map(_knock, found), strict=True))
+        places = [("127.0.0.1" if ip in ANYWHERE else ip, port) for port, (ip, _) in found.items()]
+        answers = dict(zip(found, knockers.map(_knock, places), strict=True))
     return [Door(found[port][0], port, found[port][1], *answers[port]) for port in sorted(found)]
 
 
-def _knock(port: int) -> tuple[Outcome, str]:
+def _knock(place: tuple[str, int]) -> tuple[Outcome, str]:
+    host, port = place[0].removeprefix("::ffff:"), place[1]
     for ask in (_ask_redis, _ask_http, _ask_grpc):
-        answer = ask(port)
+        answer = ask(host, port)
         if answer is not None:
             return answer
     return "silent", "no protocol that is known here"
 
 
-def _ask_redis(port: int) -> tuple[Outcome, str] | None:
+def _ask_redis(host: str, port: int) -> tuple[Outcome, str] | None:
     try:
-        with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as connection:
+        with socket.create_connection((host, port), PATIENCE_S) as connection:
             connection.settimeout(PATIENCE_S)
             connection.sendall(b"*1\r\n$4\r\nPING\r\n")
             reply = connection.recv(100)
@@ -80,11 +82,11 @@ def _ask_redis(port: int) -> tuple[Outcome, str] | None:
     return ("open", "Redis: PONG") if reply.startswith(b"+PONG") else None
 
 
-def _ask_http(port: int) -> tuple[Outcome, str] | None:
+def _ask_http(host: str, port: int) -> tuple[Outcome, str] | None:
     statuses: list[int] = []
     for path in PATHS:
         try:
-            reply = httpx.get(f"http://127.0.0.1:{port}{path}", timeout=PATIENCE_S)
+            reply = httpx.get(f"http://{host}:{port}{path}", timeout=PATIENCE_S)
         except (httpx.HTTPError, OSError):
             return None
         if path == "/metrics" and reply.status_code == 200 and "# TYPE" in reply.text:
@@ -95,9 +97,9 @@ def _ask_http(port: int) -> tuple[Outcome, str] | None:
     return "open", f"HTTP: {statuses}"
 
 
-def _ask_grpc(port: int) -> tuple[Outcome, str] | None:
+def _ask_grpc(host: str, port: int) -> tuple[Outcome, str] | None:
     codes: list[str] = []
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+    with grpc.insecure_channel(f"{host}:{port}") as channel:
         for method in METHODS:
             call = channel.unary_unary(f"/{method}", lambda body: body, lambda body: body)
             try:

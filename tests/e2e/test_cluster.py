@@ -80,7 +80,7 @@ def test_a_run_that_can_never_fit_is_refused_from_outside(live: LiveRun) -> None
 def test_no_door_opens_without_the_token(
     live: LiveRun, record_property: Callable[[str, float], None]
 ) -> None:
-    """Ray's metrics exporters and torch's rendezvous ask nobody: those stay on loopback here."""
+    """All but Ray's metrics exporters, which know no token and hand out numbers only."""
     found = doors([*live.nodes.pids, live.nodes.redis_pid])
     listing = "\n".join(f"{d.address}:{d.port} {d.process}: {d.outcome}, {d.answer}" for d in found)
     print(listing)
@@ -90,7 +90,7 @@ def test_no_door_opens_without_the_token(
     record_property("ports_beyond_loopback", sum(not door.is_local for door in found))
     assert counts["refused"] >= 10, listing
     assert not counts["open"], listing
-    assert all(door.is_local for door in found if door.outcome == "metrics"), listing
+    assert counts["metrics"] <= 2 * len(live.nodes.nodes), listing
 
 
 def test_no_panel_and_no_alert_of_a_training_run_lacks_data(live: LiveRun) -> None:
