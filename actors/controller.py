@@ -185,16 +185,14 @@ class Controller:
             reason = self._supervisor.group_failed(error)
             await self._drop([group_id], reason, str(error))
             return
-        summary = production.last
         self._supervisor.group_made()
         self._statistics.add(production)
+        summary = production.last
         self._books.note_scored(summary)
         known = [reward for reward in summary.rewards if reward is not None]
         parts.curriculum.observe(summary.is_uniform, sum(known) / max(1, len(known)))
-        is_stored = summary.outcome == "added" or (
-            summary.outcome == "duplicate" and await self._books.is_stored(group_id)
-        )
-        if not is_stored:
+        is_known = summary.outcome == "duplicate" and await self._books.is_stored(group_id)
+        if summary.outcome != "added" and not is_known:
             await self._drop([group_id], summary.outcome)
 
     async def _drop(self, group_ids: list[str], reason: str, detail: str = "") -> None:

@@ -9,6 +9,7 @@ again then waits for it. Called by `actors.bring_up`.
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -80,10 +81,12 @@ class Gang:
         deadline_s: float,
         report: Report,
     ) -> None:
+        name = f"hone/{run_id}/{request.role}"
+        await asyncio.to_thread(_remove_left_over, name)
         group = placement_group(
             [dict(request.resources) for _ in range(request.count)],
             strategy=request.strategy,
-            name=f"hone/{run_id}/{request.role}",
+            name=name,
             bundle_label_selector=[dict(request.labels) for _ in range(request.count)],
         )
         self._groups[request.role] = group
@@ -99,3 +102,9 @@ class Gang:
             if not has_reported:
                 report(wanted)
                 has_reported = True
+
+
+def _remove_left_over(name: str) -> None:
+    """The group of a controller that died: Ray keeps it, and its resources, until the job ends."""
+    with suppress(ValueError):
+        remove_placement_group(ray.util.get_placement_group(name))

@@ -108,8 +108,7 @@ class Learner:
         self.saver = checkpoint.Saver()
         self._pending: dict[int, list[MicroBatch]] = {}
         self._busy_s = 0.0
-        self.step = 0
-        self.policy_version = 0
+        self.step = self.policy_version = 0
 
     @property
     def _is_streaming(self) -> bool:
@@ -254,7 +253,8 @@ class Learner:
 
     def begin_save(self, directory: Path) -> None:
         """Start such a checkpoint; training may go on at once, `saver` knows when it is written."""
-        self.saver.begin(directory, self._parts(), self._losses.state(), self._progress())
+        progress = checkpoint.Progress(self.step, self.policy_version)
+        self.saver.begin(directory, self._parts(), self._losses.state(), progress)
 
     def load(self, directory: Path) -> None:
         """Go on from `save`; groups that had no step yet are dropped."""
@@ -272,9 +272,6 @@ class Learner:
         if self._critic is not None:
             parts["critic"] = self._critic.part
         return parts
-
-    def _progress(self) -> checkpoint.Progress:
-        return checkpoint.Progress(self.step, self.policy_version)
 
     def export_hf(self, directory: Path) -> None:
         """A Hugging Face directory of the current policy."""

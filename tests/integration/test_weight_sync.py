@@ -5,6 +5,8 @@ One engine serves the whole module: its start dominates the time.
 """
 
 import asyncio
+import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -31,7 +33,7 @@ from actors.vllm_engine import MIN_BATCH_TOKENS
 from actors.weight_sync import WeightSync
 from cluster import wire
 from cluster.config import Config, LossConfig, ObjectiveSection, Plugin, VerifierConfig
-from cluster.errors import StageError
+from cluster.errors import LearnerLostError, StageError
 from cluster.redis_client import connect
 from cluster.replay_buffer import ReplayBuffer
 from cluster.reward_state import RubricVersion
@@ -152,6 +154,40 @@ async def test_equal_seeds_give_equal_completions(parts: Parts) -> None:
     tokens = [[t.token_ids.tolist() for t in g.trajectories] for g in (first, second, other)]
     assert tokens[0] == tokens[1] != tokens[2]
     assert len({tuple(t) for t in tokens[0]}) > 1
+
+
+async def test_a_group_sampled_again_has_the_same_bits_alone_and_in_a_crowd(parts: Parts) -> None:
+    """What a resumed or re-issued rollout relies on: neighbours and prefix cache change nothing."""
+    asked = request("again", max_new_tokens=24, seed=11)
+    alone = await rollout(parts, asked)
+    for size in (1, 5, 12):
+        crowd = [rollout(parts, request(f"other-{size}-{i}", 30, 100 + i)) for i in range(size)]
+        again, *_ = await asyncio.gather(rollout(parts, asked), *crowd)
+        for first, second in zip(alone.trajectories, again.trajectories, strict=True):
+            assert first.token_ids.tolist() == second.token_ids.tolist()
+            assert first.rollout_logprobs.tobytes() == second.rollout_logprobs.tobytes()
+
+
+async def test_a_lost_learner_starts_anew_and_goes_on_from_its_checkpoint(
+    parts: Parts, tmp_path: Path
+) -> None:
+    """Kill -9 of the rank: the engines live on and agree with what it then holds."""
+    group = await rollout(parts, request("before the loss"))
+    parts.sync.choose_probes([group])
+    engine_pid, lost_pid = parts.fleet.workers[0].pid, parts.learner.pids[0]
+    await parts.learner.begin_save(tmp_path / "checkpoint")
+    await parts.learner.finish_save()
+    await move_weights(parts, 99)
+    os.kill(lost_pid, signal.SIGKILL)
+    with pytest.raises(LearnerLostError, match="a rank died"):
+        await parts.learner.optim_step()
+    await parts.learner.restart()
+    version = await parts.learner.load(tmp_path / "checkpoint")
+    report = await parts.sync.sync(version)
+    assert parts.learner.pids[0] != lost_pid
+    assert parts.fleet.workers[0].pid == engine_pid
+    assert report.probe_error is not None
+    assert report.probe_error <= 1e-4
 
 
 HINTED = msgspec.structs.replace(TASK, task_id="hinted", hints=["2 + 2 = 5", "1 + 2 = 3"])
