@@ -9,6 +9,7 @@ import errno
 import os
 import secrets
 import stat
+import sys
 from pathlib import Path
 
 from cluster.errors import ConfigError
@@ -29,6 +30,8 @@ def ensure(*, may_create: bool) -> None:
             "cluster runs code on it; unset it"
         )
     os.environ[MODE] = "token"
+    if raylet := sys.modules.get("ray._raylet"):
+        raylet.Config.initialize("")  # Ray, imported before, has noted that the mode was unset
     if os.environ.get(TOKEN):
         return
     path = token_file()
