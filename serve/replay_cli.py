@@ -143,10 +143,10 @@ def _buffer(run_dir: "RunDir") -> "Generator[BufferReader]":
     """The buffer of a run, wherever its server is; one that has ended is started meanwhile."""
     from cluster import config_file
     from cluster.embedded_redis import EmbeddedRedis, url_in
-    from cluster.redis_client import connect
+    from cluster.redis_client import buffer_url, connect
     from cluster.replay_reader import BufferReader
 
-    url = config_file.load(run_dir.config).buffer.url
+    url = buffer_url(config_file.load(run_dir.config).buffer, address="local")
     if url is not None:
         yield BufferReader(connect(url), run_dir.name)
         return

@@ -1,23 +1,18 @@
 """Questions to a run's replay buffer and ledger: what is in it, and what moved a step.
 
 Invariant: a query reads and changes nothing. Counts and payloads come from the run's own Redis
-while it trains; the ledger answers afterwards, too. Asked by `hone replay` and the admin API.
+while it trains; the ledger answers afterwards, too. Asked by the admin API.
 """
 
-# pyright: reportUnknownMemberType=false
-
 from collections.abc import Sequence
-from typing import cast
+from contextlib import suppress
 
 import msgspec
 
-from cluster import config_file, wire
 from cluster.control import redis_of
 from cluster.errors import ConfigError, WireError
 from cluster.ledger import Ledger
-from cluster.redis_client import translated_errors
-from cluster.replay_buffer import ReplayBuffer
-from cluster.replay_keys import Keys
+from cluster.replay_reader import BufferReader
 from cluster.replay_records import BufferStats
 from cluster.run_dir import RunDir
 from cluster.types import StepRecord, Trajectory, TrajectoryGroup, Verdict
@@ -61,15 +56,7 @@ class Why(msgspec.Struct, frozen=True, kw_only=True):
 
 def stats(run: RunDir) -> BufferStats:
     """Counts of the buffer now; `ConfigError` when the run's Redis does not answer."""
-    section = config_file.load(run.config).buffer
-    buffer = ReplayBuffer(
-        redis_of(run),
-        run.name,
-        capacity_groups=section.capacity_groups,
-        lease_s=section.lease_s,
-        max_deliveries=section.max_deliveries,
-    )
-    return buffer.stats()
+    return BufferReader(redis_of(run), run.name).stats()
 
 
 def show(run: RunDir, group_id: str) -> GroupFacts:
@@ -95,20 +82,15 @@ def why(run: RunDir, step: int) -> Why:
 
 
 def _groups(run: RunDir, group_ids: Sequence[str]) -> list[GroupFacts]:
-    """Those of `group_ids` that the buffer holds undamaged. Unlike `ReplayBuffer.fetch`, a look
-    buries nothing.
-    """
+    """Those of `group_ids` that the buffer holds undamaged."""
     if not group_ids:
         return []
-    client = redis_of(run)
-    with translated_errors("replay"):
-        payloads = cast(list[bytes | None], client.hmget(Keys(run.name).payloads, list(group_ids)))
+    reader = BufferReader(redis_of(run), run.name)
     found: list[GroupFacts] = []
-    for payload in filter(None, payloads):
-        try:
-            found.append(_facts(wire.decode(payload, TrajectoryGroup)))
-        except WireError:
-            continue
+    for group_id in group_ids:
+        with suppress(WireError):
+            if (group := reader.find(group_id)) is not None:
+                found.append(_facts(group))
     return found
 
 
