@@ -26,7 +26,7 @@ from actors.placement import QUIET_ENV
 from cluster import log, ray_token
 from cluster.errors import StageError
 from cluster.run_dir import RunDir
-from serve.endpoint_settings import Door, EndpointSettings, check
+from serve.endpoint_settings import Door, EndpointSettings, check, url_file
 from serve.front_door import FrontDoor, listen
 from serve.service import PolicyService
 
@@ -83,15 +83,18 @@ def running(
     is_ours = address == "local"
     if is_ours:
         listen(door, is_shared=False).close()  # taken: say so now, not when the engine is loaded
-    files = RunDir(settings.home).weights
+    files, told = RunDir(settings.home).weights, url_file(settings.home)
     try:
         with _cluster(address):
             try:
                 _deploy(settings, door, replicas, is_ours=is_ours)
+                told.parent.mkdir(exist_ok=True)
+                told.write_text(door.url)
                 yield door.url
             finally:
                 ray_serve.shutdown()
     finally:
+        told.unlink(missing_ok=True)
         shutil.rmtree(files.with_name(f"{files.name}-endpoint"), ignore_errors=True)
 
 

@@ -85,17 +85,22 @@ def serve(
 
 
 def chat(
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="Served on this machine; default latest.")
+    ] = None,
     model: Annotated[str, typer.Option(help="policy, policy@latest or policy@VERSION.")] = "policy",
-    url: Annotated[str, typer.Option(help="The endpoint.")] = "http://127.0.0.1:8000",
+    url: Annotated[str | None, typer.Option(help="An endpoint elsewhere.")] = None,
     system: Annotated[str, typer.Option(help="System prompt.")] = "",
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
 ) -> None:
     """Talk to a running endpoint from the terminal; the key comes from HONE_API_KEY."""
     from serve import chat as conversation
+    from serve import endpoint_settings
 
+    place = url or endpoint_settings.url_of(run)
     conversation.talk(
-        conversation.connect(url, os.environ.get(KEY_ENV, "none")), model, sys.stdin, sys.stdout,
+        conversation.connect(place, os.environ.get(KEY_ENV, "none")), model, sys.stdin, sys.stdout,
         system=system, max_tokens=max_tokens, temperature=temperature,
     )  # fmt: skip
 

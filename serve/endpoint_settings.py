@@ -99,6 +99,30 @@ def resolve(
     )
 
 
+def url_file(home: Path) -> Path:
+    """Holds the URL of the endpoint that serves `home` on this machine, while it does."""
+    return home / "endpoint" / "url"
+
+
+def url_of(reference: str | None, runs: Path = RUNS) -> str:
+    """Where the endpoint of a run listens; without a run the latest one's, or the default door."""
+    try:
+        run = RunDir.open(reference, runs)
+    except ConfigError:
+        if reference is None:
+            return Door().url
+        raise
+    try:
+        return url_file(run.path).read_text().strip()
+    except FileNotFoundError:
+        if reference is None:
+            return Door().url
+        raise ConfigError(
+            f"{run.path}: no endpoint serves this run on this machine: start `hone serve "
+            f"{run.name}`, or name one elsewhere with --url"
+        ) from None
+
+
 def is_model_dir(reference: str | None) -> bool:
     """Whether `RUN|MODEL_DIR` names a Hugging Face directory."""
     return reference is not None and (Path(reference) / "config.json").is_file()

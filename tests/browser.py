@@ -78,9 +78,10 @@ class Browser:
         return answer["result"].get("value")
 
     def until(self, script: str, timeout_s: float = 20.0) -> Any:
-        """The first truthy value of an expression."""
+        """The first truthy value of an expression; true for an element."""
         deadline = time.monotonic() + timeout_s
-        while not (value := self.run(script)):
+        found = f"((value) => value instanceof Node || value)({script})"
+        while not (value := self.run(found)):
             assert time.monotonic() < deadline, f"never true: {script}"
             time.sleep(0.1)
         return value

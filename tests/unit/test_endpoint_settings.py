@@ -7,9 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.errors import ConfigError
+from cluster.run_dir import RunDir
 from serve.api_keys import KeyStore
 from serve.cli import app
-from serve.endpoint_settings import Door, check, resolve
+from serve.endpoint_settings import Door, check, resolve, url_file, url_of
 
 
 @pytest.fixture
@@ -48,6 +49,16 @@ def test_a_door_without_keys_stays_shut(model: str, tmp_path: Path) -> None:
     check(closed, Door(host="0.0.0.0"))
     with pytest.raises(ConfigError, match="--tls-key and --tls-cert"):
         check(closed, Door(tls_key="k.pem"))
+
+
+def test_the_endpoint_of_a_run_is_found(tmp_path: Path) -> None:
+    assert url_of(None, tmp_path) == "http://127.0.0.1:8000"
+    run = RunDir.create(tmp_path, "demo", "{}", exist_ok=False)
+    with pytest.raises(ConfigError, match="no endpoint serves this run"):
+        url_of("demo", tmp_path)
+    url_file(run.path).parent.mkdir()
+    url_file(run.path).write_text("http://127.0.0.1:8123")
+    assert url_of("demo", tmp_path) == url_of(None, tmp_path) == "http://127.0.0.1:8123"
 
 
 def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
