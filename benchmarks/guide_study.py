@@ -9,7 +9,6 @@ and messages of its own. Run with `python -m benchmarks.guide_study FOLDER [NUM_
 """
 
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -92,7 +91,7 @@ def warm_policy(place: Path, seed: int) -> Path:
         rank=0,
         world_size=1,
         master="",
-        num_threads=os.cpu_count() or 1,
+        num_threads=1,
     )
     for _ in learner.warm_start([encoded(*example) for example in examples]):
         pass

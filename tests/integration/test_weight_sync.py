@@ -208,7 +208,7 @@ async def producer(parts: Parts, config: Config, url: str, path: Path, level: in
     run = RunDir.create(path, "sync-test", "", exist_ok=True)
     home = RewardHome(run, Placement.of(config), url, lambda kind, **fields: None)
     pool = RewardPool(home)
-    pool.cut_over(await pool.prepare(version))
+    pool.cut_over(await pool.prepare(version, []))
     buffer = ReplayBuffer(
         connect(url), "sync-test", capacity_groups=64, lease_s=60.0, max_deliveries=3
     )
