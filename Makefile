@@ -28,6 +28,7 @@ show: setup
 
 bench: setup
 	@$(PY) -m benchmarks.replay_buffer
+	@$(PY) -m benchmarks.entropy_memory
 
 lock: setup
 	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" .venv/bin/uv pip compile pyproject.toml \

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 import ray
+from ray._raylet import Config as RayConfig  # pyright: ignore
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -154,6 +155,7 @@ def ray_session(config: Config, run_dir: RunDir, address: str) -> Iterator[None]
     """Connect to Ray; a local one is ours alone and leaves nothing behind."""
     os.environ.update(QUIET_ENV)
     ray_token.ensure(may_create=address == "local")
+    RayConfig.initialize("")  # Ray has read the environment when it was imported
     common: dict[str, Any] = {
         "namespace": "hone",
         "log_to_driver": False,
