@@ -1,6 +1,6 @@
 """`python -m benchmarks.process_reward [RUN MODEL]`: how well step scorers tell right from wrong.
 
-Without arguments a policy is warmed up briefly on sums of five numbers, so that it makes mistakes,
+Without arguments a policy is warmed up briefly on sums of three numbers, so that it makes mistakes,
 and `hone rewards train-process` makes a process model of its rollouts, in a temporary place.
 Held-out tasks of the run are sampled by its newest checkpoint. A step is right when all lines up to
 it are those of the worked solution, or the bare answer. Printed as JSON: for each scorer the AUC
@@ -35,9 +35,11 @@ from serve import export
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "deploy" / "configs" / "quickstart.yaml"
 WARM_START = ("run.steps=1", "eval.every=1", "eval.tasks=8", "rollout.groups_per_step=4",
-              "warm_start.steps=600", "warm_start.direct_fraction=0.15",
-              "policy.context_length=96", "rollout.max_new_tokens=60")  # fmt: skip
-TRAINING = ("--tasks", "96", "--traces", "8", "--completions", "4", "--epochs", "8")
+              "policy.hidden_size=64", "policy.num_heads=2", "policy.context_length=96",
+              "warm_start.steps=500", "warm_start.lr=4.0e-3", "warm_start.direct_fraction=0.15",
+              "rollout.max_new_tokens=48")  # fmt: skip
+TRAINING = ("--tasks", "1600", "--traces", "2", "--completions", "3",
+            "--epochs", "10", "--lr", "1e-3")  # fmt: skip
 STAND_INS = ("arithmetic", "likelihood_answer", "likelihood_step")
 NUM_TASKS, NUM_SAMPLES = 200, 8
 LINES = compile_separator(r"\n+")
@@ -55,7 +57,7 @@ def main(arguments: list[str]) -> None:
 def make(place: Path) -> tuple[Path, Path]:
     """A run of one step and a process model of its rollouts, by the commands that a user has."""
     run, model = place / "runs" / "sums", place / "process-model"
-    settings = [f"tasks.{split}.settings.config.{side}_terms=5"
+    settings = [f"tasks.{split}.settings.config.{side}_terms=3"
                 for split in ("train", "eval") for side in ("min", "max")]  # fmt: skip
     _hone(place, "train", str(QUICKSTART), "--run", run.name, *settings, *WARM_START)
     _hone(place, "rewards", "train-process", str(run), str(model), *TRAINING)

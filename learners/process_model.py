@@ -68,7 +68,12 @@ class ProcessModel:
             model: Any = AutoModelForTokenClassification.from_pretrained(
                 policy_dir, dtype=torch.float32, num_labels=2
             )
+            known = model.get_input_embeddings().num_embeddings
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        line_end = tokenizer.encode("\n", add_special_tokens=False)[-1]
+        with torch.no_grad():  # to the policy a marker looks like a line's end
+            embeddings = model.get_input_embeddings().weight
+            embeddings[known:] = embeddings[line_end]
         self._model = model.to(device)
 
     def fit(

@@ -7,6 +7,7 @@ good process reward model. Used as `likelihood` in `process` verifiers.
 
 import math
 from collections.abc import Mapping
+from itertools import accumulate
 from statistics import fmean
 from typing import Any, Literal
 
@@ -21,8 +22,8 @@ ROWS_AT_ONCE = 256  # of logits, each as wide as the vocabulary
 
 
 class StepLikelihood:
-    """How likely a causal LM finds the reference after each step (`target: answer`), or each step
-    after those before it (`target: step`).
+    """How likely a causal LM finds the reference after each step (`target: answer`), or the least
+    likely step so far, each after those before it (`target: step`).
 
     The reference is put as `answer_format` on a line after the steps; "The answer is {answer}" may
     suit a model better than the bare answer. Example: an answer of two tokens with probabilities
@@ -107,4 +108,7 @@ class StepLikelihood:
         if any(not values for values in logprobs):
             limit = self._local.max_length
             return StepScores(error=f"a step has no tokens, or the model reads only {limit}")
-        return StepScores(scores=[math.exp(fmean(values)) for values in logprobs if values])
+        scores = [math.exp(fmean(values)) for values in logprobs if values]
+        if self._target == "step":
+            scores = list(accumulate(scores, min))
+        return StepScores(scores=scores)
