@@ -77,10 +77,13 @@ class Rubric:
 
     @property
     def version(self) -> str:
-        """Eight hex digits over all that shapes a reward: signals, weights, time limits, pools."""
+        """Eight hex digits over all that shapes or guards a reward: signals, weights, time limits,
+        golden sets, pools.
+        """
         content = [
             [s.name, s.version, s.weight, s.config.timeout_s]
             + ([s.config.pool.model_dump()] if s.config.pool else [])
+            + ([s.config.golden] if s.config.golden else [])
             for s in self._signals
         ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]

@@ -19,10 +19,10 @@ from actors.reward_pool import RewardPool
 from actors.reward_set import RewardHome
 from actors.verifier_pools import VerifierPools
 from cluster import config_file, wire
-from cluster.config import Config, VerifierConfig
+from cluster.config import Config
 from cluster.control import ControlClient
 from cluster.embedded_redis import EmbeddedRedis
-from cluster.errors import ConfigError, StageError
+from cluster.errors import StageError
 from cluster.run_dir import RunDir
 from cluster.types import Message, Task, TrajectoryGroup, VersionSpan
 from rewards.self_check import group_of
@@ -219,21 +219,3 @@ async def test_pools_in_a_live_rubric_have_their_own_imports_and_are_swapped(
         finally:
             await admin.stop()
             pool.stop()
-
-
-@pytest.mark.parametrize(
-    ("workers", "words"), [("4..2", "bounds must be in order"), ("0", "pattern"), ("x", "pattern")]
-)
-def test_impossible_bounds_are_refused(workers: str, words: str):
-    with pytest.raises(ConfigError, match=words):
-        config_of("bad", "redis://x", {"a": {"use": "math", "pool": {"workers": workers}}})
-
-
-def test_a_version_changes_with_the_runtime_environment_and_not_with_the_size():
-    from rewards.versions import reward_version
-
-    def version(**pool: Any) -> str:
-        return reward_version("m", VerifierConfig.model_validate({"use": "math", "pool": pool}))
-
-    assert version(workers=1) == version(workers="2..4")
-    assert version(workers=1) != version(runtime_env={"pip": ["sympy==1.13"]})

@@ -34,6 +34,12 @@ async def test_a_right_verifier_passes_and_each_wrong_score_is_a_line():
     assert line.startswith("rewards.verifiers.v: the golden completion '7' for '7' must score 1")
 
 
+def test_another_golden_set_is_another_rubric_with_the_same_signals():
+    plain, guarded = Rubric({"v": config([])}), Rubric({"v": config(PAIRS)})
+    assert plain.versions == guarded.versions
+    assert plain.version != guarded.version
+
+
 async def test_an_abstention_fails_a_golden_set():
     (line,) = await golden_check(Rubric({"v": config(PAIRS, score=None)}))
     assert "got None" in line
