@@ -52,6 +52,9 @@ def test_a_sound_config_has_a_plan_and_leaves_nothing(
     assert "36 train, 4 eval" in plan["tasks"]
     assert "4 groups x 4 = 16 trajectories" in plan["batch"]
     assert "8 groups in flight" in plan["capacity"]
+    assert plan["placement"] == (
+        "learner 1 x 1 CPU (pack); rollout 1 x 1 CPU (spread); reward 1 x a place (spread)"
+    )
     assert sorted(tmp_path.rglob("*")) == before
 
 
