@@ -79,7 +79,7 @@ def open_dashboard(address: str) -> str | None:
         status = error.code
     except (URLError, OSError):
         return None  # nothing is served there
-    if status in (401, 403):
+    if status in (401, 403) or status >= 500:  # refused, or not ready to decide
         return None
     return (
         f"{address} answers without a token (HTTP {status}): start every node of the cluster with "

@@ -110,7 +110,7 @@ def _client(address: str) -> Any:
     if not address.startswith(("http://", "https://")):
         raise ConfigError(
             f"--address {address}: must be the head's dashboard, like http://HEAD:8265; "
-            "`hone train --address` joins a cluster by ray://HOST:10001 or HOST:6379"
+            "on a node of the cluster, `hone train --address auto` joins it"
         )
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     from ray.job_submission import JobSubmissionClient
