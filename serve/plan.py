@@ -94,7 +94,7 @@ def num_parameters(policy_dir: Path) -> int:
 
 def _places(placement: Placement) -> str:
     """Each role's bundles, and whether they are packed or spread over nodes."""
-    requests = [*placement.requests(), placement.reward_request()]
+    requests = [*placement.requests(), *placement.reward_requests()]
     return "; ".join(f"{r.role} {r} ({r.strategy.lower()})" for r in requests)
 
 
