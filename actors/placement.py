@@ -169,12 +169,27 @@ class Placement:
             ),
         ]
 
-    def reward_request(self) -> BundleRequest:
-        """Reward workers need a node with the right labels, and nothing of it."""
-        count = self.config.rewards.workers
-        return BundleRequest(
-            "reward", count, {}, self.reward_labels, "SPREAD", "resources.labels.reward"
+    def reward_requests(self) -> list[BundleRequest]:
+        """What is not reserved but has to fit: reward workers, which need a node with the right
+        labels and nothing of it, and verifier pools at their smallest.
+        """
+        rewards = self.config.rewards
+        workers = BundleRequest(
+            "reward", rewards.workers, {}, self.reward_labels, "SPREAD", "resources.labels.reward"
         )
+        pools = [
+            BundleRequest(
+                f"the pool of {name}",
+                verifier.pool.bounds[0],
+                _amounts(verifier.pool.cpus, verifier.pool.gpus),
+                {} if verifier.pool.gpus else self.reward_labels,
+                "SPREAD",
+                f"rewards.verifiers.{name}.pool",
+            )
+            for name, verifier in rewards.verifiers.items()
+            if verifier.pool is not None
+        ]
+        return [workers, *pools]
 
     @property
     def threads_per_process(self) -> int:

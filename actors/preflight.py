@@ -49,7 +49,7 @@ def missing_capacity(config: Config) -> list[str]:
     placement = Placement.of(config, sum(n.resources.get("GPU", 0.0) for n in nodes))
     selector = away_from_gpus(nodes) if placement.is_gpu else {}
     placement = Placement(config, placement.is_gpu, reward_selector=selector)
-    return shortages([*placement.requests(), placement.reward_request()], nodes)
+    return shortages([*placement.requests(), *placement.reward_requests()], nodes)
 
 
 def is_final(missing: list[str]) -> bool:
@@ -63,7 +63,8 @@ def node_problems(run: RunDir) -> list[str]:
     mark = run.path / f".seen-{token}"
     mark.write_text(token)
     try:
-        return [p for node in cluster_nodes() for p in _ask(node, mark, token)]
+        asked = [(node, _ask(node, mark)) for node in cluster_nodes()]
+        return [p for node, answer in asked for p in _judge(node, answer, mark, token)]
     finally:
         mark.unlink(missing_ok=True)
 
@@ -78,7 +79,7 @@ def open_dashboard(address: str) -> str | None:
         status = error.code
     except (URLError, OSError):
         return None  # nothing is served there
-    if status in (401, 403):
+    if status in (401, 403) or status >= 500:  # refused, or not ready to decide
         return None
     return (
         f"{address} answers without a token (HTTP {status}): start every node of the cluster with "
@@ -86,18 +87,20 @@ def open_dashboard(address: str) -> str | None:
     )
 
 
-def _ask(node: ClusterNode, mark: Path, token: str) -> list[str]:
+def _ask(node: ClusterNode, mark: Path) -> Any:
     where = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
     ask: Any = ray.remote(num_cpus=0, max_retries=0)(_look)
-    answer = ask.options(scheduling_strategy=where).remote(str(mark))
+    return ask.options(scheduling_strategy=where).remote(str(mark))
+
+
+def _judge(node: ClusterNode, answer: Any, mark: Path, token: str) -> list[str]:
+    name = f"node {node.node_id[:8]}"
     try:
         seen, there = ray.get(answer, timeout=NODES_DEADLINE_S)
     except (RayError, GetTimeoutError) as error:
-        return [f"node {node.node_id[:8]} does not run Hone's code: {_first_line(error)}"]
-    name = f"node {node.node_id[:8]}"
-    problems = [
-        f"{name}: {line}" for line in environment.differences(environment.versions(), there)
-    ]
+        return [f"{name} does not run Hone's code: {_first_line(error)}"]
+    differing = environment.differences(environment.versions(), there)
+    problems = [f"{name}: {line}" for line in differing]
     if seen != token:
         problems.append(
             f"run.dir: {name} does not see {mark.parent}; it must lie on storage that all nodes "

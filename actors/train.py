@@ -50,6 +50,11 @@ def run(config: Config, *, run_dir: RunDir, resume: bool, address: str) -> int:
     `address` is `local` (a Ray of our own, stopped at the end), `auto`, or the address of a
     cluster. Raises `ConfigError` before anything started, `StageError` when the run failed.
     """
+    if address.startswith("ray://"):
+        raise ConfigError(
+            f"--address {address}: the run's files lie where the launcher runs, so it has to run "
+            "on a node: `hone submit --address http://HEAD:8265`, or there with --address auto"
+        )
     url = buffer_url(config.buffer, address)
     config = on_this_machine(config) if address == "local" else config
     with ExitStack() as stack:

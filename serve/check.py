@@ -117,7 +117,8 @@ def _check_resources(config: Config, address: str, report: CheckReport) -> None:
     available = plan.available_cpus(config)
     if placement.is_gpu:
         machine = ClusterNode("this machine", {"GPU": plan.available_gpus(), "CPU": math.inf}, {})
-        report.problems += shortages(placement.requests(), [machine])
+        requests = [*placement.requests(), *placement.reward_requests()]
+        report.problems += shortages(requests, [machine])
     if placement.total_cpus > available:
         report.warnings.append(
             f"rollout.workers ({config.rollout.workers}) and learner.world_size "

@@ -51,7 +51,8 @@ Run = Annotated[
 Address = Annotated[
     str,
     typer.Option(
-        help="Ray cluster: `local` starts one, `auto` finds one, HOST:PORT or ray://HOST:PORT."
+        help="Ray cluster: `local` starts one, `auto` finds one, or HOST:PORT of its head; "
+        "`hone check` takes ray://HOST:PORT too."
     ),
 ]
 

@@ -40,6 +40,7 @@ def rows(
             f"{learner.world_size} learner, 1 controller",
         ),
         ("devices", f"{devices}{placement.total_cpus} CPUs of {available_cpus(config)}"),
+        ("placement", _places(placement)),
         ("learner memory", _learner_memory(config, num_parameters)),
         ("engine memory", _engine_memory(config, placement, num_parameters)),
         (
@@ -89,6 +90,12 @@ def num_parameters(policy_dir: Path) -> int:
             math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"
         )
     return total
+
+
+def _places(placement: Placement) -> str:
+    """Each role's bundles, and whether they are packed or spread over nodes."""
+    requests = [*placement.requests(), *placement.reward_requests()]
+    return "; ".join(f"{r.role} {r} ({r.strategy.lower()})" for r in requests)
 
 
 def _learner_memory(config: Config, num_parameters: int) -> str:

@@ -50,6 +50,8 @@ def submit(
     """
     arguments = _arguments(config, overrides, run, resume)
     ray_token.ensure(may_create=False)
+    from ray.exceptions import AuthenticationError  # takes a second: what is above comes first
+
     name = run or config_file.load(config, overrides).run.name
     submission_id = f"hone-{name}-{secrets.token_hex(4)}"
     deadline = time.monotonic() + START_S
@@ -59,7 +61,9 @@ def submit(
             _refuse_open_cluster(address)
             _submit(client, submission_id, arguments, name)
             return Submission(address, submission_id, client)
-        except (ConnectionError, RuntimeError) as error:
+        except AuthenticationError as error:
+            raise ConfigError(f"--address {address}: {_plain(error)}") from error
+        except (OSError, RuntimeError) as error:  # OSError: no connection, or a bad HTTP status
             if _is_refusal(error) or time.monotonic() > deadline:
                 raise ConfigError(f"--address {address}: {_plain(error)}") from error
             logger.info("the cluster is not ready: %s", _plain(error))
@@ -106,7 +110,7 @@ def _client(address: str) -> Any:
     if not address.startswith(("http://", "https://")):
         raise ConfigError(
             f"--address {address}: must be the head's dashboard, like http://HEAD:8265; "
-            "`hone train --address` joins a cluster by ray://HOST:10001 or HOST:6379"
+            "on a node of the cluster, `hone train --address auto` joins it"
         )
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     from ray.job_submission import JobSubmissionClient
@@ -152,11 +156,8 @@ def _logs(submission: Submission) -> Iterator[str]:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether trying again is useless: a bad token or a bad request."""
-    text = str(error)
-    return any(f"status code {code}" in text for code in (400, 401, 403)) or any(
-        word in text.lower() for word in ("unauthorized", "forbidden", "authentication")
-    )
+    """Whether trying again is useless: the head understood the request and will not have it."""
+    return "status code 4" in str(error)
 
 
 def _plain(error: Exception) -> str:

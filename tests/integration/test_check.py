@@ -52,6 +52,9 @@ def test_a_sound_config_has_a_plan_and_leaves_nothing(
     assert "36 train, 4 eval" in plan["tasks"]
     assert "4 groups x 4 = 16 trajectories" in plan["batch"]
     assert "8 groups in flight" in plan["capacity"]
+    assert plan["placement"] == (
+        "learner 1 x 1 CPU (pack); rollout 1 x 1 CPU (spread); reward 1 x a place (spread)"
+    )
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -147,3 +150,11 @@ def test_the_entry_of_a_ray_job_refuses_changes_too(config_file_path: Path, tmp_
     (checkpoint / "COMPLETE").touch()
     with pytest.raises(ConfigError, match=r"learner\.lr: a resumed run must keep"):
         train.main([str(config_file_path), place, "learner.lr=0.5"])
+
+
+def test_a_launcher_outside_the_cluster_is_refused(config_file_path: Path, tmp_path: Path):
+    from actors import train
+
+    run = RunDir(tmp_path / "demo")
+    with pytest.raises(ConfigError, match="hone submit --address"):
+        train.run(config_file.load(config_file_path), run_dir=run, resume=False, address="ray://x")

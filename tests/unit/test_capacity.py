@@ -121,3 +121,22 @@ def test_one_machine_has_no_labels_to_ask_for() -> None:
     config = configured(resources={"labels": {"rollout": {"pool": "gpu"}}})
     assert Placement.of(config).requests()[1].labels == {"pool": "gpu"}
     assert Placement.of(on_this_machine(config)).requests()[1].labels == {}
+
+
+def test_verifier_pools_have_to_fit_too() -> None:
+    config = configured(
+        resources={"accelerator": "gpu"},
+        rewards={"verifiers": {"prm": {"use": "task", "pool": {"workers": "2..4", "gpus": 1}}}},
+    )
+    placement = Placement.of(config)
+    requests = [*placement.requests(), *placement.reward_requests()]
+    assert not shortages(requests, [gpu_node("a", 4)])
+    [line] = shortages(requests, [gpu_node("a", 3)])
+    assert line.startswith("resources: the pool of prm needs 2 x 0 CPU + 1 GPU; 1 fit on 1")
+    assert "rewards.verifiers.prm.pool" in line
+
+
+def test_a_pool_at_its_largest_has_cpus_on_a_machine_of_ones_own() -> None:
+    pool = {"workers": "1..3", "cpus": 0.5}
+    config = configured(rewards={"verifiers": {"correct": {"use": "task", "pool": pool}}})
+    assert Placement.of(config).total_cpus == 4  # 1 rank, 1 engine, 1.5 for the pool

@@ -58,3 +58,14 @@ def test_an_empty_token_file_is_refused(home: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv(ray_token.TOKEN_PATH, str(empty))
     with pytest.raises(ConfigError, match="must not be empty"):
         ray_token.ensure(may_create=False)
+
+
+def test_a_loopback_address_stays_one_only_where_asked() -> None:
+    """Ray would put the host's own address in its place."""
+    from ray._private.services import resolve_ip_for_localhost
+
+    from actors.connection import on_loopback
+
+    with on_loopback():
+        assert resolve_ip_for_localhost("127.0.0.1") == "127.0.0.1"
+    assert resolve_ip_for_localhost("127.0.0.2") == "127.0.0.2"
