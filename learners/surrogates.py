@@ -148,7 +148,7 @@ class SequencePolicyGradient(Surrogate):
     clip_low: float = 3e-4
     clip_high: float = 4e-4
     aggregation: Name = field(default="seq_mean_token_mean", init=False)
-    constant: None = field(default=None, init=False)
+    constant: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -200,7 +200,7 @@ class GeometricMean(Surrogate):
     clip_low: float = 0.4
     clip_high: float = 0.4
     aggregation: Name = field(default="seq_mean_token_mean", init=False)
-    constant: None = field(default=None, init=False)
+    constant: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
