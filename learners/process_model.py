@@ -5,6 +5,7 @@ as a soft label; a step without a value has no part in it. The directory that `s
 the step scorer `classifier` reads. One process; called by `actors.process_training`.
 """
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,10 @@ class ProcessModel:
         held_out: Sequence[StepExample],
         settings: ProcessModelSettings,
     ) -> Iterator[EpochProgress]:
-        """Train epoch by epoch. Raises `ConfigError` where all steps have the same value."""
+        """Train epoch by epoch; the weights of the one with the best held-out AUC stay.
+
+        Raises `ConfigError` where all steps have the same value.
+        """
         known = [value for e in examples for value in e.values if math.isfinite(value)]
         if len(known) < 2 or np.ptp(known) == 0:
             raise ConfigError(
@@ -93,7 +97,7 @@ class ProcessModel:
         rng = np.random.default_rng(settings.seed)
         num_batches = -(-len(examples) // settings.batch_size)
         total_steps = settings.epochs * num_batches
-        step = 0
+        step, best, weights = 0, -1.0, self._model.state_dict()
         for epoch in range(settings.epochs):
             self._model.train()
             losses: list[float] = []
@@ -116,9 +120,11 @@ class ProcessModel:
                     optimizer.zero_grad(set_to_none=True)
                     losses.append(loss.item())
                 step += 1
-            yield EpochProgress(
-                epoch + 1, settings.epochs, float(np.mean(losses)), self._held_out_auc(held_out)
-            )
+            score = self._held_out_auc(held_out)
+            if not score <= best:  # also where nothing is held out
+                best, weights = score, copy.deepcopy(self._model.state_dict())
+            yield EpochProgress(epoch + 1, settings.epochs, float(np.mean(losses)), score)
+        self._model.load_state_dict(weights)
 
     def save(self, directory: Path) -> None:
         """A Hugging Face directory: token classifier and tokenizer."""
