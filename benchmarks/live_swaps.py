@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from cluster.control import ControlClient
 from cluster.embedded_redis import url_in
 from cluster.redis_client import connect
-from cluster.replay_buffer import ReplayBuffer
+from cluster.replay_reader import BufferReader
 from cluster.run_dir import RunDir
 from cluster.types import TrajectoryGroup
 
@@ -94,9 +94,7 @@ def _change(
     watch(6, START_S)
     home = RunDir(run)
     client = ControlClient(home)
-    buffer = ReplayBuffer(
-        connect(url_in(home.redis)), "demo", capacity_groups=1024, lease_s=60.0, max_deliveries=3
-    )
+    buffer = BufferReader(connect(url_in(home.redis)), "demo")
     started = time.monotonic()
     for i in range(num_changes):
         if time.monotonic() - started > limit_s:
