@@ -136,6 +136,7 @@ class Controller:
         is_new = not self._books.has_checkpoint
         num_groups = await self._books.restore(parts.learner, parts.curriculum)
         await self._slots.reset()
+        self._gathering.forget()
         self._statistics.drain()
         if is_new:
             await self._save(parts)
@@ -170,7 +171,8 @@ class Controller:
         while True:
             with self._stages.wait("dispatch", "a free slot (rollout.max_policy_age)"):
                 await self._slots.admit()
-            task = group.create_task(self._produce(parts, producer, parts.curriculum.next()))
+            request = parts.curriculum.next(self._books.policy_version)
+            task = group.create_task(self._produce(parts, producer, request))
             producers.add(task)
             task.add_done_callback(producers.discard)
 
@@ -292,8 +294,7 @@ class Controller:
             await asyncio.sleep(STATUS_EVERY_S)
 
     def _publish_once(self) -> None:
-        version = self._books.policy_version
         actors = [ActorStatus(name="controller", state="healthy", pid=os.getpid())]
         if self._parts is not None:
-            actors += self._parts.statuses(version)
-        self._observer.publish(self._books.step, version, actors)
+            actors += self._parts.statuses(self._books.policy_version)
+        self._observer.publish(self._books.step, self._books.policy_version, actors)

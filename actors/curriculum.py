@@ -5,6 +5,7 @@ until its group was consumed or dropped: a resumed run draws the pending ones ag
 where it stopped. Every pass over the taskset is a new permutation. Called by the controller.
 """
 
+import math
 import random
 from collections import deque
 from collections.abc import Set
@@ -28,6 +29,7 @@ class Curriculum:
         self._group_size = group_size
         self._num_drawn = 0
         self._pending: dict[str, int] = {}  # group_id -> draw
+        self._drawn_at: dict[str, int] = {}  # group_id -> policy version
         self._again: deque[int] = deque()
         self._held: set[str] = set()  # groups in the buffer since before the last restart
         self._early: set[str] = set()
@@ -35,12 +37,23 @@ class Curriculum:
         self._order_epoch = -1
         self._num_uniform_in_a_row = 0
 
-    def next(self) -> RolloutRequest:
-        """The next group to produce. Its id names epoch and task, so a retry is a duplicate."""
+    def next(self, policy_version: int = 0) -> RolloutRequest:
+        """The next group to produce, by weights `policy_version` or newer. Its id names epoch and
+        task, so a retry is a duplicate.
+        """
         while (request := self._draw()).group_id in self._early:
             self._early.remove(request.group_id)
             del self._pending[request.group_id]
+        self._drawn_at[request.group_id] = policy_version
         return request
+
+    def drawn_at(self, group_id: str) -> float:
+        """The policy version when this group was drawn; infinity for one that was not."""
+        return self._drawn_at.get(group_id, math.inf)
+
+    def drawn_by(self, policy_version: int) -> set[str]:
+        """Unsettled groups that were drawn when the weights had at most `policy_version`."""
+        return {group_id for group_id, at in self._drawn_at.items() if at <= policy_version}
 
     def _draw(self) -> RolloutRequest:
         if self._again:
@@ -75,6 +88,7 @@ class Curriculum:
         known = [group_id for group_id in group_ids if group_id in self._pending]
         for group_id in known:
             del self._pending[group_id]
+            del self._drawn_at[group_id]
         self._early |= (set(group_ids) - set(known)) & self._held
         self._held -= set(group_ids)
         return len(known)
@@ -110,6 +124,6 @@ class Curriculum:
         """Go back to `state`, with the groups `held` in the buffer already."""
         self._num_drawn = state.num_drawn
         self._again = deque(state.pending)
-        self._pending = {}
+        self._pending, self._drawn_at = {}, {}
         self._early, self._held = set(state.early), set(held)
         self._num_uniform_in_a_row = 0

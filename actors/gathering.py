@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 
 from actors.bookkeeping import DEAD_LETTER, TOO_OLD, Bookkeeping
 from actors.curriculum import Curriculum
-from actors.intake import AsTheyCome, InDrawOrder, Intake
+from actors.intake import InDrawOrder, Intake, WithinAge
 from actors.stages import Stages
 from cluster.config import Config
 from cluster.errors import WireError
@@ -34,7 +34,8 @@ class Gathering:
         drop: Drop,
     ) -> None:
         self._num_groups = config.rollout.groups_per_step
-        self._is_sync = config.rollout.max_policy_age == 0
+        self._max_policy_age = config.rollout.max_policy_age
+        self._left_over: list[GroupHeader] = []
         self._books = books
         self._stages = stages
         self._stopping = stopping
@@ -44,19 +45,33 @@ class Gathering:
         """Claim and take in the groups of one step; when the run is stopping, those claimed so
         far.
         """
-        intake: Intake = (
-            InDrawOrder(curriculum, self._num_groups) if self._is_sync else AsTheyCome()
-        )
+        intake = self._intake(curriculum)
+        batches = intake.offer([])
         num_taken = 0
-        while num_taken < self._num_groups and not self._stopping.is_set():
+        while True:
+            for batch in batches:
+                num_taken += await self._take_in(learner, intake, batch)
+            if num_taken >= self._num_groups:
+                self._left_over = intake.waiting
+                return intake.claimed
+            if self._stopping.is_set():
+                return [*intake.claimed, *intake.waiting]
             missing = self._num_groups - len(intake.claimed)
             with self._stages.wait("learn", "scored groups"):
                 claim = await self._books.claim(missing, CLAIM_WAIT_S)
             await self._drop(claim.too_old, TOO_OLD, "")
             await self._bury(claim.dead, intake)
-            for batch in intake.offer(claim.headers):
-                num_taken += await self._take_in(learner, intake, batch)
-        return intake.claimed
+            batches = intake.offer(claim.headers)
+
+    def forget(self) -> None:
+        """The run goes back to its last durable state: nothing is left over from a step."""
+        self._left_over = []
+
+    def _intake(self, curriculum: Curriculum) -> Intake:
+        if self._max_policy_age == 0:
+            return InDrawOrder(curriculum, self._num_groups)
+        due = self._books.policy_version - self._max_policy_age
+        return WithinAge(curriculum, self._num_groups, due, self._left_over)
 
     async def _take_in(
         self, learner: LearnerGroup, intake: Intake, batch: list[GroupHeader]

@@ -4,7 +4,8 @@ Invariant: every group that was claimed is handed out once, however often the bu
 lease can run out while its group waits here). In `sync` mode (`rollout.max_policy_age` 0) groups
 are handed out in the order they were drawn, in batches of fixed size, so that the sum of their
 gradients has one order of summation and a repeated step gives the same bits. Otherwise they are
-handed out as they come. Owned by the controller.
+handed out as they come, except that the step waits for those it would make too old: short rollouts
+may overtake long ones, but never push them out. Owned by the controller.
 """
 
 from typing import Protocol
@@ -19,7 +20,14 @@ class Intake(Protocol):
     """Of one step. `offer` gets what was claimed and returns the batches to take in now."""
 
     @property
-    def claimed(self) -> list[GroupHeader]: ...
+    def claimed(self) -> list[GroupHeader]:
+        """The groups of the step so far."""
+        ...
+
+    @property
+    def waiting(self) -> list[GroupHeader]:
+        """Delivered, but left for the next step."""
+        ...
 
     def offer(self, headers: list[GroupHeader]) -> list[list[GroupHeader]]: ...
 
@@ -28,24 +36,62 @@ class Intake(Protocol):
         ...
 
 
-class AsTheyCome:
-    """Every claim is a batch: micro-batches start at once."""
+class WithinAge:
+    """As they come, oldest first, with seats kept so that no group will ever be too old.
 
-    def __init__(self) -> None:
+    Groups drawn at version `due` must be used in this step, at `due + 1` in the next at the latest,
+    and so on: a younger one is taken in only if the seats left suffice for what that leaves to this
+    step. Since at most `max_policy_age + 1` steps of groups are under way, that always works out.
+    `waiting` are groups that the step before has left over. With two groups a step, of which the
+    long `a` is due, `b` is taken in and `c` waits for the next step until `a` has come.
+    """
+
+    def __init__(
+        self, curriculum: Curriculum, num_groups: int, due: int, waiting: list[GroupHeader]
+    ) -> None:
+        self._curriculum = curriculum
+        self._num_groups = num_groups
+        self._due = due
+        self._waiting = {header.group_id: header for header in waiting}
         self._claimed: dict[str, GroupHeader] = {}
 
     @property
     def claimed(self) -> list[GroupHeader]:
         return list(self._claimed.values())
 
+    @property
+    def waiting(self) -> list[GroupHeader]:
+        return list(self._waiting.values())
+
     def offer(self, headers: list[GroupHeader]) -> list[list[GroupHeader]]:
-        new = {h.group_id: h for h in headers if h.group_id not in self._claimed}
-        self._claimed |= new
-        return [list(new.values())] if new else []
+        self._waiting |= {h.group_id: h for h in headers if h.group_id not in self._claimed}
+        batch: list[GroupHeader] = []
+        for header in sorted(self._waiting.values(), key=self._drawn_at):
+            if self._has_seat(self._drawn_at(header)):
+                self._claimed[header.group_id] = self._waiting.pop(header.group_id)
+                batch.append(header)
+        return [batch] if batch else []
 
     def forget(self, group_ids: list[str]) -> None:
         for group_id in group_ids:
             self._claimed.pop(group_id, None)
+            self._waiting.pop(group_id, None)
+
+    def _drawn_at(self, header: GroupHeader) -> int:
+        drawn_at = self._curriculum.drawn_at(header.group_id)
+        return int(min(drawn_at, header.min_policy_version))
+
+    def _has_seat(self, drawn_at: int) -> bool:
+        """Whether the step can do without this seat for all groups drawn at an older version."""
+        num_left = self._num_groups - len(self._claimed) - 1
+        return num_left >= 0 and all(
+            num_left >= self._num_needed(version) for version in range(self._due, drawn_at)
+        )
+
+    def _num_needed(self, version: int) -> int:
+        """Seats of this step for groups drawn at `version` or before; later steps have the rest."""
+        unused = self._curriculum.drawn_by(version) - self._claimed.keys()
+        return len(unused) - (version - self._due) * self._num_groups
 
 
 class InDrawOrder:
@@ -67,6 +113,10 @@ class InDrawOrder:
         order = self._curriculum.in_order(set(self._claimed))
         rest = [group_id for group_id in self._claimed if group_id not in order]
         return [self._claimed[group_id] for group_id in (*order, *rest)]
+
+    @property
+    def waiting(self) -> list[GroupHeader]:
+        return []
 
     def offer(self, headers: list[GroupHeader]) -> list[list[GroupHeader]]:
         self._claimed |= {h.group_id: h for h in headers if h.group_id not in self._claimed}

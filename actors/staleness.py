@@ -1,9 +1,9 @@
 """How far rollouts may run ahead of the learner, as a number of slots.
 
 Invariant: at most `capacity` groups are between admission and the moment the engines hold the
-weights they trained. With `capacity = (max_policy_age + 1) * groups_per_step` and groups consumed
-in the order of admission, none is older than `max_policy_age`; one that others overtook can be,
-so the learner checks the age again when it claims. Used by the controller's dispatch loop.
+weights they trained. With `capacity = (max_policy_age + 1) * groups_per_step`, and seats that
+`actors.intake` keeps for those that others overtook, none is older than `max_policy_age`. Used by
+the controller's dispatch loop.
 """
 
 import asyncio

@@ -1,11 +1,12 @@
 """The order in which a step takes its groups in, and that none is taken twice."""
 
 import itertools
+import random
 
 import pytest
 
 from actors.curriculum import Curriculum
-from actors.intake import AsTheyCome, InDrawOrder
+from actors.intake import InDrawOrder, WithinAge
 from actors.rollout import Sampling
 from cluster.types import GroupHeader, Message, Task
 
@@ -16,9 +17,9 @@ TASKS = [
 ]
 
 
-def header(group_id: str) -> GroupHeader:
+def header(group_id: str, policy_version: int = 0) -> GroupHeader:
     return GroupHeader(
-        group_id=group_id, task_id="t", min_policy_version=0, num_tokens=[3, 3],
+        group_id=group_id, task_id="t", min_policy_version=policy_version, num_tokens=[3, 3],
         num_loss_tokens=2, reward_versions={}, priority=0.0,
     )  # fmt: skip
 
@@ -68,7 +69,7 @@ def test_a_group_that_the_buffer_delivers_again_is_taken_in_once(is_sync: bool) 
     """A lease ran out (a clock jumped) while its group waited for the rest of the step."""
     draws = Curriculum(TASKS, 3, SAMPLING, group_size=2)
     drawn = [draws.next().group_id for _ in range(4)]
-    intake = InDrawOrder(draws, 4) if is_sync else AsTheyCome()
+    intake = InDrawOrder(draws, 4) if is_sync else WithinAge(draws, 4, 0, [])
     first = intake.offer([header(g) for g in drawn[:2]])
     second = intake.offer([header(g) for g in drawn])
     taken = [h.group_id for batch in (*first, *second) for h in batch]
@@ -87,3 +88,45 @@ def test_a_lost_group_is_replaced_by_another() -> None:
     drawn = [*drawn[1:], draws.next().group_id]
     rest = intake.offer([header(g) for g in drawn])
     assert [h.group_id for b in rest for h in b] == drawn
+
+
+@pytest.mark.parametrize("max_policy_age", [1, 2, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_long_rollouts_are_used_as_often_as_short_ones_and_none_too_old(
+    max_policy_age: int, seed: int
+) -> None:
+    """A clock drives real slots, draws and intake; lengths are heavy-tailed, a step takes time.
+
+    Without seats for those that are due, the long ones would be overtaken until they are too old.
+    """
+    num_groups, num_steps, rng = 8, 60, random.Random(seed)
+    draws = Curriculum(TASKS, 3, SAMPLING, group_size=2)
+    free, now, version = (max_policy_age + 1) * num_groups, 0.0, 0
+    running: dict[str, tuple[float, int]] = {}  # group -> end, version
+    lengths: dict[str, float] = {}
+    left_over: list[GroupHeader] = []
+    used: list[str] = []
+    ages: list[int] = []
+    while version < num_steps:
+        intake = WithinAge(draws, num_groups, version - max_policy_age, left_over)
+        intake.offer([])
+        while len(intake.claimed) < num_groups:
+            for _ in range(free):
+                group_id = draws.next(version).group_id
+                lengths[group_id] = min(20.0, rng.paretovariate(1.2))
+                running[group_id] = (now + lengths[group_id], version)
+            free = 0
+            first = min(running, key=lambda g: running[g][0])
+            end, at = running.pop(first)
+            now = max(now, end)
+            intake.offer([header(first, at)])
+        left_over = intake.waiting
+        ages += [version - h.min_policy_version for h in intake.claimed]
+        used += [h.group_id for h in intake.claimed]
+        now += 1.0
+        version += 1
+        free = draws.settle([h.group_id for h in intake.claimed])
+        assert free == num_groups
+    assert len(used) == len(set(used)) == num_groups * num_steps
+    assert max(ages) <= max_policy_age
+    assert set(list(lengths)[: num_groups * (num_steps - 1)]) <= set(used), "one was pushed out"
