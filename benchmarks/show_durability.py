@@ -63,7 +63,7 @@ def held_by_tests() -> Iterator[Row]:
         "nothing lost, nothing twice",
     )
     yield proven(
-        "a group is taken in once; no bias: long rollouts are used as often as short ones, none too old",
+        "a group is taken in once; long rollouts are used as often as short ones, none is too old",
         ["tests/unit/test_intake.py", "tests/unit/test_curriculum.py"],
         "all pass",
     )
