@@ -1,10 +1,8 @@
-"""`hone replay`: what a living run's buffer holds, and what moved a step, without changing it."""
+"""What a living run's buffer holds, and what moved a step, without changing it."""
 
-import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from cluster import config_file
 from cluster.config import Config
@@ -15,7 +13,6 @@ from cluster.replay_buffer import ReplayBuffer
 from cluster.run_dir import RunDir
 from cluster.types import StepRecord
 from serve import replay_queries
-from serve.cli import app
 from tests.learner_cases import make_groups
 
 
@@ -65,16 +62,3 @@ def test_a_look_changes_nothing(run: RunDir) -> None:
     with pytest.raises(ConfigError, match="not in the buffer"):
         replay_queries.show(run, "unknown")
     assert replay_queries.stats(run) == before
-
-
-def test_the_commands_print_it(run: RunDir) -> None:
-    def hone(*arguments: str) -> str:
-        done = CliRunner().invoke(app, ["replay", *arguments])
-        assert done.exit_code == 0, done.output
-        return done.output
-
-    assert "leased 1  consumed 1" in hone("stats", str(run.path))
-    assert "group g1-2" in hone("show", str(run.path), "g1-2")
-    assert "step 2 made policy version 2" in hone("why", str(run.path), "--step", "2")
-    whole = json.loads(hone("why", str(run.path), "--step", "1", "--json"))
-    assert whole["num_gone"] == 1
