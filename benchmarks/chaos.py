@@ -31,6 +31,7 @@ from cluster.run_dir import RunDir
 QUICKSTART = ROOT / "deploy" / "configs" / "quickstart.yaml"
 KINDS = ("rollout", "reward", "learner", "redis", "controller", "hang")
 RECOVERY_S = 240.0
+START_S = 600.0  # on a machine that others use, too
 END_S = 30.0
 POLL_S = 0.05
 TINY = [
@@ -89,7 +90,7 @@ class LiveRun:
         """Steps in the ledger."""
         return len(Ledger(self.run.ledger).records())
 
-    def wait_for_steps(self, count: int, timeout_s: float = RECOVERY_S) -> None:
+    def wait_for_steps(self, count: int, timeout_s: float = START_S) -> None:
         deadline = time.monotonic() + timeout_s
         while self.num_steps < count:
             self.check()
