@@ -23,6 +23,7 @@ from benchmarks.secret_code import TEMPLATE, warm_examples, write_tasks
 from benchmarks.show import Row, judged
 from benchmarks.study import Run, figure, mean_curve, train
 from cluster import config_file
+from cluster.errors import StageError
 from cluster.types import Message
 from learners.learner import Learner
 from learners.policy_dir import prepare
@@ -131,8 +132,12 @@ def drawing(results: Results) -> str:
 def rows(quick: bool) -> Iterator[Row]:
     """One row an arm; QUICK takes one seed."""
     seeds = range(1 if quick else 3)
-    with tempfile.TemporaryDirectory(prefix="hone-guide-") as folder:
-        results = measure(Path(folder), seeds, list(ARMS))
+    try:
+        with tempfile.TemporaryDirectory(prefix="hone-guide-") as folder:
+            results = measure(Path(folder), seeds, list(ARMS))
+    except StageError as error:
+        yield judged("Guide on a secret code", "a run failed", "runs end", False, str(error)[-300:])
+        return
     for arm, runs in results.items():
         last = [run.last(PASS) for run in runs]
         is_plain = arm == "GRPO"
