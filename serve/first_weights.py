@@ -32,7 +32,7 @@ def wait_for(run: RunDir, announce: Callable[[str], None]) -> None:
                 f"train; start it with `hone train CONFIG --run {run.name} --resume`"
             )
         # "warm_start: supervised, step 10 of 200, ..." is told once, not at every step.
-        phase = phase_name(state).partition(",")[0].partition(" step ")[0]
+        phase = phase_name(state).partition(",")[0].partition(" step ")[0].rstrip(":")
         if phase != told:
             announce(f"{run.name} is {phase}; waiting for its first weights")
             told = phase

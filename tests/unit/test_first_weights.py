@@ -38,7 +38,7 @@ def test_it_waits_for_the_first_version_and_tells_each_phase_once(run: RunDir) -
     waiting.join(5)
     assert not waiting.is_alive()
     assert [line.split(";")[0] for line in told] == [
-        "demo is starting: loading 1 vLLM engine(s)", "demo is warm_start:",
+        "demo is starting: loading 1 vLLM engine(s)", "demo is warm_start",
     ]  # fmt: skip
 
 
