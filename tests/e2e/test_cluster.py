@@ -97,7 +97,9 @@ def test_no_panel_and_no_alert_of_a_training_run_lacks_data(live: LiveRun) -> No
     """Scraped from the exporters of all three nodes, as Prometheus would."""
     wanted = [(f"{row}: {panel}", query) for row, panel, query in panels() if row != "Serve"]
     wanted += [
-        (rule["alert"], rule["expr"]) for rule in alert_rules() if "ray_serve" not in rule["expr"]
+        (rule["alert"], rule["expr"])
+        for rule in alert_rules()
+        if "ray_hone_endpoint" not in rule["expr"]
     ]
     missing: list[str] = []
 

@@ -108,7 +108,7 @@ def test_the_serve_row_of_the_dashboard_has_data(served: Served) -> None:
     [node] = ray.nodes()
     url = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
     wanted = [query for row, _, query in panels() if row == "Serve"]
-    wanted += [rule["expr"] for rule in alert_rules() if "ray_serve" in rule["expr"]]
+    wanted += [rule["expr"] for rule in alert_rules() if "ray_hone_endpoint" in rule["expr"]]
     missing = [""]
 
     def is_answered() -> bool:

@@ -16,7 +16,7 @@ def test_a_run_of_ones_own_listens_on_loopback_and_refuses_strangers(
     tiny_config: Config, tmp_path: Path, record_property: Callable[[str, float], None]
 ) -> None:
     run = RunDir.create(tmp_path, "demo", "run: {}\n", exist_ok=False)
-    with train._cluster(tiny_config, run, "local"):
+    with train.ray_session(tiny_config, run, "local"):
         assert ray.get(ray.remote(num_cpus=0)(lambda: 1).remote(), timeout=60) == 1
         children = psutil.Process().children(recursive=True)
         found = doors(child.pid for child in children)
