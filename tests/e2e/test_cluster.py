@@ -23,7 +23,7 @@ from tests.cluster_cases import (
 from tests.doors import doors
 from tests.monitoring_cases import Scrape, alert_rules, panels, prometheus
 
-pytestmark = pytest.mark.timeout(500)
+pytestmark = [pytest.mark.timeout(500), pytest.mark.slow]
 
 
 class LiveRun:

@@ -67,6 +67,7 @@ def test_resumed_after_kill_9_of_everything_ends_with_the_same_bits(
     assert_as_if_nothing_happened(calm, hurt, record_property)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_chaos_of_every_kind_of_process_ends_with_the_same_bits(
     calm: LiveRun, hurt: LiveRun, record_property: Record
