@@ -22,8 +22,8 @@ METHODS = (
     "ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
     "ray.rpc.NodeManagerService/GetNodeStats",
     "ray.rpc.CoreWorkerService/GetCoreWorkerStats",
-    "ray.rpc.ObjectManagerService/FreeObjects",
-    "ray.rpc.ReporterService/ReportMetrics",
+    "ray.rpc.ObjectManagerService/Pull",
+    "ray.rpc.ReporterService/GetTraceback",
     "ray.rpc.RayletDriver/ClusterInfo",
 )
 
