@@ -36,6 +36,7 @@ END_S = 30.0
 POLL_S = 0.05
 TINY = [
     "policy.hidden_size=64", "policy.num_layers=2", "policy.num_heads=2", "warm_start.steps=20",
+    "warm_start.examples=640", "tasks.train.settings.size=1000",
     "rollout.groups_per_step=4", "rollout.group_size=4", "rollout.max_new_tokens=24",
     "eval.tasks=4", "eval.samples_per_task=1", "eval.every=100000",
     "rewards.verifiers.correct={use: 'benchmarks.chaos:even_length'}",

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 HONE = [sys.executable, "-c", "from serve.cli import main; main()"]
 SMALL = [
     "policy.hidden_size=64", "policy.num_layers=2", "policy.num_heads=2", "warm_start.steps=20",
+    "warm_start.examples=640", "tasks.train.settings.size=1000",
     "rollout.groups_per_step=4", "rollout.group_size=4", "eval.tasks=8", "eval.every=100000",
     "tasks.skip_uniform=false", "run.steps=100000", "rollout.max_policy_age=1",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ HONE = Path(sys.executable).parent / "hone"
 QUICKSTART = ROOT / "deploy" / "configs" / "quickstart.yaml"
 SMALL = [
     "policy.hidden_size=64", "policy.num_layers=2", "policy.num_heads=2", "warm_start.steps=20",
+    "warm_start.examples=640", "tasks.train.settings.size=1000",
     "rollout.groups_per_step=4", "rollout.group_size=4", "eval.tasks=8", "eval.every=2",
     "tasks.skip_uniform=false", "run.checkpoint_every=2",
 ]  # fmt: skip
