@@ -13,10 +13,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from cluster.checkpoint_store import CheckpointStore
 from cluster.config import Config
-from cluster.config_file import parse
+from cluster.config_file import dump, parse
+from cluster.run_dir import RunDir
 from cluster.types import (
     GroupHeader,
+    RunState,
     StepResult,
     Task,
     Trajectory,
@@ -144,6 +147,24 @@ def train_step(
         plan = plan_groups(headers, world_size, budget, minibatches, first)
         learner.forward_backward(portion, plan)
     return learner.optim_step()
+
+
+def make_run_with_checkpoints(root: Path) -> RunDir:
+    """A run with checkpoints of versions 1 and 2, and the learner's own exports of them beside it,
+    `version_<n>.safetensors`.
+    """
+    config = make_config()
+    run = RunDir.create(root, "demo", dump(config), exist_ok=False)
+    prepare(config.policy, ["1 plus 2 is 3"] * 20, root / "cache", run.policy, 1)
+    store = CheckpointStore(run.checkpoints, keep=5)
+    with open_learner(config, run.policy) as learner:
+        for step in (1, 2):
+            train_step(learner, step)
+            learner.save(store.begin(step))
+            state = RunState(run_id="demo", step=step, policy_version=step, config_hash="")
+            store.commit(step, state)
+            learner.export_weights(root / f"version_{step}.safetensors")
+    return run
 
 
 def assert_same_weights(one: Path, other: Path, atol: float) -> float:

@@ -7,32 +7,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from cluster.checkpoint_store import CheckpointStore
-from cluster.config_file import dump
 from cluster.errors import ConfigError, StageError
 from cluster.run_dir import RunDir
-from cluster.types import RunState
-from learners.policy_dir import prepare
 from serve import export
-from tests.learner_cases import assert_same_weights, make_config, open_learner, train_step
+from tests.learner_cases import assert_same_weights, make_run_with_checkpoints
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """A run with checkpoints of versions 1 and 2, and the learner's own exports beside it."""
-    root = tmp_path_factory.mktemp("runs")
-    config = make_config()
-    run = RunDir.create(root, "demo", dump(config), exist_ok=False)
-    prepare(config.policy, ["1 plus 2 is 3"] * 20, root / "cache", run.policy, 1)
-    store = CheckpointStore(run.checkpoints, keep=5)
-    with open_learner(config, run.policy) as learner:
-        for step in (1, 2):
-            train_step(learner, step)
-            learner.save(store.begin(step))
-            state = RunState(run_id="demo", step=step, policy_version=step, config_hash="")
-            store.commit(step, state)
-            learner.export_weights(root / f"version_{step}.safetensors")
-    return run
+    return make_run_with_checkpoints(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.mark.parametrize(("asked", "version"), [(1, 1), (2, 2), (None, 2)])

@@ -7,16 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cluster import config_file, published
-from cluster.checkpoint_store import CheckpointStore
+from cluster import published
 from cluster.config import Config
 from cluster.run_dir import RunDir
-from cluster.types import RunState
-from learners.policy_dir import prepare
 from serve.api_errors import ApiError
 from serve.weight_library import WeightLibrary, check_file
 from tests.endpoint_cases import make_run, publish
-from tests.learner_cases import assert_same_weights, make_config, open_learner, train_step
+from tests.learner_cases import assert_same_weights, make_run_with_checkpoints
 
 
 @pytest.fixture
@@ -94,17 +91,7 @@ def test_a_file_is_checked_before_an_engine_sees_it(run: RunDir, tmp_path: Path)
 
 
 async def test_a_pinned_version_comes_from_its_checkpoint(tmp_path: Path) -> None:
-    config = make_config()
-    run = RunDir.create(tmp_path, "demo", config_file.dump(config), exist_ok=False)
-    prepare(config.policy, ["1 plus 2 is 3"] * 20, tmp_path / "cache", run.policy, 1)
-    store = CheckpointStore(run.checkpoints, keep=5)
-    with open_learner(config, run.policy) as learner:
-        for step in (1, 2):
-            train_step(learner, step)
-            learner.save(store.begin(step))
-            state = RunState(run_id="demo", step=step, policy_version=step, config_hash="")
-            store.commit(step, state)
-            learner.export_weights(tmp_path / f"version_{step}.safetensors")
+    run = make_run_with_checkpoints(tmp_path)
     library = WeightLibrary(run, tmp_path / "held")
     assert library.newest_checkpoint() == 2
     weights = await library.get(1)
