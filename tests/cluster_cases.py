@@ -180,7 +180,8 @@ def three_nodes(place: Path) -> Iterator[ThreeNodes]:
                 "PATH": f"{HONE.parent}{os.pathsep}{os.environ['PATH']}",
             }
         )
-        environment.pop("RAY_ADDRESS", None)
+        for name in ("RAY_ADDRESS", ray_token.TOKEN):
+            environment.pop(name, None)
         nodes = ThreeNodes(place, short, environment, server.pid)
         stack.callback(nodes.close)
         yield nodes

@@ -1,13 +1,18 @@
 """Fixtures shared by all kinds of tests: a tiny config, a real Redis, a real local Ray."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cluster import config_file
+from cluster import config_file, ray_token
 from cluster.config import Config
+
+# Ray reads its token once in a process: one for all tests, and none of the user's.
+os.environ[ray_token.MODE] = "token"
+os.environ[ray_token.TOKEN] = secrets.token_hex(32)
 
 TINY = {
     "policy": {"type": "tiny", "hidden_size": 64, "num_layers": 2, "num_heads": 2,
