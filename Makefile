@@ -21,7 +21,7 @@ unit: setup
 	@$(PY) -m pytest tests/unit
 
 test: check
-	@$(PY) -m pytest -m 'not slow' tests/unit tests/integration tests/e2e
+	@$(PY) -m pytest --durations=20 -m 'not slow' tests/unit tests/integration tests/e2e
 
 show: setup
 	@$(PY) -m benchmarks.show $(AREA)

@@ -174,7 +174,15 @@ async def _start_parts(
         rewards=rewards,
         admin=admin,
         buffered=buffered,
-        sync=WeightSync(config.sync, learner, fleet, run.weights, observer.event),
+        sync=WeightSync(
+            config.sync,
+            learner,
+            fleet,
+            run.weights,
+            observer.event,
+            context_length=config.policy.context_length,
+            prompts=policy.prompts,
+        ),
         curriculum=Curriculum(train_tasks, config.run.seed, sampling, config.rollout.group_size),
         sampling=sampling,
         eval_tasks=eval_tasks,
@@ -184,10 +192,13 @@ async def _start_parts(
 
 @dataclass(frozen=True)
 class PreparedPolicy:
-    """A loadable policy directory, the token that ends a completion, and what to warm it up on."""
+    """A loadable policy directory, the token that ends a completion, a few prompts as token ids,
+    and what to warm it up on.
+    """
 
     directory: Path
     stop_token_id: int
+    prompts: list[list[int]]
     examples: list[Example]
 
 
@@ -230,4 +241,6 @@ def _prepare_policy(
                 examples.append(
                     (render(tokenizer, task.messages), encode_completion(tokenizer, text))
                 )
-    return PreparedPolicy(policy_dir, stop, examples)
+    chosen = tasks[: config.sync.probe_sequences]
+    prompts = [render(tokenizer, task.messages) for task in chosen]
+    return PreparedPolicy(policy_dir, stop, prompts, examples)

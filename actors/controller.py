@@ -18,8 +18,8 @@ import time
 from actors.bookkeeping import SKIPPED, Bookkeeping
 from actors.bring_up import Parts, bring_up
 from actors.checkpointing import Checkpointing
-from actors.evaluate import evaluate
 from actors.gathering import Gathering
+from actors.held_out import HeldOut
 from actors.observer import Observer
 from actors.producer import Producer
 from actors.rollout import RolloutRequest
@@ -56,6 +56,7 @@ class Controller:
         self._checkpoints = Checkpointing(
             self._books.store, self._books.buffer, self._supervisor, self._observer.event
         )
+        self._held_out = HeldOut(config, self._stages, self._observer, self._stopping)
         self._gathering = Gathering(config, self._books, self._stages, self._stopping, self._drop)
         self._slots = StalenessPolicy(config.max_groups_in_flight)
         self._starting: asyncio.Task[Parts] | None = None
@@ -146,7 +147,7 @@ class Controller:
         self._observer.phase("starting", "first weight sync", 3.0)
         await self._sync(parts)
         if is_new:
-            self._observer.log_step(0, parts.warm_start | await self._evaluate(parts))
+            self._observer.log_step(0, parts.warm_start | await self._measure(parts))
         self._observer.phase("training", "", 0.0)
 
     async def _loop(self, parts: Parts) -> None:
@@ -192,7 +193,11 @@ class Controller:
         summary = production.last
         self._books.note_scored(summary)
         known = [reward for reward in summary.rewards if reward is not None]
-        parts.curriculum.observe(summary.is_uniform, sum(known) / max(1, len(known)))
+        if known:
+            self._supervisor.group_scored()
+            parts.curriculum.observe(summary.is_uniform, sum(known) / len(known))
+        else:
+            await asyncio.sleep(self._supervisor.group_unscored())
         is_known = summary.outcome == "duplicate" and await self._books.is_stored(group_id)
         if summary.outcome != "added" and not is_known:
             await self._drop([group_id], summary.outcome)
@@ -215,13 +220,14 @@ class Controller:
                 return
             result = await parts.learner.optim_step()
             ages = [self._books.policy_version - h.min_policy_version for h in headers]
-            if result.policy_version == self._books.policy_version:
+            is_skipped = result.policy_version == self._books.policy_version
+            if is_skipped:
                 self._observer.event("step_skipped", step=result.step, num_groups=len(headers))
                 for header in headers:
                     self._observer.count_drop(SKIPPED)
                     self._books.note_dropped(header.group_id, SKIPPED, "")
             shown = await self._books.commit(headers, result)
-            self._supervisor.step_made()
+            self._supervisor.step_skipped() if is_skipped else self._supervisor.step_made()
             num_slots = parts.curriculum.settle([header.group_id for header in headers])
             parts.sync.choose_probes(shown)
             chosen = self._observer.choose(shown)
@@ -262,26 +268,15 @@ class Controller:
         }
         if is_last or result.step % self._config.eval.every == 0:
             with self._stages.wait("learn", "evaluation"):
-                metrics |= await self._evaluate(parts)
+                metrics |= await self._measure(parts)
         self._observer.log_step(result.step, metrics)
         if result.step % self._config.run.checkpoint_every == 0 and not is_last:
             await self._save(parts)
         else:
             await self._checkpoints.settle(parts.learner)
 
-    async def _evaluate(self, parts: Parts) -> dict[str, float]:
-        self._observer.phase("evaluating", f"held-out pass@1 at step {self._books.step}", 0.0)
-        with self._stages.busy("eval"), parts.rewards.one_version() as score:
-            result = await evaluate(
-                parts.fleet,
-                score,
-                parts.eval_tasks,
-                self._config.eval,
-                parts.sampling,
-                self._books.policy_version,
-            )
-        self._observer.phase("training", "", 0.0)
-        return {"eval/pass@1": result.pass_at_1.value, "eval/pass@k": result.pass_at_k.value}
+    async def _measure(self, parts: Parts) -> dict[str, float]:
+        return await self._held_out.measure(parts, self._books.step, self._books.policy_version)
 
     async def _save(self, parts: Parts) -> None:
         """Start to make the present step durable."""

@@ -58,11 +58,14 @@ async def evaluate(
     config: EvalSection,
     sampling: Sampling,
     policy_version: int,
+    num_parallel: int,
     on_task: Callable[[], None] = lambda: None,
 ) -> EvalResult:
     """Sample `eval.samples_per_task` completions of the first `eval.tasks` tasks and score them;
+    at most `num_parallel` tasks are under way at once, so that none times out in a queue;
     `on_task` is called after each task.
     """
+    free = asyncio.Semaphore(num_parallel)
 
     async def samples_of(index: int, task: Task) -> TaskSamples:
         request = RolloutRequest(
@@ -74,7 +77,8 @@ async def evaluate(
             ),
         )
         try:
-            summary, encoded = await score(await fleet.rollout(request))
+            async with free:
+                summary, encoded = await score(await fleet.rollout(request))
         except StageError as error:
             logger.warning("%s is left out: %s", request.group_id, error)
             return TaskSamples([], [])

@@ -8,7 +8,7 @@ step gets another. Owned by the controller.
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from actors.bookkeeping import DEAD_LETTER, TOO_OLD, Bookkeeping
+from actors.bookkeeping import DEAD_LETTER, TOO_OLD, Bookkeeping, Claim
 from actors.curriculum import Curriculum
 from actors.intake import InDrawOrder, Intake, WithinAge
 from actors.stages import Stages
@@ -56,12 +56,20 @@ class Gathering:
                 return intake.claimed
             if self._stopping.is_set():
                 return [*intake.claimed, *intake.waiting]
-            missing = self._num_groups - len(intake.claimed)
-            with self._stages.wait("learn", "scored groups"):
-                claim = await self._books.claim(missing, CLAIM_WAIT_S)
+            claim = await self._claim(self._num_groups - len(intake.claimed))
             await self._drop(claim.too_old, TOO_OLD, "")
             await self._bury(claim.dead, intake)
             batches = intake.offer(claim.headers)
+
+    async def _claim(self, num_groups: int) -> Claim:
+        """What the buffer has next; nothing when the run is stopping. One wait, however long: the
+        watchdog goes by it.
+        """
+        with self._stages.wait("learn", "scored groups"):
+            while True:
+                claim = await self._books.claim(num_groups, CLAIM_WAIT_S)
+                if claim.headers or claim.too_old or claim.dead or self._stopping.is_set():
+                    return claim
 
     def forget(self) -> None:
         """The run goes back to its last durable state: nothing is left over from a step."""

@@ -70,6 +70,8 @@ async def _evaluate(
     try:
         await fleet.start()
         await fleet.serve_as_loaded()
-        return await evaluate(fleet, score, tasks, config.eval, sampling, 0, on_task)
+        return await evaluate(
+            fleet, score, tasks, config.eval, sampling, 0, config.max_groups_in_flight, on_task
+        )
     finally:
         await fleet.stop()

@@ -10,6 +10,9 @@ from cluster.errors import DeadlineError, HoneError, LearnerLostError, StageErro
 MAX_GROUPS_IN_A_ROW = 16
 MAX_RESTARTS_IN_A_ROW = 3
 MAX_SAVES_IN_A_ROW = 3
+MAX_SKIPPED_IN_A_ROW = 8
+MAX_UNSCORED_IN_A_ROW = 1024  # groups; an outage of minutes, since each one slows the next down
+UNSCORED_PAUSE_S, MAX_UNSCORED_PAUSE_S = 0.1, 30.0
 
 
 class Supervisor:
@@ -19,6 +22,8 @@ class Supervisor:
         self._groups = 0
         self._restarts = 0
         self._saves = 0
+        self._skipped = 0
+        self._unscored = 0
 
     def group_failed(self, error: HoneError) -> str:
         """The reason to drop the group for; raises `error` when it is no accident."""
@@ -37,6 +42,20 @@ class Supervisor:
     def group_made(self) -> None:
         self._groups = 0
 
+    def group_unscored(self) -> float:
+        """No verifier could judge a group; seconds to wait before the next one takes its place."""
+        self._unscored += 1
+        if self._unscored >= MAX_UNSCORED_IN_A_ROW:
+            raise StageError(
+                "score",
+                f"no trajectory of the last {self._unscored} groups got a verdict: the checks "
+                "could not be made (rewards.verifiers; logs/reward-*.log say why)",
+            )
+        return min(MAX_UNSCORED_PAUSE_S, UNSCORED_PAUSE_S * self._unscored)
+
+    def group_scored(self) -> None:
+        self._unscored = 0
+
     def learner_lost(self, error: LearnerLostError) -> None:
         """Start the group anew, unless it was lost again and again without a step in between."""
         self._restarts += 1
@@ -50,7 +69,17 @@ class Supervisor:
             raise error
 
     def step_made(self) -> None:
-        self._restarts = 0
+        self._restarts = self._skipped = 0
+
+    def step_skipped(self) -> None:
+        """Go on with the weights as they are, unless step after step has no finite gradient."""
+        self._skipped += 1
+        if self._skipped >= MAX_SKIPPED_IN_A_ROW:
+            raise StageError(
+                "learn",
+                f"loss or gradient of the last {self._skipped} steps was not finite and none was "
+                "taken: lower learner.lr, or go back to an older checkpoint",
+            )
 
     def save_failed(self, error: HoneError) -> None:
         """Go on with the checkpoint before, unless saves fail again and again."""

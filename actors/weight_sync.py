@@ -10,6 +10,7 @@ import asyncio
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class SyncReport:
     """One sync. `probe_error` is the largest mean |engine - learner| log-prob over engines, in
-    nats; None when there was no sequence to probe with yet.
+    nats; None when `sync.probe_sequences` is 0.
     """
 
     policy_version: int
@@ -63,28 +64,36 @@ class WeightSync:
         fleet: RolloutFleet,
         directory: Path,
         on_event: EventSink,
+        *,
+        context_length: int,
+        prompts: Sequence[Sequence[int]],
     ) -> None:
         self._config = config
         self._learner = learner
         self._fleet = fleet
         self._directory = directory
         self._on_event = on_event
+        self._max_probe_tokens = context_length - 1  # an engine adds one token to what it scores
         self._probes: list[np.ndarray] = []
         self._expected: list[np.ndarray] = []
         self._published: tuple[Path, int] | None = None
         self._lock = asyncio.Lock()
+        self._probe_with([np.asarray(prompt) for prompt in prompts])
         fleet.catch_up = self.catch_up
         directory.mkdir(parents=True, exist_ok=True)
 
     def choose_probes(self, groups: list[TrajectoryGroup]) -> None:
-        """Take sequences of real trajectories as the next probes; keeps the old ones if there are
-        none.
+        """Take sequences of real trajectories as the next probes, in place of those before, which
+        were `prompts` at first; keeps them if there are none.
         """
         trajectories = [t for group in groups for t in group.trajectories if len(t.token_ids)]
-        step = max(1, len(trajectories) // max(1, self._config.probe_sequences))
-        chosen = trajectories[::step][: self._config.probe_sequences]
+        self._probe_with([np.concatenate([t.context_tokens, t.token_ids]) for t in trajectories])
+
+    def _probe_with(self, sequences: list[np.ndarray]) -> None:
+        step = max(1, len(sequences) // max(1, self._config.probe_sequences))
+        chosen = sequences[::step][: self._config.probe_sequences]
         if chosen:
-            self._probes = [np.concatenate([t.context_tokens, t.token_ids]) for t in chosen]
+            self._probes = [tokens[: self._max_probe_tokens] for tokens in chosen]
 
     async def sync(self, policy_version: int) -> SyncReport:
         """Bring every serving engine to `policy_version`; `StageError` when none is left that

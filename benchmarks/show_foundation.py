@@ -109,10 +109,7 @@ def held_by_tests() -> Iterator[Row]:
     )
     yield proven(
         "replay buffer, real server: two learners, leases, duplicates, full, 10,000 groups",
-        [
-            f"tests/integration/test_replay_{n}.py"
-            for n in ("buffer", "faults", "lost_replies", "model")
-        ],
+        [f"tests/integration/test_replay_{name}.py" for name in BUFFER_TESTS],
         "nothing lost, nothing twice",
     )
     yield proven(
@@ -150,39 +147,46 @@ def pretrained_policy(folder: Path) -> Row:
         f"{len(losses)} finite losses, versions {sorted(syncs)} synced, mismatch {mismatch:.1e}, "
         f"{right} of {len(samples)} samples right, {run.total_s:.0f} s",
         f"3 losses, versions 0-3, mismatch <= {MISMATCH:g}",
-        len(losses) == 3 and syncs >= {1, 2, 3} and has_samples and mismatch <= MISMATCH,
+        len(losses) == 3 and syncs == {0, 1, 2, 3} and has_samples and mismatch <= MISMATCH,
     )
 
 
 def quickstart(clone: Path, seeds: list[int]) -> Iterator[Row]:
     """`make quickstart` in a fresh clone, set-up included for the first seed."""
-    gains: list[float] = []
+    first_s: list[float] = []
     mismatches: list[float] = []
     for seed in seeds:
         run = run_timed(["make", "quickstart", f"SEED={seed}"], clone, 2 * QUICKSTART_S)
         if run.code != 0:
             yield judged("make quickstart", f"exit code {run.code}", "0", False, _tail(run))
             return
-        if seed == seeds[0]:
-            yield judged(
-                "make quickstart, from clone to report",
-                f"{run.total_s / 60:.1f} min; first output after {run.first_s:.2f} s",
-                f"{QUICKSTART_S / 60:.0f} min; {FEEDBACK_S:.0f} s",
-                run.total_s <= QUICKSTART_S and run.first_s <= FEEDBACK_S,
-                f"load average {os.getloadavg()[1]:.1f} on {os.cpu_count()} cores",
-            )
+        first_s.append(run.first_s)
+        yield judged(
+            f"make quickstart to its report, seed {seed}"
+            + (", set-up of a fresh clone included" if seed == seeds[0] else ""),
+            f"{run.total_s / 60:.1f} min",
+            f"{QUICKSTART_S / 60:.0f} min",
+            run.total_s <= QUICKSTART_S,
+            f"load average {os.getloadavg()[1]:.1f} on {os.cpu_count()} cores",
+        )
         done = RunDir.open(parent=clone / "runs")
         metrics = done.read_metrics()
         accuracies = [row["eval/pass@1"] for row in metrics if "eval/pass@1" in row]
-        gains.append(accuracies[-1] - accuracies[0])
+        gain = accuracies[-1] - accuracies[0]
         mismatches += [row["ratio/mismatch_abs_mean"] for row in metrics if row["step"] >= 1]
         is_reported = f"{accuracies[-1]:.3f}" in done.report.read_text()
         yield judged(
             f"held-out pass@1 over the warm-started policy, seed {seed}, in the report",
-            f"{accuracies[0]:.3f} to {accuracies[-1]:.3f} (+{gains[-1]:.3f})",
+            f"{accuracies[0]:.3f} to {accuracies[-1]:.3f} ({gain:+.3f})",
             f"+{GAIN}",
-            gains[-1] >= GAIN and is_reported,
+            gain >= GAIN and is_reported,
         )
+    yield judged(
+        f"first output on screen, worst of {len(first_s)}",
+        f"{max(first_s):.2f} s",
+        f"{FEEDBACK_S:.0f} s",
+        max(first_s) <= FEEDBACK_S,
+    )
     yield judged(
         f"on-policy, float32: |rollout - learner| log-prob, worst of {len(mismatches)} steps",
         f"{max(mismatches):.1e}",

@@ -17,9 +17,17 @@ from pydantic import BaseModel, ValidationError
 from cluster.config import Config
 from cluster.errors import ConfigError
 
-# What a resumed run may change: it does not shape what is learnt, only where and how fast.
+# What a resumed run may change: not what is learnt, only where, how fast and for how long.
 BOOKKEEPING: dict[str, Any] = {
-    "run": True,
+    "run": {
+        "name",
+        "dir",
+        "steps",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "samples_per_step",
+        "trackers",
+    },
     "resources": True,
     "buffer": True,
     "eval": True,

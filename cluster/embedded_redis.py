@@ -63,6 +63,10 @@ os.execv(sys.argv[2], sys.argv[2:])
 _log = logging.getLogger(__name__)
 
 
+class _EndedError(StageError):
+    """The server process is gone."""
+
+
 class EmbeddedRedis:
     """One server on one data directory.
 
@@ -95,8 +99,9 @@ class EmbeddedRedis:
         """
         deadline = time.monotonic() + deadline_s
         if self._process is not None and self._process.poll() is None:
-            self._wait_until_ready(deadline, deadline_s)  # slow is not dead
-            return self.url
+            with suppress(_EndedError):  # a killed one may take a moment to be gone
+                self._wait_until_ready(deadline, deadline_s)  # slow is not dead
+                return self.url
         program = server_program()
         self._data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = self._lock(deadline)
@@ -195,7 +200,7 @@ class EmbeddedRedis:
     def _wait_until_ready(self, deadline: float, deadline_s: float) -> None:
         while (reason := self._refusal()) is not None:
             if self._process is None or self._process.poll() is not None:
-                raise StageError(_STAGE, f"the server ended at start:\n{self._log_tail()}")
+                raise _EndedError(_STAGE, f"the server ended at start:\n{self._log_tail()}")
             if time.monotonic() > deadline:
                 raise DeadlineError(
                     _STAGE, f"the server must answer in {deadline_s:.0f} s, got: {reason}"

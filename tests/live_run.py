@@ -20,6 +20,9 @@ HONE = [sys.executable, "-c", "from serve.cli import main; main()"]
 SMALL = [
     "policy.hidden_size=64", "policy.num_layers=2", "policy.num_heads=2", "warm_start.steps=20",
     "warm_start.examples=640", "tasks.train.settings.size=1000",
+    # The policy gets nothing right, and a run of equal rewards ends: lengths vary, and go on to.
+    "rewards.verifiers.short={use: length, weight: 0.1, settings: {max_tokens: 99}}",
+    "learner.lr=1.0e-7",
     "rollout.groups_per_step=4", "rollout.group_size=4", "eval.tasks=8", "eval.every=100000",
     "tasks.skip_uniform=false", "run.steps=100000", "rollout.max_policy_age=1",
 ]  # fmt: skip

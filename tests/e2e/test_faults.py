@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.chaos import KINDS, LiveRun, differing
 
+pytestmark = pytest.mark.slow  # `make show AREA=durability` runs them
 STEPS = 40
 OPTIONS = [
     f"run.steps={STEPS}", "run.checkpoint_every=4", "rollout.timeout_s=45", "sync.timeout_s=45",
@@ -67,7 +68,6 @@ def test_resumed_after_kill_9_of_everything_ends_with_the_same_bits(
     assert_as_if_nothing_happened(calm, hurt, record_property)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_chaos_of_every_kind_of_process_ends_with_the_same_bits(
     calm: LiveRun, hurt: LiveRun, record_property: Record

@@ -61,6 +61,7 @@ def guided_config(tiny_config: Config, redis_url: str) -> Config:
     return tiny_config.model_copy(
         update={
             "rollout": tiny_config.rollout.model_copy(update={"program": guide}),
+            "sync": tiny_config.sync.model_copy(update={"probe_bound": 1e-4}),
             "objective": ObjectiveSection(losses={"policy": LossConfig(use="guide")}),
         }
     )
@@ -86,7 +87,15 @@ async def parts(
         ),
         fleet.start(),
     )  # fmt: skip
-    sync = WeightSync(guided_config.sync, learner, fleet, run_dir / "weights", on_event)
+    sync = WeightSync(
+        guided_config.sync,
+        learner,
+        fleet,
+        run_dir / "weights",
+        on_event,
+        context_length=guided_config.policy.context_length,
+        prompts=[[5, 6, 7, 8], [9, 10, 11]],
+    )
     parts = Parts(learner, fleet, sync)
     parts.events = events
     yield parts
@@ -102,26 +111,28 @@ async def rollout(parts: Parts, asked: RolloutRequest) -> TrajectoryGroup:
     return wire.decode(await (await parts.fleet.rollout(asked)), TrajectoryGroup)
 
 
-async def move_weights(parts: Parts, policy_version: int) -> None:
-    """Change the learner's weights for real, by the same noise on every rank count."""
+async def move_weights(parts: Parts, policy_version: int, scale: float = 0.05) -> None:
+    """Change the learner's weights for real, by noise of `scale`."""
     for rank in parts.learner.ranks:
-        await rank.__ray_call__.remote(_perturb, policy_version)
+        await rank.__ray_call__.remote(_perturb, policy_version, scale)
 
 
-def _perturb(rank: Any, seed: int) -> None:
+def _perturb(rank: Any, seed: int, scale: float) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in rank._learner._policy.parameters():
             local = parameter.to_local()
-            local.add_(torch.randn(local.shape, generator=generator) * 0.05)
+            local.add_(torch.randn(local.shape, generator=generator) * scale)
 
 
 async def test_engine_and_learner_agree_before_and_after_a_sync(
     parts: Parts, record_property: Callable[[str, float], None]
 ) -> None:
-    await parts.sync.sync(0)
+    first = await parts.sync.sync(0)
+    assert first.probe_error is not None  # by the prompts: engines are proven before they serve
+    assert first.probe_error <= 1e-4
     for version in (1, 2):
         group = await rollout(parts, request(f"before-{version}"))
         parts.sync.choose_probes([group])
@@ -269,6 +280,17 @@ async def test_wrong_and_overlong_hints_end_in_a_dropped_group_and_nothing_else(
     assert parts.fleet.workers[0].state is WorkerState.HEALTHY
 
 
+async def test_a_trajectory_as_long_as_the_context_is_a_probe_like_any_other(
+    parts: Parts, guided_config: Config
+) -> None:
+    long = await rollout(parts, RolloutRequest("to the end", TASK, 4, Sampling(200, 1.0, [], 3)))
+    lengths = [len(t.context_tokens) + len(t.token_ids) for t in long.trajectories]
+    assert max(lengths) == guided_config.policy.context_length
+    parts.sync.choose_probes([long])
+    await parts.sync.sync(parts.fleet.workers[0].policy_version)
+    assert parts.fleet.workers[0].state is WorkerState.HEALTHY
+
+
 async def test_requests_in_flight_survive_a_sync_and_report_both_versions(parts: Parts) -> None:
     asked = RolloutRequest("long", TASK, 4, Sampling(100, 1.0, [], 3))
     before = parts.fleet.workers[0].policy_version
@@ -312,10 +334,12 @@ async def test_a_dead_engine_is_replaced_and_its_group_produced(parts: Parts) ->
 
 
 async def test_the_probe_catches_a_stale_output_head(parts: Parts) -> None:
-    """Without the repair vLLM keeps the old prepacked head on CPU: the engine must not serve."""
+    """Without the repair vLLM keeps the old prepacked head on CPU: the engine must not serve, even
+    where a step has moved weights by no more than Adam's at a learning rate of 1e-4.
+    """
     worker = parts.fleet.workers[0]
     await worker.handle.__ray_call__.remote(_break_head)
-    await move_weights(parts, 12)
+    await move_weights(parts, 12, scale=1e-4)
     with pytest.raises(StageError, match="no rollout engine holds policy version 12"):
         await parts.sync.sync(12)
     assert worker.state is WorkerState.QUARANTINED

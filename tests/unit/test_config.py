@@ -180,6 +180,7 @@ def test_the_hash_covers_what_shapes_learning_only(config_path: Path):
     assert hashed("run.name=other", "run.steps=7", "eval.every=3", "resources.cpus=1") == hashed()
     assert hashed("learner.world_size=2", "rollout.workers=3", "sync.timeout_s=9") == hashed()
     assert hashed("learner.lr=0.5") != hashed()
+    assert hashed("run.seed=1") != hashed()  # it decides which tasks come, and in which order
     assert hashed("rewards.verifiers.correct.weight=2") != hashed()
 
 

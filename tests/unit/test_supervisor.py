@@ -6,6 +6,8 @@ from actors.supervisor import (
     MAX_GROUPS_IN_A_ROW,
     MAX_RESTARTS_IN_A_ROW,
     MAX_SAVES_IN_A_ROW,
+    MAX_SKIPPED_IN_A_ROW,
+    MAX_UNSCORED_IN_A_ROW,
     Supervisor,
 )
 from cluster.errors import (
@@ -77,3 +79,27 @@ def test_saves_may_fail_but_not_for_ever() -> None:
         supervisor.save_failed(error)
     with pytest.raises(StageError, match=r"3 saves failed in a row.*No space left"):
         supervisor.save_failed(error)
+
+
+def test_steps_without_a_finite_gradient_end_the_run_and_a_good_one_gives_the_budget_back() -> None:
+    supervisor = Supervisor()
+    for _ in range(2):
+        for _ in range(MAX_SKIPPED_IN_A_ROW - 1):
+            supervisor.step_skipped()
+        supervisor.step_made()
+    for _ in range(MAX_SKIPPED_IN_A_ROW - 1):
+        supervisor.step_skipped()
+    with pytest.raises(StageError, match=r"not finite.*learner\.lr"):
+        supervisor.step_skipped()
+
+
+def test_groups_without_a_verdict_slow_the_run_down_before_they_end_it() -> None:
+    supervisor = Supervisor()
+    pauses = [supervisor.group_unscored() for _ in range(MAX_UNSCORED_IN_A_ROW - 1)]
+    assert pauses[0] <= 0.1
+    assert pauses == sorted(pauses)
+    assert sum(pauses) > 3600
+    with pytest.raises(StageError, match="got a verdict"):
+        supervisor.group_unscored()
+    supervisor.group_scored()
+    assert supervisor.group_unscored() == pauses[0]
