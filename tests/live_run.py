@@ -114,8 +114,8 @@ class LiveRun:
             time.sleep(0.2)
 
     def interrupt(self) -> int:
-        """Ctrl-C in the terminal of `hone train`; its exit code."""
-        self.train.send_signal(signal.SIGINT)
+        """SIGTERM to `hone train`, as a job scheduler sends it; its exit code."""
+        self.train.send_signal(signal.SIGTERM)
         return self.train.wait(60)
 
     def close(self) -> None:
