@@ -191,7 +191,7 @@ def ray_session(config: Config, run_dir: RunDir, address: str) -> Iterator[None]
             )
         yield
     finally:
-        ray.shutdown()
+        ray.shutdown(wait_for_processes=True)
         _keep_worker_logs(temporary, run_dir.logs / "ray")
         shutil.rmtree(temporary, ignore_errors=True)
 

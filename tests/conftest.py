@@ -73,4 +73,4 @@ def local_ray() -> Iterator[None]:
         namespace="hone", runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}},
     )  # fmt: skip
     yield
-    ray.shutdown()
+    ray.shutdown(wait_for_processes=True)

@@ -1,7 +1,6 @@
 """The whole loop as a user runs it: the `hone` command, real Ray, vLLM, Redis and FSDP2."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.run_dir import RunDir
+from tests.processes import KINDS, kinds, processes_of
 
 ROOT = Path(__file__).parents[2]
 HONE = Path(sys.executable).parent / "hone"
@@ -37,19 +37,6 @@ def rows(run: Path, name: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def processes_of(run: Path) -> list[str]:
-    """Command lines of living processes that mention the run directory."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if str(run) in line and str(os.getpid()) != entry.parent.name:
-            found.append(line)
-    return found
-
-
 @pytest.mark.timeout(600)
 def test_trains_resumes_and_leaves_a_whole_run_directory(tmp_path: Path) -> None:
     process = start(tmp_path, "run.steps=2")
@@ -69,7 +56,7 @@ def test_trains_resumes_and_leaves_a_whole_run_directory(tmp_path: Path) -> None
     assert {"run_started", "sync", "checkpoint", "run_finished"} <= kinds
     assert (run / "checkpoints" / "step_000002" / "COMPLETE").is_file()
     assert "<svg" in (run / "report.html").read_text()
-    assert not processes_of(run)
+    assert processes_of(tmp_path) == {}
     assert not RunDir(run).weights.exists()
 
     process = start(tmp_path, "run.steps=3", "--resume")
@@ -106,6 +93,7 @@ def test_an_interrupt_saves_the_state_and_leaves_no_process(
             time.sleep(0.2)
         assert done > num_steps
         time.sleep(1.0)
+        assert kinds(processes_of(tmp_path)) == KINDS.keys()
         interrupted = time.monotonic()
         process.send_signal(number)
         output, _ = process.communicate(timeout=60)
@@ -115,7 +103,7 @@ def test_an_interrupt_saves_the_state_and_leaves_no_process(
         assert seconds_to_exit < 15
         num_steps = count_steps(run)
         assert (run / "checkpoints" / f"step_{num_steps:06d}" / "COMPLETE").is_file()
-        assert not processes_of(run)
+        assert processes_of(tmp_path) == {}
 
 
 def count_steps(run: Path) -> int:
