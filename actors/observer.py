@@ -1,12 +1,16 @@
 """What a person sees of a run: phase, metrics, events, samples, status file, watchdog.
 
 Invariant: watching never changes the run: nothing here is awaited by the loop for longer than a
-file write, and a tracker that fails is dropped by `cluster.metrics`. Owned by the controller.
+file write, a file that cannot be written (a full disk) costs its line and one warning, and a
+tracker that fails is dropped by `cluster.metrics`. Owned by the controller.
 """
 
 import logging
+import math
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from actors.live_gauges import LiveGauges
 from actors.stages import Stages
@@ -39,6 +43,7 @@ class Observer:
         self._recent: deque[str] = deque(maxlen=6)
         self._drops: Counter[str] = Counter()
         self._is_stalled = False
+        self._is_unwritable = False
         self._error = ""
         self._gauges = LiveGauges(config, run.name)
 
@@ -51,7 +56,8 @@ class Observer:
         self._phase = (self._phase[0], detail, expected_s, self._phase[3])
 
     def event(self, kind: str, **fields: str | int | float) -> None:
-        self._run.append_event(kind, **fields)
+        with self._sparing_the_run():
+            self._run.append_event(kind, **fields)
         words = " ".join(f"{key}={value}" for key, value in fields.items())
         self._recent.append(f"{kind} {words}".strip())
         logger.info("%s %s", kind, words)
@@ -75,15 +81,18 @@ class Observer:
         row["buffer/dropped"] = float(sum(self._drops.values()))
         for reason, count in self._drops.items():
             row[f"buffer/dropped/{reason}"] = float(count)
-        self._metrics.log(step, row)
-        self._last = row
-        if "reward/mean" in row:
-            self._rewards.append(row["reward/mean"])
-        if "policy/entropy" in row:
-            self._entropies.append(row["policy/entropy"])
-        if "eval/pass@1" in row:
-            self._evals.append((step, row["eval/pass@1"]))
-            self._recent.append(f"held-out pass@1 {row['eval/pass@1']:.3f} at step {step}")
+        with self._sparing_the_run():
+            self._metrics.log(step, row)
+        self._last = known = {key: value for key, value in row.items() if math.isfinite(value)}
+        if "reward/mean" in known:
+            self._rewards.append(known["reward/mean"])
+        if "policy/entropy" in known:
+            self._entropies.append(known["policy/entropy"])
+        if "eval/pass@1" in known:
+            self._evals.append((step, known["eval/pass@1"]))
+            self._recent.append(f"held-out pass@1 {known['eval/pass@1']:.3f} at step {step}")
+        elif "eval/pass@1" in row:
+            self.event("eval_without_verdict", step=step)
 
     def choose(self, groups: list[TrajectoryGroup]) -> list[tuple[TrajectoryGroup, int]]:
         """The best and the worst trajectories of these groups, as (group, index)."""
@@ -104,30 +113,32 @@ class Observer:
         """Keep trajectories as a person would read them, and their tokens with what the learner
         thought of each.
         """
-        for (group, index), columns in zip(chosen, tokens, strict=True):
-            trajectory = group.trajectories[index]
-            self._run.append_sample(
-                Sample(
-                    step=step,
-                    group_id=group.group_id,
-                    task_id=group.task.task_id,
-                    prompt="\n".join(m.content for m in group.task.messages),
-                    completion=trajectory.text,
-                    reward=trajectory.reward,
-                    reference=group.task.reference,
-                    status=str(trajectory.status),
-                    policy_version=trajectory.min_policy_version,
-                    verdicts=trajectory.verdicts,
-                    tokens=columns,
+        with self._sparing_the_run():
+            for (group, index), columns in zip(chosen, tokens, strict=True):
+                trajectory = group.trajectories[index]
+                self._run.append_sample(
+                    Sample(
+                        step=step,
+                        group_id=group.group_id,
+                        task_id=group.task.task_id,
+                        prompt="\n".join(m.content for m in group.task.messages),
+                        completion=trajectory.text,
+                        reward=trajectory.reward,
+                        reference=group.task.reference,
+                        status=str(trajectory.status),
+                        policy_version=trajectory.min_policy_version,
+                        verdicts=trajectory.verdicts,
+                        tokens=columns,
+                    )
                 )
-            )
 
     def publish(self, step: int, policy_version: int, actors: list[ActorStatus]) -> None:
         """Replace `status.json`, and notice stages that stand still."""
         stages = self._stages.statuses()
         phase, detail, expected_s, phase_started_at = self._phase
         if phase == "training":
-            self._watch(stages)
+            with self._sparing_the_run():
+                self._watch(stages)
         state = RunStatus(
             run=self._run.name,
             phase=phase,
@@ -151,11 +162,21 @@ class Observer:
             last_events=list(self._recent),
             error=self._error,
         )
-        status.write(self._run.path, state)
+        with self._sparing_the_run():
+            status.write(self._run.path, state)
         self._gauges.publish(state, self._drops)
 
     def close(self) -> None:
         self._metrics.close()
+
+    @contextmanager
+    def _sparing_the_run(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._is_unwritable:
+                logger.warning("%s cannot be written, training goes on: %s", self._run, error)
+            self._is_unwritable = True
 
     def _watch(self, stages: list[status.StageStatus]) -> None:
         """Name the stage that holds the learner up, and dump all stacks, once per stall."""

@@ -57,10 +57,10 @@ class Metrics:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append the row of `step`; later rows of one step are merged by the reader."""
-        self._run_dir.append_metrics(step, values)
         row = dict(values)
         for sink in self._sinks:
             sink.log(step, row)
+        self._run_dir.append_metrics(step, row)
 
     def close(self) -> None:
         """Flush the trackers; one that does not end in `CLOSE_TIMEOUT_S` seconds is left behind."""

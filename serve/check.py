@@ -51,7 +51,7 @@ class Prompts:
     """Lengths in tokens of the longest prompts, and the size of the policy."""
 
     longest: int
-    num_too_long: int
+    too_long: dict[str, int]  # by split, those that have some
     num_parameters: int
 
 
@@ -77,7 +77,7 @@ def build(config: Config, *, address: str, announce: Announce) -> CheckReport:
     if tasks.get("train"):
         with report.collect("policy"):
             announce(f"  preparing the {config.policy.type} policy and its tokenizer")
-            prompts = _measure_prompts(config, tasks["train"])
+            prompts = _measure_prompts(config, tasks)
             _check_prompts(config, prompts)
         with report.collect("rewards"):
             announce(f"  rewarding {GOLD_TASKS} gold answers and some junk")
@@ -144,32 +144,43 @@ def _check_hints(config: Config, tasks: list[Task]) -> None:
         built.check(tasks)
 
 
-def _measure_prompts(config: Config, tasks: list[Task]) -> Prompts:
+def _measure_prompts(config: Config, splits: dict[str, list[Task]]) -> Prompts:
     """Prepare the policy as a run would (a tiny one in a temporary place) and tokenize prompts."""
     from actors.bring_up import CACHE_DIR
     from learners.policy_dir import prepare
     from learners.tokenizer import load_tokenizer, render
 
-    texts = [m.content for t in tasks for m in t.messages]
-    texts += [task.solution or task.reference for task in tasks]
-    by_length = sorted(tasks, key=lambda t: -sum(len(m.content) for m in t.messages))
+    train, room = splits["train"], _prompt_room(config)
+    texts = [m.content for t in train for m in t.messages]
+    texts += [task.solution or task.reference for task in train]
+    asked = {"train": train, "eval": splits["eval"][: config.eval.tasks]}
     with tempfile.TemporaryDirectory(prefix="hone-check-") as place:
         out_dir = Path(place) / "policy"
         policy_dir = prepare(config.policy, texts, CACHE_DIR, out_dir, config.run.seed)
         tokenizer = load_tokenizer(policy_dir)
-        lengths = [len(render(tokenizer, t.messages)) for t in by_length[:LONGEST_PROMPTS]]
+        lengths = {
+            split: [len(render(tokenizer, task.messages)) for task in _longest(tasks)]
+            for split, tasks in asked.items()
+        }
+        too_long = {split: sum(n > room for n in found) for split, found in lengths.items()}
         return Prompts(
-            longest=max(lengths),
-            num_too_long=sum(length > _prompt_room(config) for length in lengths),
+            longest=max(n for found in lengths.values() for n in found),
+            too_long={split: count for split, count in too_long.items() if count},
             num_parameters=plan.num_parameters(policy_dir),
         )
 
 
+def _longest(tasks: list[Task]) -> list[Task]:
+    by_length = sorted(tasks, key=lambda t: -sum(len(m.content) for m in t.messages))
+    return by_length[:LONGEST_PROMPTS]
+
+
 def _check_prompts(config: Config, prompts: Prompts) -> None:
-    if prompts.num_too_long:
+    if prompts.too_long:
+        counts = [f"{count} or more of tasks.{split}" for split, count in prompts.too_long.items()]
         raise ConfigError(
             f"policy.context_length: prompts must leave room for rollout.max_new_tokens, so have "
-            f"at most {_prompt_room(config)} tokens; {prompts.num_too_long} or more of tasks.train "
+            f"at most {_prompt_room(config)} tokens; {' and '.join(counts)} "
             f"have more, the longest {prompts.longest}"
         )
 

@@ -158,3 +158,14 @@ def test_a_launcher_outside_the_cluster_is_refused(config_file_path: Path, tmp_p
     run = RunDir(tmp_path / "demo")
     with pytest.raises(ConfigError, match="hone submit --address"):
         train.run(config_file.load(config_file_path), run_dir=run, resume=False, address="ray://x")
+
+
+def test_a_prompt_of_the_evaluation_must_fit_too(config_file_path: Path, tmp_path: Path):
+    held_out = tmp_path / "eval.jsonl"
+    prompts = ["What is 1 + 1?", "What is " + "1 + " * 60 + "1?"]
+    held_out.write_text("\n".join(json.dumps({"prompt": p, "answer": "2"}) for p in prompts))
+    [problem] = examine(
+        config_file_path, f"tasks.eval={{use: file, settings: {{path: {held_out}}}}}"
+    ).problems
+    assert problem.startswith("policy.context_length: ")
+    assert "1 or more of tasks.eval have more" in problem
