@@ -33,7 +33,7 @@ from cluster.config import Config
 from cluster.embedded_redis import EmbeddedRedis
 from cluster.errors import ConfigError, HoneError, StageError
 from cluster.redis_client import OUTAGE_S, buffer_url
-from cluster.resume import refuse_changes
+from cluster.resume import refuse_changes, saved_state
 from cluster.run_dir import RunDir
 from cluster.status import RunStatus
 
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: Config, *, run_dir: RunDir, resume: bool, address: str) -> int:
-    """Train and wait; 0 when done, 130 when interrupted with the state saved.
+    """Train and wait; 0 when done, 130 when interrupted (`cluster.resume.saved_state`).
 
     `address` is `local` (a Ray of our own, stopped at the end), `auto`, or the address of a
     cluster. Raises `ConfigError` before anything started, `StageError` when the run failed.
@@ -59,7 +59,7 @@ def run(config: Config, *, run_dir: RunDir, resume: bool, address: str) -> int:
     config = on_this_machine(config) if address == "local" else config
     with ExitStack() as stack:
         interrupt = stack.enter_context(_interrupts())
-        stack.callback(shutil.rmtree, run_dir.weights, ignore_errors=True)
+        stack.callback(_remove_weights, run_dir)
         _announce(config, run_dir, "starting Redis", 0.5)
         server = None if url else stack.enter_context(EmbeddedRedis(run_dir.redis))
         url = url or (server.url if server else "")
@@ -129,6 +129,11 @@ def _conduct(
         if interrupt:
             break
     return INTERRUPTED
+
+
+def _remove_weights(run_dir: RunDir) -> None:
+    """Where they are is known at the end: a cluster's run has moved them into its directory."""
+    shutil.rmtree(run_dir.weights, ignore_errors=True)
 
 
 def _num_steps(run_dir: RunDir) -> int:
@@ -256,7 +261,9 @@ def main(arguments: list[str]) -> int:
     run_dir = RunDir.create(
         config.run.dir, config.run.name, config_file.dump(config), exist_ok=True
     )
-    return run(config, run_dir=run_dir, resume=True, address="auto")
+    code = run(config, run_dir=run_dir, resume=True, address="auto")
+    print(saved_state(run_dir))
+    return code
 
 
 if __name__ == "__main__":

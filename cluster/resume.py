@@ -1,14 +1,17 @@
-"""What a resumed run may not change: every key that shapes what is learnt.
+"""What a resumed run goes on from, and what it may not change: every key that shapes learning.
 
 Invariant: the keys compared are those of `config_file.config_hash`, so what is refused here is what
-a checkpoint would refuse. Called by `hone train` and by the entry of a Ray job.
+a checkpoint would refuse; a state counts as saved when its checkpoint is complete. Called by
+`hone train` and by the entry of a Ray job.
 """
 
 from typing import cast
 
 from cluster import config_file
+from cluster.checkpoint_store import CheckpointStore
 from cluster.config import Config
 from cluster.errors import ConfigError
+from cluster.ledger import Ledger
 from cluster.run_dir import RunDir
 
 
@@ -29,6 +32,17 @@ def refuse_changes(config: Config, run_dir: RunDir) -> None:
                 for key in changed
             )
         )
+
+
+def saved_state(run_dir: RunDir) -> str:
+    """One sentence: which step of a run that has ended is saved, and how many after it are not."""
+    steps = CheckpointStore(run_dir.checkpoints, keep=1).steps()
+    if not steps:
+        return "nothing saved yet: `--resume` starts from the beginning"
+    num_lost = sum(record.step > steps[-1] for record in Ledger(run_dir.ledger).records())
+    if num_lost:
+        return f"last saved step is {steps[-1]}: `--resume` makes the {num_lost} after it again"
+    return f"state saved at step {steps[-1]}"
 
 
 def _leaves(config: Config) -> dict[str, object]:

@@ -24,7 +24,8 @@ app = typer.Typer(
     name="hone",
     help="Hone trains reasoning language models with reinforcement learning on a Ray cluster.\n\n"
     "Start with `hone doctor`, then `hone check CONFIG`, then `hone train CONFIG`.",
-    epilog="Exit codes: 0 done, 1 the run failed, 2 wrong input, 130 interrupted with state saved.",
+    epilog="Exit codes: 0 done, 1 the run failed, 2 wrong input, 130 interrupted; `hone train` "
+    "ends with what is saved.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -204,11 +205,15 @@ def _run_to_the_end(config: "Config", run_dir: "RunDir", *, resume: bool, addres
 
 
 def _conclude(run_dir: "RunDir") -> None:
-    """Write the report and say what came of the run; a broken report is only a warning."""
+    """Write the report and say what came of the run and what is saved of it; a broken report is
+    only a warning.
+    """
+    from cluster.resume import saved_state
     from serve import report as run_report
 
     try:
         with boundary("report"):
+            print(saved_state(run_dir))
             path = run_report.write(run_dir)
             for line in run_report.outcome(run_dir.read_metrics()):
                 print(line)

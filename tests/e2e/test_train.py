@@ -103,6 +103,7 @@ def test_an_interrupt_saves_the_state_and_leaves_no_process(
         assert seconds_to_exit < 15
         num_steps = count_steps(run)
         assert (run / "checkpoints" / f"step_{num_steps:06d}" / "COMPLETE").is_file()
+        assert f"state saved at step {num_steps}\n" in output
         assert processes_of(tmp_path) == {}
 
 

@@ -1,5 +1,6 @@
-"""A run leaves no process behind, and the tests that say so would see one."""
+"""A run leaves no process and no weights behind, and the tests that say so would see them."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,15 @@ import pytest
 import ray
 
 from actors import train
+from cluster import config_file
 from cluster.config import Config
 from cluster.embedded_redis import EmbeddedRedis
+from cluster.redis_client import URL_VARIABLE
 from cluster.run_dir import RunDir
+from tests.conftest import TINY
 from tests.processes import KINDS, kinds, processes_of
+
+ROOT = Path(__file__).parents[2]
 
 
 @ray.remote(num_cpus=0)
@@ -44,3 +50,24 @@ def test_every_kind_of_process_of_a_run_is_seen_and_none_is_left(
         assert {server.pid, engine} <= seen.keys()
         assert kinds(seen) == KINDS.keys()
     assert processes_of(tmp_path) == {}
+
+
+def test_a_run_that_a_cluster_refuses_leaves_no_shared_weights(
+    tmp_path: Path, redis_url: str, local_ray: None
+) -> None:
+    place = tmp_path / "config.yaml"
+    tiny = config_file.parse(TINY | {"learner": {"world_size": 64}}, "a test")
+    place.write_text(config_file.dump(tiny))
+    runs = tmp_path / "runs"
+    done = subprocess.run(
+        [sys.executable, "-m", "actors.train", str(place), f"run.dir={runs}", "run.name=demo"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+        env=os.environ | {
+            URL_VARIABLE: redis_url,
+            "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        },
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "learner" in done.stderr
+    assert (runs / "demo" / "config.yaml").is_file()
+    assert not (runs / "demo" / "weights").exists()
