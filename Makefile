@@ -1,5 +1,7 @@
-# Every target sets up what it needs; nothing has to be installed by hand.
+# Every target sets up what it needs; nothing has to be installed by hand. `make setup VARIANT=gpu` makes
+# .venv for GPUs, and the other targets then use it as it is.
 PY := .venv/bin/python
+VARIANT ?=
 QUICK ?= 0
 SEED ?= 0
 export QUICK
@@ -10,7 +12,7 @@ quickstart: setup
 	@.venv/bin/hone train deploy/configs/quickstart.yaml run.seed=$(SEED) --run quickstart-$$(date +%H%M%S)
 
 setup:
-	@scripts/bootstrap
+	@scripts/bootstrap $(VARIANT)
 
 check: setup
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .

@@ -28,7 +28,7 @@ from learners.batch import MicroBatch, Row
 from learners.credit import ValueBased, build_credit, whitening_of
 from learners.critic import check_critic, open_critic
 from learners.guidance import annotate
-from learners.model import PolicyModel, load_policy, shard
+from learners.model import PolicyModel, layout_on, load_policy, shard
 from learners.objectives import WeightedLosses
 from learners.optimizer import ShardedAdamW, learning_rate
 from learners.packing import PackingPlan, assign
@@ -81,7 +81,9 @@ class Learner:
         mesh = init_device_mesh(self._device.type, (world_size,))
 
         def load() -> PolicyModel:
-            return load_policy(policy_dir, self._device, config.learner.activation_checkpointing)
+            is_checkpointed = config.learner.activation_checkpointing
+            layout = layout_on(self._device, self._dtype)
+            return load_policy(policy_dir, self._device, is_checkpointed, layout)
 
         def open_policy(part: str) -> PolicyModel:
             policy = load()

@@ -114,16 +114,24 @@ class ValueModel(DecoderModel):
         return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def layout_on(device: torch.device, compute_dtype: torch.dtype) -> Layout:
+    """`packed` where flash attention can run it: on a GPU, in half precision, if installed."""
+    is_fit = device.type == "cuda" and compute_dtype in (torch.bfloat16, torch.float16)
+    return "packed" if is_fit and find_spec("flash_attn") is not None else "padded"
+
+
 def load_policy(
-    policy_dir: Path, device: torch.device, activation_checkpointing: bool
+    policy_dir: Path,
+    device: torch.device,
+    activation_checkpointing: bool,
+    layout: Layout = "padded",
 ) -> PolicyModel:
-    """The policy with float32 weights: packed flash attention where it exists, else padded SDPA."""
+    """The policy with float32 weights: flash attention for `packed`, SDPA for `padded`."""
     disable_progress_bar()
-    has_flash = device.type == "cuda" and find_spec("flash_attn") is not None
     causal_lm: Any = AutoModelForCausalLM.from_pretrained(
         policy_dir,
         dtype=torch.float32,
-        attn_implementation="flash_attention_2" if has_flash else "sdpa",
+        attn_implementation="flash_attention_2" if layout == "packed" else "sdpa",
     )
     causal_lm.to(device)
     _check_head(causal_lm, policy_dir)
@@ -131,7 +139,7 @@ def load_policy(
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     # Dropout would part the learner from the engine; training mode is only checkpointing's switch.
     causal_lm.train(activation_checkpointing)
-    return PolicyModel(causal_lm, "packed" if has_flash else "padded")
+    return PolicyModel(causal_lm, layout)
 
 
 def shard(

@@ -11,7 +11,7 @@ from transformers import CohereConfig, CohereForCausalLM, Qwen3Config, Qwen3ForC
 from cluster.errors import ConfigError
 from learners.batch import MicroBatch, Row
 from learners.logprobs import token_outputs
-from learners.model import PolicyModel, load_policy
+from learners.model import PolicyModel, layout_on, load_policy
 
 # Three rows, five words; values worked out by hand elsewhere (TV-G1 of the algorithms sheet).
 HIDDEN = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
@@ -149,6 +149,24 @@ def test_a_neighbour_in_the_pack_changes_nothing(causal_lm: Qwen3ForCausalLM, la
         together = policy(MicroBatch.pack(rows)).logprobs
         apart = torch.cat([policy(MicroBatch.pack([row]))[0] for row in rows])
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "layout"),
+    [
+        ("cuda", torch.bfloat16, "packed"),
+        ("cuda", torch.float16, "packed"),
+        ("cuda", torch.float32, "padded"),
+        ("cpu", torch.bfloat16, "padded"),
+    ],
+)
+def test_flash_attention_is_for_half_precision_on_a_gpu(
+    device: str, dtype: torch.dtype, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert layout_on(torch.device("cuda"), torch.bfloat16) == "padded", "it is not installed here"
+    (tmp_path / "flash_attn.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert layout_on(torch.device(device), dtype) == layout
 
 
 def test_models_with_more_than_a_linear_head_are_refused(tmp_path: Path) -> None:
