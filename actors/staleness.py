@@ -25,10 +25,6 @@ class StalenessPolicy:
             self._free = self._capacity
             self._changed.notify_all()
 
-    @property
-    def free(self) -> int:
-        return self._free
-
     async def admit(self) -> None:
         """Wait for a slot and take it."""
         async with self._changed:

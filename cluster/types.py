@@ -44,7 +44,6 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     reference: str = ""
     solution: str = ""
     hints: list[str] = []
-    difficulty: float | None = None
     tags: list[str] = []
     entry: str = ""
 

@@ -123,9 +123,6 @@ class LearnerRank:
         self._learner.load(directory)
         return self._learner.policy_version
 
-    def export_hf(self, directory: Path) -> None:
-        self._learner.export_hf(directory)
-
 
 @dataclass
 class LearnerGroup:
@@ -237,9 +234,6 @@ class LearnerGroup:
         """Returns the policy version of the loaded weights."""
         self.num_planned = 0
         return (await self.call("load", directory))[0]
-
-    async def export_hf(self, directory: Path) -> None:
-        await self.call("export_hf", directory)
 
     async def call(self, method: str, *args: Any) -> list[Any]:
         """`method` of `LearnerRank` on every rank; the results in rank order."""

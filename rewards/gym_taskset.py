@@ -113,7 +113,6 @@ class ReasoningGymTaskset:
             question = found[1]
         messages = [Message(role="user", content=self._prompt.replace("{question}", question))]
         steps = _worked_steps(self._dataset, metadata)
-        difficulty = metadata.get("difficulty")
         return Task(
             task_id=task_id(messages, answer),
             taskset=self.name,
@@ -121,7 +120,6 @@ class ReasoningGymTaskset:
             reference=answer,
             solution="\n".join([*steps, self._answer_format.replace("{answer}", answer)]),
             hints=hint_ladder(steps, answer),
-            difficulty=float(difficulty) if isinstance(difficulty, (int, float)) else None,
             tags=[self._dataset],
             entry=encode_entry(GymEntry(self._dataset, self._config, item)),
         )

@@ -1,5 +1,7 @@
 """Worked numbers of the sources that belong to no single module: TV-A2, B1, C9, D2, D5, G2."""
 
+import asyncio
+
 import numpy as np
 import pytest
 
@@ -102,7 +104,10 @@ async def test_slots_left_for_new_groups() -> None:
     slots = StalenessPolicy((max_policy_age + 1) * groups_per_step)
     for _ in range(7000 + 300 - version * groups_per_step):
         await slots.admit()
-    assert slots.free == 380
+    for _ in range(380):
+        await asyncio.wait_for(slots.admit(), 1.0)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(slots.admit(), 0.01)
 
 
 def test_mismatch_of_learner_and_rollout() -> None:

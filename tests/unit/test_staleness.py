@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from actors.staleness import StalenessPolicy
 
 
@@ -14,7 +16,8 @@ async def test_admits_exactly_the_capacity_until_slots_come_back() -> None:
     assert not fourth.done()
     await slots.release(1)
     await asyncio.wait_for(fourth, 1.0)
-    assert slots.free == 0
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(slots.admit(), 0.01)
 
 
 async def test_in_order_of_admission_no_group_is_older_than_the_bound() -> None:

@@ -57,7 +57,6 @@ def groups(draw: st.DrawFn) -> TrajectoryGroup:
             task_id="t",
             taskset="s",
             messages=[Message(role="user", content=draw(st.text(max_size=8)))],
-            difficulty=draw(SCORES),
         ),
         trajectories=draw(st.lists(trajectories(), max_size=3)),
         reward_versions={"correct": "v1"},
