@@ -56,8 +56,14 @@ class Supervisor:
     def group_scored(self) -> None:
         self._unscored = 0
 
-    def learner_lost(self, error: LearnerLostError) -> None:
-        """Start the group anew, unless it was lost again and again without a step in between."""
+    def learner_lost(self, error: LearnerLostError, *, has_checkpoint: bool) -> None:
+        """Start the group anew, unless it was lost again and again without a step in between, or
+        before its first checkpoint: a new one would lack the warm start.
+        """
+        if not has_checkpoint:
+            raise StageError(
+                error.stage, f"{error.reason}; no checkpoint holds what it had learnt: start again"
+            ) from error
         self._restarts += 1
         if self._restarts > MAX_RESTARTS_IN_A_ROW:
             raise error

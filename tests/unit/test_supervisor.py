@@ -60,12 +60,19 @@ def test_a_learner_that_is_lost_without_a_step_in_between_ends_the_run() -> None
     error = LearnerLostError("learn", "a rank died")
     for _ in range(5):
         for _ in range(MAX_RESTARTS_IN_A_ROW):
-            supervisor.learner_lost(error)
+            supervisor.learner_lost(error, has_checkpoint=True)
         supervisor.step_made()
     for _ in range(MAX_RESTARTS_IN_A_ROW):
-        supervisor.learner_lost(error)
+        supervisor.learner_lost(error, has_checkpoint=True)
     with pytest.raises(LearnerLostError):
-        supervisor.learner_lost(error)
+        supervisor.learner_lost(error, has_checkpoint=True)
+
+
+def test_a_learner_lost_before_its_first_checkpoint_ends_the_run() -> None:
+    error = LearnerLostError("learn", "a rank died")
+    with pytest.raises(StageError, match=r"a rank died; no checkpoint holds") as raised:
+        Supervisor().learner_lost(error, has_checkpoint=False)
+    assert not isinstance(raised.value, LearnerLostError)
 
 
 def test_saves_may_fail_but_not_for_ever() -> None:
