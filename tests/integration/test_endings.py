@@ -45,7 +45,8 @@ def test_every_kind_of_process_of_a_run_is_seen_and_none_is_left(
     run = RunDir.create(tmp_path / "runs", "demo", "run: {}\n", exist_ok=False)
     assert processes_of(tmp_path) == {}
     with EmbeddedRedis(run.redis) as server, train.ray_session(tiny_config, run, "local"):
-        engine = ray.get(Parent.remote().start_engine.remote(), timeout=60)
+        parent = Parent.remote()  # ends with its handle
+        engine = ray.get(parent.start_engine.remote(), timeout=60)
         seen = processes_of(tmp_path)
         assert {server.pid, engine} <= seen.keys()
         assert kinds(seen) == KINDS.keys()
