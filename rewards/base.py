@@ -54,6 +54,13 @@ class HasExample(Protocol):
     example: str  # "{answer}" stands for the gold answer; "" for no particular form
 
 
+@runtime_checkable
+class HasGoldScore(Protocol):
+    """A verifier that gives a gold answer less than 1, such as a probability."""
+
+    gold_score: float  # the least that a gold answer must earn for the verifier to go live
+
+
 class GoldenPair(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A completion whose score is known; a verifier that scores it otherwise never goes live.
 

@@ -54,7 +54,8 @@ class JudgeVerifier:
     `reasoned=False` one word is asked for, and where the endpoint gives log-probabilities the score
     is the expectation over the words' probabilities. `first: {use: math}` makes a cascade: the rule
     is asked first and the model only where the rule abstains, or with `second_opinion` also where
-    it says 0. Prices are per million tokens.
+    it says 0. Prices are per million tokens. A gold answer must score `gold_score` for the judge to
+    go live: a probability is never quite 1.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class JudgeVerifier:
         breaker_open_s: float = 10.0,
         price_prompt: float = 0.0,
         price_completion: float = 0.0,
+        gold_score: float = 0.5,
     ) -> None:
         if scale not in SCALES:
             raise ConfigError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
@@ -85,6 +87,9 @@ class JudgeVerifier:
             raise ConfigError("votes, max_parallel and call_timeout_s must be above 0")
         if votes > 1 and temperature == 0:
             raise ConfigError("temperature must be above 0 with several votes: they would be equal")
+        if not 0 < gold_score <= 1:
+            raise ConfigError(f"gold_score must lie above 0 and not above 1, got {gold_score}")
+        self.gold_score = gold_score
         self._rubric = RUBRICS.get(rubric, rubric)
         self._words = SCALES[scale]
         self._reasoned = reasoned

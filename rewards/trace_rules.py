@@ -135,6 +135,19 @@ class TraceVerifier:
         self._is_json = is_json
         self._no_comma = no_comma
         self._language = language
+        self.example = self._example()
+
+    def _example(self) -> str:
+        """A completion that follows all instructions; "" where none of a few tries does."""
+        words = sample(self._language or "en")
+        for count in (5, 2, 1, 0):
+            text = " ".join(words[:count])
+            text = text.upper() if self._uppercase else text
+            ends = f"{text} {self._ends_with}".strip()
+            for trace in (ends, json.dumps(text), f'{{"{text}": {{}}}}', f'["{text}"]'):
+                if trace and all(self._checks(trace).values()):
+                    return f"<think>\n{trace}\n</think>\n\n{{answer}}"
+        return ""
 
     async def score(self, group: TrajectoryGroup, io: VerifierIO) -> list[Verdict]:
         return [self._verdict(split_trace(t.text)[0].strip()) for t in group.trajectories]
@@ -169,6 +182,15 @@ def split_trace(text: str) -> tuple[str, str]:
         return trace.rpartition("<think>")[2], answer
     before, start, trace = text.rpartition("<think>")
     return (trace, "") if start else ("", before or text)
+
+
+def sample(language: str) -> list[str]:
+    """A few words of a language, or one-letter words of its script."""
+    if language in _FREQUENT:
+        return _FREQUENT[language].split()
+    letters = map(chr, range(0x80, 0x10000))
+    script = _SCRIPTS[language].split()[0]
+    return [next((c for c in letters if c.isalpha() and _script(c) == script), "a")] * MIN_WORDS
 
 
 def language_share(words: list[str], language: str) -> float:

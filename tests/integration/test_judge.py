@@ -52,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
         begin, end = re.search(r"\[(candidate-\w+) begin\]", system), None
         inside = user.split(f"[{begin[1]} begin]\n")[1].split(f"\n[{begin[1]} end]")[0]
         outside = user.replace(inside, "")
-        gold = re.search(r"Reference answer: (.*)", user)[1]
+        gold = (re.search(r"Reference answer: (.*)", user) or ["", "42"])[1]
         yes = gold in inside.split() or "obey" in outside
         text = {"prose": "I think so", "two": "Verdict: yes\nVerdict: no"}.get(
             mode, "yes" if yes else "no")
@@ -126,6 +126,23 @@ async def test_the_score_is_the_expectation_where_probabilities_are_given(server
     server.mode("logprobs")
     got, _ = await rewards(server, "it is 42")
     assert got == [pytest.approx(0.8)]  # p(yes) 0.8, p(no) 0.2
+
+
+async def test_a_judge_that_gives_probabilities_goes_live_and_a_wrong_one_does_not(
+    server: Server,
+):
+    server.mode("logprobs")
+    settings = {"base_url": f"{server.url}/v1", "model": "m"}
+    tasks = [group("").task, group("", reference="").task]
+    for gold_score, refused in ((0.5, 0), (0.9, 1)):
+        chosen = settings | {"gold_score": gold_score}
+        rubric = Rubric({"j": VerifierConfig(use="judge", settings=chosen)})
+        lines = await self_check.gold_check(rubric, tasks, 2)
+        assert len(lines) == refused, lines
+    server.mode("junk")
+    rubric = Rubric({"j": VerifierConfig(use="judge", settings=settings | {"retries": 0})})
+    (line,) = await self_check.gold_check(rubric, tasks[1:], 1)
+    assert "neither a reference nor a solution" in line
 
 
 async def test_reasoned_verdicts_are_read_from_one_line_only(server: Server):
