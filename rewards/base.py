@@ -20,6 +20,11 @@ class VerifierIO(Protocol):
     timeout_s: float  # for the whole group, not counting the start of worker processes
     policy_dir: str  # the policy's tokenizer is there; "" where no policy is known
 
+    @property
+    def left_s(self) -> float:
+        """What is left of `timeout_s`."""
+        ...
+
     async def run_isolated(
         self, function: str, *args: object, timeout_s: float | None = None
     ) -> object:

@@ -23,6 +23,7 @@ from rewards.registry import build_verifier
 
 MAX_CANDIDATE_CHARS = 8192
 MIN_CONTENT_WORDS = 1
+CALLS = 0.9  # of the time that a group has left, so that what is decided is kept
 _MARKUP = re.compile(
     r"<\|[^<>|]{0,64}\|>|</?(?:candidate|system|user|assistant|verdict)[^<>]{0,64}>"
 )
@@ -122,9 +123,12 @@ class JudgeVerifier:
         if self._first is not None:
             verdicts = await self._first.score(group, io)
             ruled = [v if self._is_decided(v) else None for v in verdicts]
+        deadline = asyncio.get_running_loop().time() + CALLS * io.left_s
         texts = [self._candidate(t.text) for t in group.trajectories]
         open_texts = dict.fromkeys(t for t, r in zip(texts, ruled, strict=True) if r is None)
-        judged = await asyncio.gather(*(self._verdict(group, text) for text in open_texts))
+        judged = await asyncio.gather(
+            *(self._verdict(group, text, deadline) for text in open_texts)
+        )
         by_text = dict(zip(open_texts, judged, strict=True))
         return [by_text[t] if r is None else r for t, r in zip(texts, ruled, strict=True)]
 
@@ -137,11 +141,11 @@ class JudgeVerifier:
         """What is judged: without the thinking and without marks that look like the frame's."""
         return fence_off(after_thinking(text)[-MAX_CANDIDATE_CHARS:])
 
-    async def _verdict(self, group: TrajectoryGroup, candidate: str) -> Verdict:
+    async def _verdict(self, group: TrajectoryGroup, candidate: str, deadline: float) -> Verdict:
         if len(re.findall(r"\w+", candidate)) < MIN_CONTENT_WORDS:
             return Verdict(score=0.0, evidence="nothing to judge")
         votes = await asyncio.gather(
-            *(self._vote(group, candidate, number) for number in range(self._votes)),
+            *(self._vote(group, candidate, number, deadline) for number in range(self._votes)),
             return_exceptions=True,
         )
         for vote in votes:
@@ -157,7 +161,9 @@ class JudgeVerifier:
             evidence=f"votes {', '.join(f'{score:.2f}' for score in scores)}",
         )
 
-    async def _vote(self, group: TrajectoryGroup, candidate: str, number: int) -> float:
+    async def _vote(
+        self, group: TrajectoryGroup, candidate: str, number: int, deadline: float
+    ) -> float:
         sampling: dict[str, Any] = {
             "temperature": self._temperature,
             "max_tokens": self._max_tokens,
@@ -167,7 +173,7 @@ class JudgeVerifier:
         if not self._reasoned:
             sampling |= {"logprobs": True, "top_logprobs": 20}
         messages = self._messages(group, candidate)
-        answer = await self._endpoint.ask(messages, **sampling)
+        answer = await self._endpoint.ask(messages, deadline=deadline, **sampling)
         score = self._read(answer)
         if score is None:
             raise EndpointError(f"the judge gave no single verdict: {answer.text[-120:]!r}")

@@ -215,6 +215,12 @@ class GroupIO:
         self._left_s = timeout_s
         self._num_waiting = 0
 
+    @property
+    def left_s(self) -> float:
+        if self._num_waiting:
+            return self._left_s
+        return (self._clock.when() or 0.0) - asyncio.get_running_loop().time()
+
     async def run_isolated(
         self, function: str, *args: object, timeout_s: float | None = None
     ) -> object:

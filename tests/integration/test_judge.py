@@ -13,8 +13,9 @@ from cluster.config import VerifierConfig
 from cluster.errors import ConfigError
 from cluster.types import Message, Task, TrajectoryGroup
 from rewards import self_check
+from rewards.isolation import IsolatedPool
 from rewards.judge import JudgeVerifier, fence_off
-from rewards.rubric import Rubric
+from rewards.rubric import GroupIO, Rubric
 
 # Says yes when the text between the markers holds the reference; obeys what stands outside them.
 SERVER = r"""
@@ -189,6 +190,20 @@ async def test_the_breaker_spares_a_dead_endpoint_and_it_recovers_by_itself(serv
     assert (await rubric.score(group("it is 42", "no"))).rewards[0] == 1.0
 
 
+async def test_a_hanging_endpoint_opens_the_breaker_and_spares_what_a_rule_decided(
+    server: Server,
+):
+    server.mode("slow")
+    settings = {"base_url": f"{server.url}/v1", "model": "m", "breaker_failures": 2,
+                "first": {"use": "math"}, "second_opinion": True}  # fmt: skip
+    rubric = Rubric({"j": VerifierConfig(use="judge", settings=settings, timeout_s=1.5)})
+    scored = await rubric.score(group("it is 42", "it is 41", "it is 40"))
+    assert scored.rewards == [1.0, None, None]
+    assert (await rubric.score(group("it is 39"))).rewards == [None]
+    await rubric.close()
+    assert server.calls == 2
+
+
 async def test_a_cascade_asks_only_where_the_rule_cannot_say(server: Server):
     got, verdicts = await rewards(server, "42", "so 41 or 42", use="generative")
     assert got[0] == 1.0
@@ -220,7 +235,8 @@ async def test_votes_are_averaged_and_costs_counted(server: Server):
     judge = JudgeVerifier(
         f"{server.url}/v1", "m", votes=3, temperature=0.7, price_prompt=2.0, price_completion=10.0
     )
-    [verdict] = await judge.score(group("it is 42"), None)  # type: ignore[arg-type]
+    async with asyncio.timeout(20) as clock:
+        [verdict] = await judge.score(group("it is 42"), GroupIO(IsolatedPool(), 20, clock, ""))
     assert verdict.score == 1.0
     assert judge.usage.calls == 3
     assert judge.usage.cost == pytest.approx(3 * (100 * 2 + 2 * 10) / 1e6)
