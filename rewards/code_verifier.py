@@ -26,7 +26,8 @@ BUDGET = 0.8  # of the verifier's time limit, for the tests of one program
 WORKER = 0.95  # of the same: then a worker that has not kept the budget is killed
 RUN_CASES = "rewards.code_runs:run_cases"
 RUN_TESTS = "rewards.code_runs:run_tests"
-_BLOCK = re.compile(r"^[ \t]*```(?:python3?|py)?[ \t]*\n(.*?)^[ \t]*```[ \t]*$", re.S | re.M | re.I)
+_OPEN = re.compile(r"[ \t]{0,16}```(?:python3?|py)?[ \t]{0,16}", re.I)
+_CLOSE = re.compile(r"[ \t]{0,16}```[ \t]{0,16}")
 
 
 class Case(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -180,8 +181,16 @@ def read_tests(entry: str) -> Tests:
 def extract_code(text: str) -> str:
     """The last fenced Python block after the thinking; without a fence, all of that text."""
     answer = after_thinking(text)[-4 * MAX_CODE_BYTES :]
-    blocks = _BLOCK.findall(answer)
-    return str(blocks[-1]) if blocks else answer.strip()
+    block: list[str] | None = None
+    last: str | None = None
+    for line in answer.split("\n"):
+        if block is None:
+            block = [] if _OPEN.fullmatch(line) else None
+        elif _CLOSE.fullmatch(line):
+            last, block = "".join(block), None
+        else:
+            block.append(line + "\n")
+    return answer.strip() if last is None else last
 
 
 def why_unrunnable(code: str) -> str:
