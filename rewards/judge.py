@@ -11,6 +11,7 @@ import hashlib
 import math
 import re
 import secrets
+from collections.abc import Mapping
 from typing import Any
 
 from cluster.config import VerifierConfig
@@ -20,6 +21,7 @@ from rewards.answers import after_thinking, extract_answer
 from rewards.base import Verifier, VerifierIO
 from rewards.endpoint import Answer, Breaker, Endpoint, EndpointError
 from rewards.registry import build_verifier
+from rewards.versions import nested_version
 
 MAX_CANDIDATE_CHARS = 8192
 MIN_CONTENT_WORDS = 1
@@ -112,6 +114,11 @@ class JudgeVerifier:
             breaker=Breaker(breaker_failures, breaker_open_s),
             prices=(price_prompt, price_completion),
         )
+
+    @staticmethod
+    def fingerprint(settings: Mapping[str, Any]) -> str:
+        """Changes with the code of the verifier in `first`."""
+        return nested_version("first", settings.get("first"))
 
     @property
     def usage(self) -> Any:
@@ -223,6 +230,11 @@ class GenerativeVerifier(JudgeVerifier):
     0.0 without asking. By default `math` decides first and the model has a second opinion on what
     it refuses. Settings as of `judge`.
     """
+
+    @staticmethod
+    def fingerprint(settings: Mapping[str, Any]) -> str:
+        """Changes with the code of the verifier in `first`."""
+        return nested_version("first", settings.get("first", {"use": "math"}))
 
     def __init__(self, base_url: str, model: str, **settings: Any) -> None:
         chosen: dict[str, Any] = {

@@ -37,8 +37,9 @@ GRACE_S = 2.0  # of the keeper beyond the program's own limit
 MAX_REPLY = 4 << 20
 SOLUTION_ENDED = '"solution_ended": 1'  # in the tally of a test module
 _REPOSITORY = str(Path(__file__).resolve().parents[1])
-_ZYGOTE = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from rewards.sandbox_zygote import main; main()"
+_MAIN = "rewards.sandbox_zygote:main"
+_ZYGOTE = "import sys; sys.path.insert(0, sys.argv[1]); from {0} import {1}; {1}()".format(
+    *_MAIN.split(":")
 )
 log = logging.getLogger(__name__)
 

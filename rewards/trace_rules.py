@@ -8,6 +8,7 @@ checked is not passed. Used as `efficiency`, `language` and `trace` in a config.
 import json
 import re
 import unicodedata
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from cluster.config import VerifierConfig
@@ -16,6 +17,7 @@ from cluster.types import TrajectoryGroup, Verdict
 from rewards.base import Verifier, VerifierIO
 from rewards.registry import build_verifier
 from rewards.text_rules import MAX_CHARS
+from rewards.versions import nested_version
 
 _SCRIPTS = {
     "en": "LATIN", "de": "LATIN", "fr": "LATIN", "es": "LATIN", "latin": "LATIN", "zh": "CJK",
@@ -52,6 +54,11 @@ class EfficiencyVerifier:
         )  # fmt: skip
         self._eta = eta
         self._threshold = threshold
+
+    @staticmethod
+    def fingerprint(settings: Mapping[str, Any]) -> str:
+        """Changes with the code of the verifier in `correct`."""
+        return nested_version("correct", settings.get("correct"))
 
     async def score(self, group: TrajectoryGroup, io: VerifierIO) -> list[Verdict]:
         verdicts = await self._correct.score(group, io)
