@@ -177,7 +177,10 @@ class Running:
             left = self._deadline - time.monotonic()
             if left <= 0 or not select.select([self._connection], [], [], left)[0]:
                 raise SandboxError("sandbox: no reply from the keeper in time")
-            chunk = self._connection.recv(size - len(data))
+            try:
+                chunk = self._connection.recv(size - len(data))
+            except ConnectionError:
+                chunk = b""
             if not chunk:
                 raise SandboxError("sandbox: the keeper has died")
             data += chunk

@@ -13,6 +13,7 @@ import select
 import sys
 import types
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, cast
 
 RESULT_FD = 3
@@ -102,17 +103,15 @@ class Solution:
         self.num_calls += 1
         if self._has_overrun or self.has_ended:
             return {"error": "the solution has ended"}
-        try:
+        line = b""
+        with suppress(ConnectionError):  # it has ended with requests unread
             write_all(PEER_FD, json.dumps(request).encode() + b"\n")
-        except BrokenPipeError:
-            self.has_ended = True
-            return {"error": "the solution has ended"}
-        if not select.select([PEER_FD], [], [], self._call_s)[0]:
-            self._has_overrun = True
-            return {"error": f"no answer in {self._call_s:g} s"}
-        line = self._replies.readline(self._max_bytes)
+            if not select.select([PEER_FD], [], [], self._call_s)[0]:
+                self._has_overrun = True
+                return {"error": f"no answer in {self._call_s:g} s"}
+            line = self._replies.readline(self._max_bytes)
         self.has_ended = not line
-        reply: Any = json.loads(line, object_hook=unmark) if line else None
+        reply: Any = json.loads(line or b'{"error": "the solution has ended"}', object_hook=unmark)
         return cast("dict[str, Any]", reply) if isinstance(reply, dict) else {}
 
 
