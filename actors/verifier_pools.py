@@ -43,6 +43,7 @@ class PooledVerifier:
     def __init__(self, signal: PooledSignal) -> None:
         self.example = signal.facts.example
         self.golden = signal.facts.golden
+        self.gold_score = signal.facts.gold_score
         self._pool = signal.pool
 
     async def score(self, group: TrajectoryGroup, io: VerifierIO) -> list[Verdict]:

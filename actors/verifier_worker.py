@@ -23,6 +23,7 @@ class SignalFacts(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     example: str
     golden: list[GoldenPair]
+    gold_score: float
 
 
 class VerifierWorker:
@@ -42,6 +43,7 @@ class VerifierWorker:
             version=version,
             example=next(iter(self._rubric.examples), ""),
             golden=self._rubric.golden[self._name],
+            gold_score=self._rubric.gold_scores[self._name],
         )
 
     async def score(self, encoded: bytes) -> list[Verdict]:

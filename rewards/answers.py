@@ -22,30 +22,40 @@ _NAME = re.compile(r"\s*[A-Za-z](?:\([A-Za-z]\))?\s*")
 _LABEL = re.compile(r"^[A-Za-z][A-Za-z ]{0,30}:\s+")
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 
+_GREEK = (
+    ("αβγδεζηθικλμν", "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu"),
+    ("ξπρστυφχψωϕϵϑ", "xi pi rho sigma tau upsilon phi chi psi omega phi epsilon theta"),
+    ("ΓΔΘΛΞΠΣΦΨΩ∞∅⋅", "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega infty emptyset cdot"),
+)
+_NAMED = [pair for letters, names in _GREEK for pair in zip(letters, names.split(), strict=True)]
 _CHARACTERS = str.maketrans(
     {0xFF01 + i: chr(0x21 + i) for i in range(94)}  # full-width forms
     | {ord(c): "-" for c in "\u2010\u2011\u2012\u2013\u2014\u2212\ufe63"}
     | {ord(c): " " for c in "\u00a0\u2009\u202f\u3000~"}
     | {"\u00d7": r"\times ", "·": r"\cdot ", "÷": "/", "\u2044": "/", "±": r"\pm "}
-    | {"π": r"\pi ", "θ": r"\theta ", "\u03b1": r"\alpha ", "β": r"\beta ", "∞": r"\infty "}
+    | {letter: rf"\{name} " for letter, name in _NAMED}
     | {"≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "\u222a": r"\cup ", "∩": r"\cap ", "∈": r"\in "}
     | {
         "≈": r"\approx ",
         "½": " 1/2",
         "¼": " 1/4",
         "¾": " 3/4",
-        "²": "^2",
-        "³": "^3",
+        "⅓": " 1/3",
+        "⅔": " 2/3",
         "°": r"^\circ",
         "√": r"\sqrt ",
     }
     | {"$": ""}
 )
+_RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "₀₁₂₃₄₅₆₇₈₉₊₋"
+_LEVEL = str.maketrans(_RAISED + _LOWERED, 2 * "0123456789+-")
+_RAISED_RUN, _LOWERED_RUN = re.compile(f"[{_RAISED}]+"), re.compile(f"[{_LOWERED}]+")
 _NEW_ROW = "\0"  # stands for the double backslash of a matrix, which is no escaped blank
 _REWRITES = [
     (re.compile(r"\\(?:left|right|displaystyle|[!()\[\]])(?![A-Za-z])"), ""),
     (re.compile(r"\\(?:[,;: ]|q?quad(?![A-Za-z]))"), " "),
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
+    (re.compile(r"\\var(?=(?:phi|epsilon|theta|rho|sigma|pi)(?![A-Za-z]))"), r"\\"),
     (re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s?\{([^{}]*)\}"), r" \1 "),
     (re.compile(r"\^\s?\{?\s?\\circ\s?\}?"), " degrees"),
     (re.compile(r"\{,\}"), ","),
@@ -166,11 +176,18 @@ def normalise(answer: str) -> str:
 
     Example: `normalise(r"$\dfrac{1}{2}\text{ cm}$.")` is `r"\frac{1}{2} cm"`.
     """
-    text = answer.replace(r"\$", "").translate(_CHARACTERS).strip().strip("*")
+    text = _RAISED_RUN.sub(lambda m: _level("^", m[0]), answer.replace(r"\$", ""))
+    text = _LOWERED_RUN.sub(lambda m: _level("_", m[0]), text)
+    text = text.translate(_CHARACTERS).strip().strip("*")
     text = text.replace("\\\\", _NEW_ROW)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     return text.strip().rstrip(".").strip().replace(_NEW_ROW, "\\\\")
+
+
+def _level(sign: str, run: str) -> str:
+    digits = run.translate(_LEVEL)
+    return f"{sign}{digits}" if len(digits) == 1 else f"{sign}{{{digits}}}"
 
 
 def why_uncheckable(answer: str) -> str:

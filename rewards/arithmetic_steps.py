@@ -5,6 +5,7 @@ answer without taking anything back; after a wrong step all are wrong. Needs no 
 `arithmetic` in `process` verifiers.
 """
 
+import asyncio
 import re
 from collections import Counter
 from fractions import Fraction
@@ -12,14 +13,16 @@ from fractions import Fraction
 from cluster.types import Task
 from rewards.step_scorer import StepScores
 
+MAX_STEP_CHARS = 2048
+_BLANKS = re.compile(r"\s+")
 _NUMBER = r"\d{1,40}(?:\.\d{1,40})?"
-_SIDE = rf"-?\s*{_NUMBER}(?:\s*[-+*/]\s*-?\s*{_NUMBER})*"
-_EQUATION = re.compile(rf"{_SIDE}(?:\s*=\s*{_SIDE})+")
+_SIDE = rf"(?>-?\s*{_NUMBER}(?:\s*[-+*/]\s*-?\s*{_NUMBER})*)"
+_SIDES = re.compile(_SIDE)
 _OPERAND = re.compile(rf"([-+*/])\s*(-?\s*{_NUMBER})")
 _ANSWER = re.compile(
     rf"\s*(?:####|answer\s*(?:is|[:=])|\\boxed\{{)?\s*(-?\s*{_NUMBER})\s*\}}?\.?\s*", re.I
 )
-_SUM = re.compile(rf"-?\s*{_NUMBER}(?:\s*[-+]\s*{_NUMBER})+")
+_SUM = re.compile(rf"(?>-?\s*{_NUMBER}(?:\s*[-+]\s*{_NUMBER})+)")
 
 
 class ArithmeticSteps:
@@ -33,7 +36,7 @@ class ArithmeticSteps:
     """
 
     async def score(self, task: Task, completions: list[list[str]]) -> list[StepScores]:
-        return [_check(task, steps) for steps in completions]
+        return [await asyncio.to_thread(_check, task, steps) for steps in completions]
 
 
 def _check(task: Task, steps: list[str]) -> StepScores:
@@ -48,7 +51,7 @@ class _Work:
     """What has been worked out so far: right or not, the running total, the terms left."""
 
     def __init__(self, task: Task) -> None:
-        answer = _ANSWER.fullmatch(task.reference)
+        answer = _ANSWER.fullmatch(_plain(task.reference))
         self._answer = _number(answer[1]) if answer else None
         self._left = _question_terms(task, self._answer)
         self._total: Fraction | int | None = None
@@ -57,7 +60,8 @@ class _Work:
 
     def accepts(self, step: str) -> bool:
         """Whether all is right up to and with this step."""
-        equations = _EQUATION.findall(step)
+        step = _plain(step)
+        equations = _equations(step)
         answer = _ANSWER.fullmatch(step)
         self.num_checked += len(equations) + (answer is not None)
         if not all(self._follows(equation) for equation in equations):
@@ -66,8 +70,8 @@ class _Work:
             self._is_right = False
         return self._is_right
 
-    def _follows(self, equation: str) -> bool:
-        sides = [_terms(side) for side in equation.split("=")]
+    def _follows(self, equation: list[str]) -> bool:
+        sides = [_terms(side) for side in equation]
         values = [None if terms is None else sum(terms) for terms in sides]
         before, self._total = self._total, values[-1]
         if values[-1] is None or any(value != values[-1] for value in values):
@@ -84,9 +88,22 @@ class _Work:
         return min(self._left.values()) >= 0
 
 
+def _equations(step: str) -> list[list[str]]:
+    """The sides of each equation: "1 + 2 = 3 = 6/2, 4" has one, of three."""
+    chains: list[list[str]] = []
+    end = 0
+    for side in _SIDES.finditer(step):
+        if chains and step[end : side.start()].strip() == "=":
+            chains[-1].append(side[0])
+        else:
+            chains.append([side[0]])
+        end = side.end()
+    return [chain for chain in chains if len(chain) > 1]
+
+
 def _question_terms(task: Task, answer: Fraction | None) -> Counter[Fraction] | None:
     """The signed terms of a question that is one sum; None for any other."""
-    question = task.messages[-1].content if task.messages else ""
+    question = _plain(task.messages[-1].content) if task.messages else ""
     terms = _terms(max(_SUM.findall(question), key=len, default=""))
     return Counter(terms) if terms and sum(terms) == answer else None
 
@@ -105,6 +122,11 @@ def _terms(side: str) -> list[Fraction] | None:
         else:
             return None
     return terms
+
+
+def _plain(text: str) -> str:
+    """With single blanks, and at most `MAX_STEP_CHARS`, so that the patterns cost little."""
+    return _BLANKS.sub(" ", text)[-MAX_STEP_CHARS:]
 
 
 def _number(digits: str) -> Fraction:

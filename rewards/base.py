@@ -20,6 +20,11 @@ class VerifierIO(Protocol):
     timeout_s: float  # for the whole group, not counting the start of worker processes
     policy_dir: str  # the policy's tokenizer is there; "" where no policy is known
 
+    @property
+    def left_s(self) -> float:
+        """What is left of `timeout_s`."""
+        ...
+
     async def run_isolated(
         self, function: str, *args: object, timeout_s: float | None = None
     ) -> object:
@@ -52,6 +57,13 @@ class HasExample(Protocol):
     """A verifier that shows what a well-formed completion looks like, for the self-checks."""
 
     example: str  # "{answer}" stands for the gold answer; "" for no particular form
+
+
+@runtime_checkable
+class HasGoldScore(Protocol):
+    """A verifier that gives a gold answer less than 1, such as a probability."""
+
+    gold_score: float  # the least that a gold answer must earn for the verifier to go live
 
 
 class GoldenPair(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -19,13 +19,15 @@ from cluster.types import TrajectoryGroup, Verdict
 from rewards.answers import after_thinking
 from rewards.base import VerifierIO
 from rewards.golden_sets import CODE
-from rewards.sandbox import Limits, RunResult, Tier, choose, sandbox_of
+from rewards.sandbox import Limits, Tier, choose
 
 MAX_CODE_BYTES = 64 << 10
-MAX_DEPTH = 32
-RUN_CASES = "rewards.code_verifier:run_cases"
-RUN_TESTS = "rewards.code_verifier:run_tests"
-_BLOCK = re.compile(r"^[ \t]*```(?:python3?|py)?[ \t]*\n(.*?)^[ \t]*```[ \t]*$", re.S | re.M | re.I)
+BUDGET = 0.8  # of the verifier's time limit, for the tests of one program
+WORKER = 0.95  # of the same: then a worker that has not kept the budget is killed
+RUN_CASES = "rewards.code_runs:run_cases"
+RUN_TESTS = "rewards.code_runs:run_tests"
+_OPEN = re.compile(r"[ \t]{0,16}```(?:python3?|py)?[ \t]{0,16}", re.I)
+_CLOSE = re.compile(r"[ \t]{0,16}```[ \t]{0,16}")
 
 
 class Case(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,9 +55,10 @@ class CodeVerifier:
     """Scores the share of tests that pass, or with `partial=False` 1.0 for all and else 0.0.
 
     Each test may take `test_timeout_s` and `memory_mib`; floats may differ by `tolerance`
-    (relative or absolute). With `one_run_per_case` no case can learn of another. The cases of one
-    program may take half of the verifier's `timeout_s` in all. Example: a program that passes 3 of
-    4 cases scores 0.75.
+    (relative or absolute). With `one_run_per_case` no case can learn of another. The tests of one
+    program may take four fifths of the verifier's `timeout_s` in all: what is left then has failed
+    if a test overran its own limit, and the check abstains if none did. Example: a program that
+    passes 3 of 4 cases scores 0.75.
     """
 
     example = "```python\n{answer}\n```"
@@ -93,6 +96,11 @@ class CodeVerifier:
         self._tier = _tier(unsafe_ok)
 
     async def score(self, group: TrajectoryGroup, io: VerifierIO) -> list[Verdict]:
+        if self._limits.wall_s > BUDGET * io.timeout_s:
+            raise ConfigError(
+                f"test_timeout_s: {self._limits.wall_s:g} s for a test needs a timeout_s of at "
+                f"least {self._limits.wall_s / BUDGET:g} s, not {io.timeout_s:g} s"
+            )
         try:
             tests = read_tests(group.task.entry)
         except ValueError as error:
@@ -108,29 +116,32 @@ class CodeVerifier:
         reason = why_unrunnable(code)
         if reason:
             return Verdict(score=0.0, evidence=reason)
-        limits = msgspec.to_builtins(self._limits)
+        limits, budget_s = msgspec.to_builtins(self._limits), BUDGET * io.timeout_s
+        limit_s, note = WORKER * io.timeout_s, ""
         try:
             if tests.unittest:
-                raw = await io.run_isolated(RUN_TESTS, self._tier, code, tests.unittest, limits)
-                passed, total, note = _tally(msgspec.convert(raw, RunResult))
+                raw = await io.run_isolated(
+                    RUN_TESTS, self._tier, code, tests.unittest, limits, budget_s, timeout_s=limit_s
+                )
+                tally = msgspec.convert(raw, dict[str, int])
+                passed, total = tally["passed"], tally["tests"]
             else:
                 inputs: list[object] = [
                     cast(object, c.args) if tests.function else c.input for c in tests.cases
                 ]
                 raw = await io.run_isolated(
                     RUN_CASES, self._tier, code, tests.function, inputs, limits,
-                    self._one_run_per_case,
+                    self._one_run_per_case, budget_s, timeout_s=limit_s,
                 )  # fmt: skip
                 answers = msgspec.convert(raw, list[tuple[str, Any]])
-                total, note = len(tests.cases), ""
-                passed = 0
+                passed, total = 0, len(tests.cases)
                 for case, (status, answer) in zip(tests.cases, answers, strict=True):
                     is_right = status == "ok" and self._is_right(tests, case, answer)
                     passed += is_right
                     note = note or ("" if is_right else status.replace("ok", "wrong answer"))
         except HoneError as error:
             return Verdict(score=None, error=str(error))
-        share = passed / total if total else 0.0
+        share = passed / total
         return Verdict(
             score=share if self._partial else float(share == 1.0),
             breakdown={"passed": float(passed), "tests": float(total)},
@@ -170,8 +181,16 @@ def read_tests(entry: str) -> Tests:
 def extract_code(text: str) -> str:
     """The last fenced Python block after the thinking; without a fence, all of that text."""
     answer = after_thinking(text)[-4 * MAX_CODE_BYTES :]
-    blocks = _BLOCK.findall(answer)
-    return str(blocks[-1]) if blocks else answer.strip()
+    block: list[str] | None = None
+    last: str | None = None
+    for line in answer.split("\n"):
+        if block is None:
+            block = [] if _OPEN.fullmatch(line) else None
+        elif _CLOSE.fullmatch(line):
+            last, block = "".join(block), None
+        else:
+            block.append(line + "\n")
+    return answer.strip() if last is None else last
 
 
 def why_unrunnable(code: str) -> str:
@@ -182,74 +201,6 @@ def why_unrunnable(code: str) -> str:
     if "\0" in code or any(0xD800 <= ord(c) <= 0xDFFF for c in code):
         return "characters that are no text"
     return ""
-
-
-def run_cases(
-    tier: Tier,
-    code: str,
-    function: str,
-    inputs: list[Any],
-    limits: dict[str, Any],
-    one_run_per_case: bool,
-) -> list[tuple[str, Any]]:
-    """(status, answer) per input: what was printed, or the function's value. For a worker only."""
-    sandbox, bound = sandbox_of(tier), msgspec.convert(limits, Limits)
-    if not function:
-        runs = [sandbox.run("program", code, bound, stdin=text) for text in inputs]
-        return [(r.status, r.stdout if r.status == "ok" else "") for r in runs]
-    batches = [[i] for i in inputs] if one_run_per_case else [inputs]
-    answers: list[tuple[str, Any]] = []
-    for batch in batches:
-        reply = sandbox.run("calls", code, bound, function=function, calls=batch)
-        answers += read_answers(reply, len(batch))
-    return answers
-
-
-def run_tests(tier: Tier, code: str, tests: str, limits: dict[str, Any]) -> dict[str, Any]:
-    """The test module's tally. For a worker only."""
-    reply = sandbox_of(tier).run_tests(code, tests, msgspec.convert(limits, Limits))
-    return msgspec.to_builtins(reply)
-
-
-def read_answers(reply: RunResult, count: int) -> list[tuple[str, Any]]:
-    """One (status, value) per call from distrusted lines; too many lines spoil all of them."""
-    lines = reply.result.splitlines()
-    if len(lines) > count:
-        return [("result_invalid", None)] * count
-    answers: list[tuple[str, Any]] = []
-    for line in lines:
-        try:
-            value: Any = msgspec.json.decode(line)
-        except (msgspec.DecodeError, RecursionError):
-            value = None
-        if not isinstance(value, dict) or _depth(line) > MAX_DEPTH:
-            answers.append(("result_invalid", None))
-        elif "value" in value:
-            answers.append(("ok", cast(dict[str, Any], value)["value"]))
-        else:
-            answers.append(("model_error", None))
-    missing = "model_error" if reply.status == "ok" else reply.status
-    return answers + [(missing, None)] * (count - len(answers))
-
-
-def _depth(line: str) -> int:
-    depth = deepest = 0
-    for character in line:
-        depth += (character in "[{") - (character in "]}")
-        deepest = max(deepest, depth)
-    return deepest
-
-
-def _tally(reply: RunResult) -> tuple[int, int, str]:
-    """(passed, tests, note) of a test module; it is trusted, so a broken one is an error."""
-    try:
-        tally = msgspec.json.decode(reply.result, type=dict[str, int])
-        return tally["passed"], tally["tests"], ""
-    except (msgspec.DecodeError, KeyError):
-        if reply.status in ("wall_timeout", "cpu_timeout"):
-            return 0, 1, reply.status
-        last = reply.stderr.strip().splitlines()[-1:] or [reply.status]
-        raise HoneError(f"the test module gave no tally: {last[0]}") from None
 
 
 def is_same(expected: Any, answer: Any, tolerance: float) -> bool:

@@ -115,23 +115,32 @@ class Endpoint:
         self._loop: object = None
         self.usage = Usage()
 
-    async def ask(self, messages: list[dict[str, str]], **sampling: Any) -> Answer:
-        """One completion. Raises `EndpointError`."""
+    async def ask(
+        self, messages: list[dict[str, str]], *, deadline: float, **sampling: Any
+    ) -> Answer:
+        """One completion. Raises `EndpointError`, at the latest at `deadline` (of the loop)."""
         request = {"model": self._model, "messages": messages, **sampling}
         key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
         if sampling.get("temperature") == 0 and key in self._cache:
             self.usage.cached += 1
             self._cache.move_to_end(key)
             return self._cache[key]
-        async with self._parallel:
-            answer = await self._try(request)
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._parallel.acquire()
+        except TimeoutError:
+            raise EndpointError(f"{self._url}: no turn in time (max_parallel)") from None
+        try:
+            answer = await self._try(request, deadline)
+        finally:
+            self._parallel.release()
         self._cache[key] = answer
         if len(self._cache) > MAX_CACHED:
             self._cache.popitem(last=False)
         return answer
 
-    async def _try(self, request: Mapping[str, Any]) -> Answer:
-        pause_s, problem = FIRST_PAUSE_S, ""
+    async def _try(self, request: Mapping[str, Any], deadline: float) -> Answer:
+        pause_s, problem, attempt = FIRST_PAUSE_S, "", 0
         for attempt in range(self._retries + 1):
             try:
                 self._breaker.check()
@@ -141,7 +150,7 @@ class Endpoint:
             if attempt:
                 self.usage.retries += 1
             try:
-                answer, wait_s = await self._post(request)
+                answer, wait_s = await self._post(request, deadline)
             except EndpointError as error:
                 self.usage.failures += 1
                 self._breaker.record(False)
@@ -151,20 +160,25 @@ class Endpoint:
                 return answer
             problem, wait_hint = wait_s
             self._breaker.record(False)
-            await asyncio.sleep(max(wait_hint, random.uniform(0.5, 1.0) * pause_s))
+            pause = max(wait_hint, random.uniform(0.5, 1.0) * pause_s)
+            if asyncio.get_running_loop().time() + pause >= deadline:
+                problem += ", no time for another try"
+                break
+            await asyncio.sleep(pause)
             pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
         self.usage.failures += 1
-        raise EndpointError(f"{self._url}: gave up after {self._retries + 1} tries: {problem}")
+        raise EndpointError(f"{self._url}: gave up after {attempt + 1} tries: {problem}")
 
     async def _post(
-        self, request: Mapping[str, Any]
+        self, request: Mapping[str, Any], deadline: float
     ) -> tuple[Answer | None, tuple[str, float]]:  # fmt: skip
         """The answer, or what was wrong and how long the endpoint asks to wait: try again."""
         httpx, client = self._http()
         self.usage.calls += 1
         headers = {"Authorization": f"Bearer {os.environ[self._key_env]}"} if self._key_env else {}
         try:
-            async with asyncio.timeout(self._call_timeout_s):
+            now = asyncio.get_running_loop().time()
+            async with asyncio.timeout_at(min(deadline, now + self._call_timeout_s)):
                 response = await client.post(self._url, json=request, headers=headers)
         except (httpx.HTTPError, TimeoutError) as error:
             return None, (f"{type(error).__name__}: {error}"[:200], 0.0)

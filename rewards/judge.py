@@ -11,6 +11,7 @@ import hashlib
 import math
 import re
 import secrets
+from collections.abc import Mapping
 from typing import Any
 
 from cluster.config import VerifierConfig
@@ -20,9 +21,11 @@ from rewards.answers import after_thinking, extract_answer
 from rewards.base import Verifier, VerifierIO
 from rewards.endpoint import Answer, Breaker, Endpoint, EndpointError
 from rewards.registry import build_verifier
+from rewards.versions import nested_version
 
 MAX_CANDIDATE_CHARS = 8192
 MIN_CONTENT_WORDS = 1
+CALLS = 0.9  # of the time that a group has left, so that what is decided is kept
 _MARKUP = re.compile(
     r"<\|[^<>|]{0,64}\|>|</?(?:candidate|system|user|assistant|verdict)[^<>]{0,64}>"
 )
@@ -54,7 +57,8 @@ class JudgeVerifier:
     `reasoned=False` one word is asked for, and where the endpoint gives log-probabilities the score
     is the expectation over the words' probabilities. `first: {use: math}` makes a cascade: the rule
     is asked first and the model only where the rule abstains, or with `second_opinion` also where
-    it says 0. Prices are per million tokens.
+    it says 0. Prices are per million tokens. A gold answer must score `gold_score` for the judge to
+    go live: a probability is never quite 1.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class JudgeVerifier:
         breaker_open_s: float = 10.0,
         price_prompt: float = 0.0,
         price_completion: float = 0.0,
+        gold_score: float = 0.5,
     ) -> None:
         if scale not in SCALES:
             raise ConfigError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
@@ -85,6 +90,9 @@ class JudgeVerifier:
             raise ConfigError("votes, max_parallel and call_timeout_s must be above 0")
         if votes > 1 and temperature == 0:
             raise ConfigError("temperature must be above 0 with several votes: they would be equal")
+        if not 0 < gold_score <= 1:
+            raise ConfigError(f"gold_score must lie above 0 and not above 1, got {gold_score}")
+        self.gold_score = gold_score
         self._rubric = RUBRICS.get(rubric, rubric)
         self._words = SCALES[scale]
         self._reasoned = reasoned
@@ -107,6 +115,11 @@ class JudgeVerifier:
             prices=(price_prompt, price_completion),
         )
 
+    @staticmethod
+    def fingerprint(settings: Mapping[str, Any]) -> str:
+        """Changes with the code of the verifier in `first`."""
+        return nested_version("first", settings.get("first"))
+
     @property
     def usage(self) -> Any:
         """Calls, tokens, cost, retries and refusals so far."""
@@ -117,9 +130,12 @@ class JudgeVerifier:
         if self._first is not None:
             verdicts = await self._first.score(group, io)
             ruled = [v if self._is_decided(v) else None for v in verdicts]
+        deadline = asyncio.get_running_loop().time() + CALLS * io.left_s
         texts = [self._candidate(t.text) for t in group.trajectories]
         open_texts = dict.fromkeys(t for t, r in zip(texts, ruled, strict=True) if r is None)
-        judged = await asyncio.gather(*(self._verdict(group, text) for text in open_texts))
+        judged = await asyncio.gather(
+            *(self._verdict(group, text, deadline) for text in open_texts)
+        )
         by_text = dict(zip(open_texts, judged, strict=True))
         return [by_text[t] if r is None else r for t, r in zip(texts, ruled, strict=True)]
 
@@ -132,11 +148,11 @@ class JudgeVerifier:
         """What is judged: without the thinking and without marks that look like the frame's."""
         return fence_off(after_thinking(text)[-MAX_CANDIDATE_CHARS:])
 
-    async def _verdict(self, group: TrajectoryGroup, candidate: str) -> Verdict:
+    async def _verdict(self, group: TrajectoryGroup, candidate: str, deadline: float) -> Verdict:
         if len(re.findall(r"\w+", candidate)) < MIN_CONTENT_WORDS:
             return Verdict(score=0.0, evidence="nothing to judge")
         votes = await asyncio.gather(
-            *(self._vote(group, candidate, number) for number in range(self._votes)),
+            *(self._vote(group, candidate, number, deadline) for number in range(self._votes)),
             return_exceptions=True,
         )
         for vote in votes:
@@ -152,7 +168,9 @@ class JudgeVerifier:
             evidence=f"votes {', '.join(f'{score:.2f}' for score in scores)}",
         )
 
-    async def _vote(self, group: TrajectoryGroup, candidate: str, number: int) -> float:
+    async def _vote(
+        self, group: TrajectoryGroup, candidate: str, number: int, deadline: float
+    ) -> float:
         sampling: dict[str, Any] = {
             "temperature": self._temperature,
             "max_tokens": self._max_tokens,
@@ -162,7 +180,7 @@ class JudgeVerifier:
         if not self._reasoned:
             sampling |= {"logprobs": True, "top_logprobs": 20}
         messages = self._messages(group, candidate)
-        answer = await self._endpoint.ask(messages, **sampling)
+        answer = await self._endpoint.ask(messages, deadline=deadline, **sampling)
         score = self._read(answer)
         if score is None:
             raise EndpointError(f"the judge gave no single verdict: {answer.text[-120:]!r}")
@@ -212,6 +230,11 @@ class GenerativeVerifier(JudgeVerifier):
     0.0 without asking. By default `math` decides first and the model has a second opinion on what
     it refuses. Settings as of `judge`.
     """
+
+    @staticmethod
+    def fingerprint(settings: Mapping[str, Any]) -> str:
+        """Changes with the code of the verifier in `first`."""
+        return nested_version("first", settings.get("first", {"use": "math"}))
 
     def __init__(self, base_url: str, model: str, **settings: Any) -> None:
         chosen: dict[str, Any] = {

@@ -87,7 +87,7 @@ class ProcessVerifier:
         ]
         decode = await asyncio.to_thread(self._decoder, self._tokenizer or io.policy_dir)
         return [
-            _aligned(decode, trajectory, one, verdict)
+            await asyncio.to_thread(_aligned, decode, trajectory, one, verdict)
             for trajectory, one, verdict in zip(group.trajectories, steps, verdicts, strict=True)
         ]
 

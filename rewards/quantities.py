@@ -40,6 +40,9 @@ _BASE_NAMES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7,
 _UNEVALUATED = re.compile(r"[\d)}] ?(?:[-+*]|\\times|\\cdot) ?[\d({\\]")
 _KNOWN_NAME = re.compile(r"\\[A-Za-z]+|sqrt|pi|sin|cos|tan|log|ln|exp|[eEiI]")
 _VARIABLE = re.compile(r"[A-Za-z:]")
+_GROUPED = re.compile(r"(?<![\d.] )(?<![\d.])\d{1,3}(?: \d{3})+(?! ?[\d/])")
+_BLANK = re.compile(r"(?<!\d) | (?!\d)")
+_DIGITS_APART = re.compile(r"[-+]? ?[\d.,]+(?: [\d.,]+)+")
 _SEVERAL = re.compile(r"[,;]|\b(?:or|and)\b")
 
 
@@ -93,8 +96,16 @@ def _unit(text: str, is_apart: bool) -> str | None:
 
 
 def is_same_text(gold: str, answer: str) -> bool:
-    """Equal but for blanks."""
-    return gold.replace(" ", "") == answer.replace(" ", "")
+    """Equal but for blanks; one between digits counts, unless it groups thousands.
+
+    Example: "x + 1" is "x+1" and "1 234" is "1234", but "7 7" is not "77".
+    """
+    return _BLANK.sub("", _closed(gold)) == _BLANK.sub("", _closed(answer))
+
+
+def _closed(text: str) -> str:
+    """With groups of thousands put together."""
+    return _GROUPED.sub(lambda m: m[0].replace(" ", ""), text)
 
 
 def compare(gold: str, answer: str, policy: MathPolicy = DEFAULT) -> bool | None:
@@ -104,6 +115,7 @@ def compare(gold: str, answer: str, policy: MathPolicy = DEFAULT) -> bool | None
     text without case. Where a number is asked for, a list, a variable (x/x is 1), or an unevaluated
     sum or product (the problem repeated) is wrong; powers, roots and fractions go on to algebra.
     """
+    gold, answer = _closed(gold), _closed(answer)
     if is_same_text(gold, answer):
         return True
     if "=" not in gold:
@@ -191,7 +203,7 @@ def _as_fraction(text: str) -> Fraction | None:
 
 
 def _is_one_value(answer: str) -> bool:
-    if _SEVERAL.search(answer) or _UNEVALUATED.search(answer):
+    if _SEVERAL.search(answer) or _UNEVALUATED.search(answer) or _DIGITS_APART.fullmatch(answer):
         return False
     return not _VARIABLE.search(_KNOWN_NAME.sub("", answer))
 

@@ -20,7 +20,7 @@ from cluster.config import VerifierConfig
 from cluster.errors import ConfigError, HoneError, boundary
 from cluster.reward_state import RUBRIC
 from cluster.types import Trajectory, TrajectoryGroup, TrajectoryStatus, Verdict
-from rewards.base import GoldenPair, HasExample, HasGolden, Verifier
+from rewards.base import GoldenPair, HasExample, HasGolden, HasGoldScore, Verifier
 from rewards.isolation import IsolatedPool
 from rewards.registry import build_verifier
 from rewards.versions import reward_version
@@ -46,6 +46,10 @@ class _Signal:
     @property
     def weight(self) -> float:
         return self.config.weight
+
+    @property
+    def gold_score(self) -> float:
+        return self.verifier.gold_score if isinstance(self.verifier, HasGoldScore) else 1.0
 
 
 class Rubric:
@@ -92,6 +96,16 @@ class Rubric:
     def full_reward(self) -> float:
         """What a flawless completion earns: 1 from each rewarded signal, 0 from each penalty."""
         return sum(max(0.0, signal.weight) for signal in self._signals)
+
+    @property
+    def gold_scores(self) -> dict[str, float]:
+        """What each signal must give a gold answer: 1, or less where a verifier says so."""
+        return {signal.name: signal.gold_score for signal in self._signals}
+
+    @property
+    def gold_reward(self) -> float:
+        """What a gold answer must earn: the full reward but for verifiers that never give a 1."""
+        return sum(max(0.0, signal.weight) * signal.gold_score for signal in self._signals)
 
     @property
     def examples(self) -> list[str]:
@@ -200,6 +214,12 @@ class GroupIO:
         self._clock = clock
         self._left_s = timeout_s
         self._num_waiting = 0
+
+    @property
+    def left_s(self) -> float:
+        if self._num_waiting:
+            return self._left_s
+        return (self._clock.when() or 0.0) - asyncio.get_running_loop().time()
 
     async def run_isolated(
         self, function: str, *args: object, timeout_s: float | None = None

@@ -35,9 +35,11 @@ TIERS: tuple[Tier, ...] = ("namespaces", "landlock")
 START_S = 10.0
 GRACE_S = 2.0  # of the keeper beyond the program's own limit
 MAX_REPLY = 4 << 20
+SOLUTION_ENDED = '"solution_ended": 1'  # in the tally of a test module
 _REPOSITORY = str(Path(__file__).resolve().parents[1])
-_ZYGOTE = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from rewards.sandbox_zygote import main; main()"
+_MAIN = "rewards.sandbox_zygote:main"
+_ZYGOTE = "import sys; sys.path.insert(0, sys.argv[1]); from {0} import {1}; {1}()".format(
+    *_MAIN.split(":")
 )
 log = logging.getLogger(__name__)
 
@@ -83,14 +85,24 @@ class Sandbox:
         """One program to its end. Raises `SandboxError` when nothing can be said about it."""
         return self.start(mode, code, limits or Limits(), None, **fields).result()
 
-    def run_tests(self, code: str, tests: str, limits: Limits) -> RunResult:
-        """Trusted test code in one sandbox, the program in another; plain data between them."""
+    def run_tests(self, code: str, tests: str, limits: Limits, call_s: float) -> RunResult:
+        """Trusted test code in one sandbox, the program in another; plain data between them.
+
+        A call of the program may take `call_s`. Raises `SandboxError` also when it is the program's
+        sandbox that failed.
+        """
+        longer = msgspec.structs.replace(
+            limits, wall_s=limits.wall_s + GRACE_S, cpu_s=limits.cpu_s + int(GRACE_S)
+        )  # the tests' clock decides
         mine, theirs = socket.socketpair()
         with mine, theirs:
-            server = self.start("server", code, limits, mine)
-            outcome = self.start("tests", tests, limits, theirs)
+            server = self.start("server", code, longer, mine)
+            outcome = self.start("tests", tests, limits, theirs, call_s=call_s)
         try:
-            return outcome.result()
+            reply = outcome.result()
+            if SOLUTION_ENDED in reply.result and server.has_reply(GRACE_S):
+                server.result()
+            return reply
         finally:
             server.abandon()
 
@@ -152,6 +164,9 @@ class Running:
             raise SandboxError(f"sandbox: {reply.error or 'the run did not start'}")
         return reply
 
+    def has_reply(self, wait_s: float) -> bool:
+        return bool(select.select([self._connection], [], [], wait_s)[0])
+
     def abandon(self) -> None:
         """The keeper sees the closed connection and kills the program."""
         self._connection.close()
@@ -162,7 +177,10 @@ class Running:
             left = self._deadline - time.monotonic()
             if left <= 0 or not select.select([self._connection], [], [], left)[0]:
                 raise SandboxError("sandbox: no reply from the keeper in time")
-            chunk = self._connection.recv(size - len(data))
+            try:
+                chunk = self._connection.recv(size - len(data))
+            except ConnectionError:
+                chunk = b""
             if not chunk:
                 raise SandboxError("sandbox: the keeper has died")
             data += chunk

@@ -6,12 +6,15 @@ Standard library only; called by `rewards.sandbox_zygote`.
 """
 
 import ast
+import builtins
 import json
 import os
+import select
 import sys
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any, cast
 
 RESULT_FD = 3
 PEER_FD = 4
@@ -33,7 +36,11 @@ def run_calls(request: dict[str, Any]) -> None:
     """One JSON line per call on descriptor 3: `{"value": ...}` or `{"error": ...}`."""
     scope = load(request["code"], "solution")
     for arguments in request["calls"]:
-        os.write(RESULT_FD, answer(scope, request["function"], arguments))
+        os.write(RESULT_FD, answer(scope, request["function"], arguments, {}, plain))
+
+
+def plain(value: Any) -> Any:
+    return value
 
 
 def run_server(request: dict[str, Any]) -> None:
@@ -41,38 +48,113 @@ def run_server(request: dict[str, Any]) -> None:
     scope = load(request["code"], "solution")
     with os.fdopen(PEER_FD, "rb", closefd=False) as calls:
         for line in calls:
-            name, arguments = json.loads(line)
-            write_all(PEER_FD, answer(scope, name, arguments))
+            name, arguments, named = json.loads(line, object_hook=unmark)
+            write_all(PEER_FD, answer(scope, name, arguments, named, mark))
 
 
 def run_tests(request: dict[str, Any]) -> None:
     """Trusted tests against `solution`, whose functions live in another sandbox.
 
-    Counts the methods of test cases, `test...` functions, and asserts at the top level, which need
-    not import what they call.
+    Counts the methods of test cases, `test...` functions and asserts at the top level, which need
+    not import what they call; where there are none of these, calls at the top level (`check(add)`).
+    A top-level statement that fails after it called the solution is a failed test; one that fails
+    by itself ends the module without a tally.
     """
-    calls = os.fdopen(PEER_FD, "rb", closefd=False)
+    solution = Solution(request["call_s"], request["limits"]["output_bytes"])
+    module = types.ModuleType("solution")
+    module.__getattr__ = solution.function  # type: ignore[method-assign]
+    sys.modules["solution"] = module
+    scope = load("", "tests")
+    lines = list(script(ast.parse(request["code"]), scope, solution))
+    tests, passed = run_suite(scope)
+    is_script = tests == 0 and not any(is_assert for is_assert, _ in lines)
+    held = [ok for is_assert, ok in lines if is_assert or is_script or not ok]
+    tests, passed = tests + len(held), passed + sum(held)
+    if tests == 0:
+        raise ValueError("the module tests nothing")
+    verdict = {"tests": tests, "passed": passed, "solution_ended": int(solution.has_ended)}
+    os.write(RESULT_FD, json.dumps(verdict).encode() + b"\n")
 
-    def remote(name: str) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            write_all(PEER_FD, json.dumps([name, arguments]).encode() + b"\n")
-            line = calls.readline(request["limits"]["output_bytes"])
-            reply = json.loads(line) if line else {"error": "the solution has ended"}
-            if "value" not in reply:
-                raise RuntimeError(str(reply.get("error", "no value"))[:500])
-            return reply["value"]
+
+class Solution:
+    """The other sandbox. After a call of more than `call_s` it is not asked again."""
+
+    def __init__(self, call_s: float, max_bytes: int) -> None:
+        self._replies = os.fdopen(PEER_FD, "rb", closefd=False)
+        self._call_s = call_s
+        self._max_bytes = max_bytes
+        self._has_overrun = False
+        self.has_ended = False
+        self.num_calls = 0
+
+    def function(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            reply = self._ask([name, mark(arguments), mark(named)])
+            if "value" in reply:
+                return reply["value"]
+            kind = getattr(builtins, str(reply.get("type")), None)
+            if not (isinstance(kind, type) and issubclass(kind, Exception)):
+                kind = RuntimeError
+            raise kind(str(reply.get("error", "no value"))[:500])
 
         return call
 
-    module = types.ModuleType("solution")
-    module.__getattr__ = remote  # type: ignore[method-assign]
-    sys.modules["solution"] = module
+    def _ask(self, request: list[Any]) -> dict[str, Any]:
+        self.num_calls += 1
+        if self._has_overrun or self.has_ended:
+            return {"error": "the solution has ended"}
+        line = b""
+        with suppress(ConnectionError):  # it has ended with requests unread
+            write_all(PEER_FD, json.dumps(request).encode() + b"\n")
+            if not select.select([PEER_FD], [], [], self._call_s)[0]:
+                self._has_overrun = True
+                return {"error": f"no answer in {self._call_s:g} s"}
+            line = self._replies.readline(self._max_bytes)
+        self.has_ended = not line
+        reply: Any = json.loads(line or b'{"error": "the solution has ended"}', object_hook=unmark)
+        return cast("dict[str, Any]", reply) if isinstance(reply, dict) else {}
+
+
+def script(
+    tree: ast.Module, scope: dict[str, Any], solution: Solution
+) -> Iterator[tuple[bool, bool]]:
+    """Runs the top level in order; (is an assert, has held) for each assert and each statement
+    that called the solution and is an expression or failed.
+    """
+    for number, node in enumerate(tree.body):
+        num_calls, is_line = solution.num_calls, isinstance(node, ast.Assert | ast.Expr)
+        code = compile(ast.Module([node], []), "tests.py", "exec")
+        try:
+            exec(code, scope, Names(scope, solution) if is_line else scope)
+            ok = True
+        except Exception:
+            ok = False
+            has_called = solution.num_calls > num_calls
+            if not isinstance(node, ast.Assert) and not has_called:
+                raise
+        if isinstance(node, ast.Assert):
+            yield True, ok
+        elif not ok or (is_line and solution.num_calls > num_calls):
+            yield False, ok
+        if not ok and not is_line:
+            rest = tree.body[number + 1 :]
+            yield from ((True, False) for later in rest if isinstance(later, ast.Assert))
+            return
+
+
+def run_suite(scope: dict[str, Any]) -> tuple[int, int]:
+    """(tests, passed) of test cases and `test...` functions; a skipped one is no test."""
     import unittest
 
-    tree = ast.parse(request["code"])
-    asserts = [node for node in tree.body if isinstance(node, ast.Assert)]
-    tree.body = [node for node in tree.body if not isinstance(node, ast.Assert)]
-    scope = load(tree, "tests")
+    class Outcome(unittest.TestResult):
+        num_passed = 0
+
+        def addSuccess(self, test: Any) -> None:
+            self.num_passed += 1
+
+        def addExpectedFailure(self, test: Any, err: Any) -> None:
+            self.num_passed += 1
+
     suite = unittest.TestSuite()
     loader = unittest.defaultTestLoader
     for value in list(scope.values()):
@@ -81,55 +163,70 @@ def run_tests(request: dict[str, Any]) -> None:
     for name, value in list(scope.items()):
         if name.startswith("test") and callable(value):
             suite.addTest(unittest.FunctionTestCase(value))
-    outcome = unittest.TestResult()
+    total, outcome = suite.countTestCases(), Outcome()
     suite.run(outcome)
-    bad = len(outcome.failures) + len(outcome.errors) + len(outcome.unexpectedSuccesses)
-    passed = [holds(line, scope, remote) for line in asserts]
-    verdict = {
-        "tests": outcome.testsRun + len(asserts),
-        "passed": outcome.testsRun - bad + sum(passed),
-    }
-    os.write(RESULT_FD, json.dumps(verdict).encode() + b"\n")
+    skipped = {id(getattr(test, "test_case", test)) for test, _ in outcome.skipped}
+    return max(total - len(skipped), outcome.num_passed), outcome.num_passed
 
 
 class Names(dict[str, Any]):
     """Names that no test defines are functions of the solution."""
 
-    def __init__(self, scope: dict[str, Any], remote: Callable[[str], Any]) -> None:
+    def __init__(self, scope: dict[str, Any], solution: Solution) -> None:
         super().__init__(scope)
-        self._remote = remote
+        self._solution = solution
         self._builtins = scope["__builtins__"]
 
     def __missing__(self, name: str) -> Any:
         if name in self._builtins:
             raise KeyError(name)
-        return self._remote(name)
+        return self._solution.function(name)
 
 
-def holds(line: ast.Assert, scope: dict[str, Any], remote: Callable[[str], Any]) -> bool:
-    code = compile(ast.Module([line], []), "tests.py", "exec")
-    try:
-        exec(code, scope, Names(scope, remote))
-    except Exception:
-        return False
-    return True
+def mark(value: Any) -> Any:
+    """What JSON would flatten, as an object with one key: tuples, sets, keys that are no text."""
+    if isinstance(value, dict):
+        items = cast("dict[Any, Any]", value).items()
+        pairs = [[mark(key), mark(child)] for key, child in items]
+        is_plain = all(isinstance(key, str) and key not in MARKS for key, _ in items)
+        return dict(pairs) if is_plain else {"__dict__": pairs}
+    for name, kind in MARKS.items():
+        if isinstance(value, (kind, list)):
+            children = [mark(child) for child in cast("list[Any]", value)]
+            return children if isinstance(value, list) else {name: children}
+    return value
 
 
+def unmark(value: dict[str, Any]) -> Any:
+    (name, *more) = value or [""]
+    return MARKS[name](value[name]) if name in MARKS and not more else value
+
+
+MARKS: dict[str, Any] = {
+    "__tuple__": tuple, "__set__": set, "__frozenset__": frozenset, "__dict__": dict
+}  # fmt: skip
 MODES = {"program": run_program, "calls": run_calls, "server": run_server, "tests": run_tests}
 
 
-def answer(scope: dict[str, Any], name: str, arguments: list[Any]) -> bytes:
+def answer(
+    scope: dict[str, Any],
+    name: str,
+    arguments: list[Any],
+    named: dict[str, Any],
+    convert: Callable[[Any], Any],
+) -> bytes:
     try:
         value = (
-            scope[name](*arguments)
+            scope[name](*arguments, **named)
             if name in scope
-            else scope["Solution"]().__getattribute__(name)(*arguments)
+            else scope["Solution"]().__getattribute__(name)(*arguments, **named)
         )
-        return json.dumps({"value": value}, allow_nan=False).encode() + b"\n"
+        return json.dumps({"value": convert(value)}, allow_nan=False).encode() + b"\n"
     except MemoryError:
         raise
     except Exception as error:
-        return json.dumps({"error": f"{type(error).__name__}: {error}"[:500]}).encode() + b"\n"
+        reply = {"type": type(error).__name__, "error": f"{type(error).__name__}: {error}"[:500]}
+        return json.dumps(reply).encode() + b"\n"
 
 
 def write_all(descriptor: int, data: bytes) -> None:

@@ -173,38 +173,48 @@ def collect(
                         why = "output_limit"
     if why:
         os.kill(pid, signal.SIGKILL)
-    status, usage = wait(pid, deadline)
+    status, usage, was_late = wait(pid, deadline)
+    why = why or ("wall_timeout" if was_late else "")
+    cpu_s = usage.ru_utime + usage.ru_stime
     del kept["stdout"][caps["stdout"] :]
     return {
-        "status": classify(why, status, bytes(kept["setup"]), bytes(kept["stderr"])),
+        "status": classify(
+            why, status, cpu_s >= limits["cpu_s"], bytes(kept["setup"]), bytes(kept["stderr"])
+        ),
         "stdout": kept["stdout"].decode("utf-8", "replace"),
         "stderr": kept["stderr"][-4096:].decode("utf-8", "replace"),
         "result": kept["result"].decode("utf-8", "replace"),
-        "error": kept["setup"].decode("utf-8", "replace").removeprefix("R"),
+        "error": kept["setup"].decode("utf-8", "replace").removeprefix("R")
+        or ("killed from outside" if os.WIFSIGNALED(status) and not why else ""),
         "wall_s": time.monotonic() - started,
-        "cpu_s": usage.ru_utime + usage.ru_stime,
+        "cpu_s": cpu_s,
     }
 
 
-def wait(pid: int, deadline: float) -> tuple[int, resource.struct_rusage]:
-    """Its pipes are closed: it ends now, or is killed at the deadline."""
+def wait(pid: int, deadline: float) -> tuple[int, resource.struct_rusage, bool]:
+    """Its pipes are closed: it ends now, or is killed at the deadline (then True)."""
     while True:
         done, status, usage = os.wait4(pid, os.WNOHANG)
         if done:
-            return status, usage
+            return status, usage, False
         if time.monotonic() > deadline:
             os.kill(pid, signal.SIGKILL)
             _, status, usage = os.wait4(pid, 0)
-            return status, usage
+            return status, usage, True
         time.sleep(0.0005)
 
 
-def classify(why: str, status: int, setup: bytes, stderr: bytes) -> str:
+def classify(why: str, status: int, used_up_cpu: bool, setup: bytes, stderr: bytes) -> str:
+    """A SIGKILL that neither the keeper nor the CPU limit sent (out of memory) is no fault of the
+    program's.
+    """
     if setup != READY:
         return "infra_error"
     if why:
         return why
     if os.WIFSIGNALED(status):
+        if os.WTERMSIG(status) == signal.SIGKILL and not used_up_cpu:
+            return "infra_error"
         return "cpu_timeout" if os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL) else "crash"
     if os.WEXITSTATUS(status) == 0:
         return "ok"

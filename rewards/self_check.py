@@ -1,11 +1,13 @@
 """Checks of the rubric itself: the gold answer must earn full reward, junk must earn none.
 
 Invariant: real groups go through the real rubric; an answer counts as accepted if any usual form of
-it (bare, boxed, tagged, after thinking, a verifier's own example) earns the full reward.
+it (bare, boxed, tagged, after thinking, a verifier's own example) earns the full reward, or what a
+gold answer must earn where a verifier never gives a 1.
 Called by `hone check` and at the start of `hone train`.
 """
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -18,6 +20,7 @@ from rewards.quantities import compare
 from rewards.rubric import Rubric
 
 Result = TypeVar("Result")
+log = logging.getLogger(__name__)
 FORMS = (
     "{answer}",
     r"\boxed{{answer}}",
@@ -26,6 +29,7 @@ FORMS = (
     "<think>\n\n</think>\n\n\\boxed{{answer}}",
 )
 JUNK = ("", "0", "1", "yes", "no", "True", "A", ":", "Thought process:", "Let's solve this.", "\\")
+TRIAL = "I think so."
 ANOTHER_ANSWER = "the answer of another task"
 NUM_PARALLEL = 4
 TOLERANCE = 1e-6
@@ -48,11 +52,14 @@ class JunkFinding(msgspec.Struct, frozen=True, kw_only=True):
 async def gold_check(rubric: Rubric, tasks: list[Task], count: int) -> list[str]:
     """One line for each of `count` evenly spread tasks whose gold answer is not fully rewarded.
 
-    The gold answer is `solution` where there is one, and `reference` in every usual form.
+    The gold answer is `solution` where there is one, and `reference` in every usual form. A task
+    with neither passes, with a warning in the log, when the rubric scores completions without one.
     """
     if rubric.full_reward <= 0:
         return ["no verifier has a weight above 0, so no completion can be rewarded"]
     chosen = tasks[:: max(1, len(tasks) // max(1, count))][:count]
+    if chosen and not any(task.solution or task.reference for task in chosen):
+        log.warning("no task has a gold answer: whether right answers are rewarded is not checked")
     lines = await _in_parallel([_rejection(rubric, task) for task in chosen])
     return [line for line in lines if line]
 
@@ -88,17 +95,18 @@ async def _rejection(rubric: Rubric, task: Task) -> str:
     texts = [task.solution] if task.solution else []
     texts += _forms(rubric, task.reference) if task.reference else []
     where = f"task {task.task_id} ({_start(task)!r})"
-    if not texts:
-        return f"{where}: has neither a reference nor a solution"
-    scored = await rubric.score(group_of(task, texts))
+    has_gold = bool(texts)
+    scored = await rubric.score(group_of(task, texts or _forms(rubric, TRIAL)))
     best = max(scored.trajectories, key=lambda t: float("-inf") if t.reward is None else t.reward)
-    if _is_full(rubric, best):
+    if _is_full(rubric, best) or (not has_gold and best.reward is not None):
         return ""
     words = ", ".join(f"{v.name} {v.score} ({v.error or v.evidence})" for v in best.verdicts)
+    if not has_gold:
+        return f"{where}: has neither a reference nor a solution: {words}"
     reward = "nothing" if best.reward is None else f"{best.reward:g}"
     return (
         f"{where}: the gold answer {task.reference[:60]!r} earns {reward} "
-        f"of {rubric.full_reward:g}: {words}"
+        f"of {rubric.gold_reward:g}: {words}"
     )
 
 
@@ -122,7 +130,7 @@ def _forms(rubric: Rubric, answer: str) -> list[str]:
 
 
 def _is_full(rubric: Rubric, trajectory: Trajectory) -> bool:
-    return trajectory.reward is not None and trajectory.reward >= rubric.full_reward - TOLERANCE
+    return trajectory.reward is not None and trajectory.reward >= rubric.gold_reward - TOLERANCE
 
 
 def _start(task: Task) -> str:

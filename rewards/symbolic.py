@@ -21,7 +21,8 @@ from rewards.structures import agree
 _VECTOR = re.compile(r"\\begin\{([pbv]?matrix)\}([^&]*?)\\end\{\1\}")
 _PLAIN_ROOT = re.compile(r"(?<![\\A-Za-z])sqrt ?\(([^()]*)\)")
 _PLAIN_NAME = re.compile(r"(?<![\\A-Za-z])(pi|sin|cos|tan|log|ln|exp)(?![A-Za-z])")
-_FREE_CONSTANT = re.compile(r"([-+]) ?(?:\\text ?)?[A-Za-z](?:_\{?\d\}?)?$")
+_FREE_CONSTANT = re.compile(r"([-+]) ?(?:\\text ?)?([A-Za-z])(?:_\{?\d\}?)?$")
+_NAME = re.compile(r"\\[A-Za-z]+|sqrt|pi|sin|cos|tan|log|ln|exp")
 DIGITS = 15
 
 _library: Any = importlib.import_module("math_verify")
@@ -44,7 +45,7 @@ def is_equal(gold: str, answer: str, policy: dict[str, Any] | None = None) -> bo
 
 def _is_equal(gold: str, answer: str, policy: MathPolicy) -> bool:
     if policy.constants == "any" and re.search(r"\+ ?C$", gold):
-        gold, answer = _FREE_CONSTANT.sub(r"\1 C", gold), _FREE_CONSTANT.sub(r"\1 C", answer)
+        gold, answer = _with_constant(gold), _with_constant(answer)
     parsed_gold = _parse_gold(gold, policy.imaginary)
     if not parsed_gold:
         raise ValueError(f"the reference {gold!r} is no expression that can be compared")
@@ -57,6 +58,14 @@ def _is_equal(gold: str, answer: str, policy: MathPolicy) -> bool:
     ):  # fmt: skip
         return True
     return policy.tolerance > 0 and _is_near(parsed_gold[0], parsed[0], policy.tolerance)
+
+
+def _with_constant(text: str) -> str:
+    """The last term as `C` where it is a letter that occurs nowhere else."""
+    found = _FREE_CONSTANT.search(text)
+    if found is None or found[2] in _NAME.sub("", text[: found.start()]):
+        return text
+    return f"{text[: found.start()]}{found[1]} C"
 
 
 def _is_near(gold: Any, answer: Any, tolerance: float) -> bool:

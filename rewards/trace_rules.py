@@ -8,6 +8,7 @@ checked is not passed. Used as `efficiency`, `language` and `trace` in a config.
 import json
 import re
 import unicodedata
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from cluster.config import VerifierConfig
@@ -16,6 +17,7 @@ from cluster.types import TrajectoryGroup, Verdict
 from rewards.base import Verifier, VerifierIO
 from rewards.registry import build_verifier
 from rewards.text_rules import MAX_CHARS
+from rewards.versions import nested_version
 
 _SCRIPTS = {
     "en": "LATIN", "de": "LATIN", "fr": "LATIN", "es": "LATIN", "latin": "LATIN", "zh": "CJK",
@@ -52,6 +54,11 @@ class EfficiencyVerifier:
         )  # fmt: skip
         self._eta = eta
         self._threshold = threshold
+
+    @staticmethod
+    def fingerprint(settings: Mapping[str, Any]) -> str:
+        """Changes with the code of the verifier in `correct`."""
+        return nested_version("correct", settings.get("correct"))
 
     async def score(self, group: TrajectoryGroup, io: VerifierIO) -> list[Verdict]:
         verdicts = await self._correct.score(group, io)
@@ -135,6 +142,19 @@ class TraceVerifier:
         self._is_json = is_json
         self._no_comma = no_comma
         self._language = language
+        self.example = self._example()
+
+    def _example(self) -> str:
+        """A completion that follows all instructions; "" where none of a few tries does."""
+        words = sample(self._language or "en")
+        for count in (5, 2, 1, 0):
+            text = " ".join(words[:count])
+            text = text.upper() if self._uppercase else text
+            ends = f"{text} {self._ends_with}".strip()
+            for trace in (ends, json.dumps(text), f'{{"{text}": {{}}}}', f'["{text}"]'):
+                if trace and all(self._checks(trace).values()):
+                    return f"<think>\n{trace}\n</think>\n\n{{answer}}"
+        return ""
 
     async def score(self, group: TrajectoryGroup, io: VerifierIO) -> list[Verdict]:
         return [self._verdict(split_trace(t.text)[0].strip()) for t in group.trajectories]
@@ -169,6 +189,15 @@ def split_trace(text: str) -> tuple[str, str]:
         return trace.rpartition("<think>")[2], answer
     before, start, trace = text.rpartition("<think>")
     return (trace, "") if start else ("", before or text)
+
+
+def sample(language: str) -> list[str]:
+    """A few words of a language, or one-letter words of its script."""
+    if language in _FREQUENT:
+        return _FREQUENT[language].split()
+    letters = map(chr, range(0x80, 0x10000))
+    script = _SCRIPTS[language].split()[0]
+    return [next((c for c in letters if c.isalpha() and _script(c) == script), "a")] * MIN_WORDS
 
 
 def language_share(words: list[str], language: str) -> float:

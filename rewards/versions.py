@@ -4,6 +4,7 @@ Invariant: equal code and settings give equal versions in every process; nothing
 out. Called by `rewards.rubric`, which stamps the version on every verdict.
 """
 
+import ast
 import hashlib
 import importlib.util
 import inspect
@@ -37,6 +38,11 @@ def reward_version(name: str, config: VerifierConfig) -> str:
     return digest.hexdigest()[:8]
 
 
+def nested_version(name: str, config: object) -> str:
+    """The version of a verifier that is a setting of another; "" without one."""
+    return reward_version(name, VerifierConfig.model_validate(config)) if config else ""
+
+
 def sources_of(name: str) -> dict[str, str]:
     """Source by module: `name` and what it uses of its own top-level package, directly or not.
 
@@ -48,10 +54,28 @@ def sources_of(name: str) -> dict[str, str]:
         current = pending.pop()
         module = sys.modules.get(current)
         sources[current] = _source_of(current, module)
-        used = {_module_of(value) for value in vars(module).values()} if module else set[str]()
+        used = (
+            {_module_of(value) for value in vars(module).values()}
+            if module
+            else _imports_of(sources[current])
+        )
         package = name.partition(".")[0]
         pending += [m for m in used if m.partition(".")[0] == package and m not in sources]
     return sources
+
+
+def _imports_of(source: str) -> set[str]:
+    """What a module that is not loaded here imports or names, by its text."""
+    tree = ast.parse(source)
+    values = [node.value for node in tree.body if isinstance(node, ast.Assign)]
+    names = {_module_of(value.value) for value in values if isinstance(value, ast.Constant)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            is_package = hasattr(sys.modules.get(node.module), "__path__")
+            names |= {f"{node.module}.{a.name}" if is_package else node.module for a in node.names}
+    return names
 
 
 def _source_of(name: str, module: ModuleType | None) -> str:

@@ -25,6 +25,7 @@ from rich.text import Text
 
 from cluster.embedded_redis import server_program
 from cluster.errors import ConfigError
+from rewards.sandbox import TIERS, self_test
 
 GIB = 1024**3
 COMMAND_TIMEOUT_S = 10.0
@@ -169,15 +170,16 @@ def redis() -> Finding:
 
 
 def sandbox() -> Finding:
-    """bubblewrap exists and is allowed to make a namespace."""
-    if shutil.which("bwrap") is None:
-        remedy = "only needed to run code of a model: `apt-get install bubblewrap`"
-        return Finding(Level.WARN, "sandbox", "bubblewrap is not installed", remedy)
-    answer = _answer(["bwrap", "--ro-bind", "/", "/", "--unshare-all", "true"])
-    if answer is None:
-        remedy = "allow unprivileged user namespaces on this machine"
-        return Finding(Level.WARN, "sandbox", "bubblewrap cannot make a namespace", remedy)
-    return Finding(Level.OK, "sandbox", "bubblewrap works")
+    """The strongest tier that contains a program here."""
+    faults: list[str] = []
+    for tier in TIERS:
+        escapes = self_test(tier)
+        if not escapes:
+            lacking = f" ({'; '.join(faults)})" if faults else ""
+            return Finding(Level.OK, "sandbox", f"tier {tier} contains programs{lacking}")
+        faults.append(f"{tier}: {', '.join(escapes)}")
+    remedy = "only needed to run code of a model: allow user namespaces, or Landlock and seccomp"
+    return Finding(Level.WARN, "sandbox", "; ".join(faults), remedy)
 
 
 def gpus() -> Finding:

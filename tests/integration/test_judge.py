@@ -13,8 +13,9 @@ from cluster.config import VerifierConfig
 from cluster.errors import ConfigError
 from cluster.types import Message, Task, TrajectoryGroup
 from rewards import self_check
+from rewards.isolation import IsolatedPool
 from rewards.judge import JudgeVerifier, fence_off
-from rewards.rubric import Rubric
+from rewards.rubric import GroupIO, Rubric
 
 # Says yes when the text between the markers holds the reference; obeys what stands outside them.
 SERVER = r"""
@@ -52,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
         begin, end = re.search(r"\[(candidate-\w+) begin\]", system), None
         inside = user.split(f"[{begin[1]} begin]\n")[1].split(f"\n[{begin[1]} end]")[0]
         outside = user.replace(inside, "")
-        gold = re.search(r"Reference answer: (.*)", user)[1]
+        gold = (re.search(r"Reference answer: (.*)", user) or ["", "42"])[1]
         yes = gold in inside.split() or "obey" in outside
         text = {"prose": "I think so", "two": "Verdict: yes\nVerdict: no"}.get(
             mode, "yes" if yes else "no")
@@ -128,6 +129,23 @@ async def test_the_score_is_the_expectation_where_probabilities_are_given(server
     assert got == [pytest.approx(0.8)]  # p(yes) 0.8, p(no) 0.2
 
 
+async def test_a_judge_that_gives_probabilities_goes_live_and_a_wrong_one_does_not(
+    server: Server,
+):
+    server.mode("logprobs")
+    settings = {"base_url": f"{server.url}/v1", "model": "m"}
+    tasks = [group("").task, group("", reference="").task]
+    for gold_score, refused in ((0.5, 0), (0.9, 1)):
+        chosen = settings | {"gold_score": gold_score}
+        rubric = Rubric({"j": VerifierConfig(use="judge", settings=chosen)})
+        lines = await self_check.gold_check(rubric, tasks, 2)
+        assert len(lines) == refused, lines
+    server.mode("junk")
+    rubric = Rubric({"j": VerifierConfig(use="judge", settings=settings | {"retries": 0})})
+    (line,) = await self_check.gold_check(rubric, tasks[1:], 1)
+    assert "neither a reference nor a solution" in line
+
+
 async def test_reasoned_verdicts_are_read_from_one_line_only(server: Server):
     server.mode("reason")
     assert (await rewards(server, "42", "41", reasoned=True))[0] == [1.0, 0.0]
@@ -172,6 +190,20 @@ async def test_the_breaker_spares_a_dead_endpoint_and_it_recovers_by_itself(serv
     assert (await rubric.score(group("it is 42", "no"))).rewards[0] == 1.0
 
 
+async def test_a_hanging_endpoint_opens_the_breaker_and_spares_what_a_rule_decided(
+    server: Server,
+):
+    server.mode("slow")
+    settings = {"base_url": f"{server.url}/v1", "model": "m", "breaker_failures": 2,
+                "first": {"use": "math"}, "second_opinion": True}  # fmt: skip
+    rubric = Rubric({"j": VerifierConfig(use="judge", settings=settings, timeout_s=1.5)})
+    scored = await rubric.score(group("it is 42", "it is 41", "it is 40"))
+    assert scored.rewards == [1.0, None, None]
+    assert (await rubric.score(group("it is 39"))).rewards == [None]
+    await rubric.close()
+    assert server.calls == 2
+
+
 async def test_a_cascade_asks_only_where_the_rule_cannot_say(server: Server):
     got, verdicts = await rewards(server, "42", "so 41 or 42", use="generative")
     assert got[0] == 1.0
@@ -203,7 +235,8 @@ async def test_votes_are_averaged_and_costs_counted(server: Server):
     judge = JudgeVerifier(
         f"{server.url}/v1", "m", votes=3, temperature=0.7, price_prompt=2.0, price_completion=10.0
     )
-    [verdict] = await judge.score(group("it is 42"), None)  # type: ignore[arg-type]
+    async with asyncio.timeout(20) as clock:
+        [verdict] = await judge.score(group("it is 42"), GroupIO(IsolatedPool(), 20, clock, ""))
     assert verdict.score == 1.0
     assert judge.usage.calls == 3
     assert judge.usage.cost == pytest.approx(3 * (100 * 2 + 2 * 10) / 1e6)

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.config import VerifierConfig
 from cluster.types import Message, Task, TrajectoryGroup
-from rewards import self_check
+from rewards import code_verifier, self_check
 from rewards.rubric import Rubric
 from rewards.sandbox import TIERS, Limits, Sandbox, Tier, self_test
 
@@ -97,6 +97,7 @@ def test_an_attack_is_contained(box: Sandbox, name: str, tmp_path: Path) -> None
         )  # fmt: skip
         result = box.run("program", code, BOUNDS)
     assert "ESCAPED" not in result.stdout, result.stdout[:200]
+    assert result.status == "memory_limit" or name != "memory bomb"
     assert SECRET not in result.stdout + result.stderr.replace(str(canary), "")
     assert not (tmp_path / "escaped").exists()
     assert box.run("program", "print(6 * 7)", BOUNDS).stdout == "42\n"
@@ -124,8 +125,6 @@ def test_an_attack_is_contained(box: Sandbox, name: str, tmp_path: Path) -> None
     ],
 )  # fmt: skip
 def test_limits_stop_a_program_in_time(box: Sandbox, code: str, status: str) -> None:
-    if box.tier == "landlock" and "threading" in code:
-        pytest.skip("without a user namespace threads are bounded by memory only")
     started = time.monotonic()
     result = box.run("program", code, Limits(wall_s=4.0, cpu_s=1, output_bytes=32 << 10))
     taken = time.monotonic() - started
@@ -200,7 +199,13 @@ def group(entry: str, *codes: str) -> TrajectoryGroup:
 
 
 @pytest.mark.parametrize("entry", [FUNCTION, STDIN, ASSERTS], ids=["function", "stdin", "asserts"])
-async def test_right_code_passes_half_right_gets_half_and_no_hack_fools(entry: str) -> None:
+@pytest.mark.parametrize("tier", TIERS)
+async def test_right_code_passes_half_right_gets_half_and_no_hack_fools(
+    tier: Tier, entry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if escapes := self_test(tier):
+        pytest.skip(f"tier {tier}: {escapes}")
+    monkeypatch.setattr(code_verifier, "_tier", lambda unsafe_ok: tier)
     right = "def add(a, b): return a + b\n"
     half = "def add(a, b): return 3\n"
     main = "print(add(*map(int, input().split())))\n" if entry is STDIN else ""

@@ -1,5 +1,7 @@
 """The exact step scorer: what counts as a right step of a worked sum, and of other arithmetic."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -81,3 +83,14 @@ async def test_worked_solutions_are_right_and_a_changed_digit_is_found(
     changed = steps[index][:place] + digit + steps[index][place + 1 :]
     scores = await _scores(task, "".join([*steps[:index], changed, *steps[index + 1 :]]))
     assert scores == [1.0] * index + [0.0] * (len(steps) - index)
+
+
+@pytest.mark.parametrize(
+    "step",
+    ["1" + " " * 60_000 + "x", "answer is" + " " * 60_000 + "x", " " * 60_000, "1+" * 30_000,
+     "1 = " * 15_000, "- " * 30_000, "1" * 60_000],
+)  # fmt: skip
+async def test_no_step_takes_long_or_holds_up_the_event_loop(step: str) -> None:
+    started = time.perf_counter()
+    await ArithmeticSteps().score(_task("1 + 2", "3"), [[step] * 8])
+    assert time.perf_counter() - started < 1.0

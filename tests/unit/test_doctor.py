@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from rewards import sandbox
 from serve import doctor
 from serve.doctor import Finding, Level
 
@@ -124,12 +125,15 @@ def test_gpus_with_and_without_a_working_driver(program, versions):
     assert "gpu extra" in finding.remedy
 
 
-def test_a_sandbox_that_may_not_make_namespaces(program):
-    assert "not installed" in doctor.sandbox().text
-    program("bwrap", "exit 1")
-    assert "cannot make a namespace" in doctor.sandbox().text
-    program("bwrap", "exit 0")
-    assert doctor.sandbox().level == Level.OK
+def test_the_sandbox_is_the_one_that_runs_code(monkeypatch):
+    found = doctor.sandbox()
+    contained = [tier for tier in sandbox.TIERS if not sandbox.self_test(tier)]
+    assert found.level == (Level.OK if contained else Level.WARN)
+    assert all(f"tier {tier}" in found.text for tier in contained[:1])
+    monkeypatch.setattr(sandbox, "_REPOSITORY", "/nowhere")
+    found = doctor.sandbox()
+    assert found.level == Level.WARN
+    assert all(f"{tier}: " in found.text for tier in sandbox.TIERS)
 
 
 def test_disabled_ray_tokens_are_a_warning(monkeypatch):

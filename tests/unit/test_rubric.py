@@ -218,6 +218,24 @@ def test_the_math_version_covers_the_modules_it_uses():
     assert not [name for name in sources if not name.startswith("rewards.")]
 
 
+def test_the_code_version_covers_what_runs_inside_the_sandbox():
+    sources = sources_of("rewards.code_verifier")
+    inside = {"code_runs", "sandbox", "sandbox_zygote", "sandbox_program", "sandbox_kernel"}
+    assert {f"rewards.{name}" for name in inside} <= set(sources)
+    assert all(sources.values())
+
+
+@pytest.mark.parametrize(("use", "key"), [("efficiency", "correct"), ("judge", "first")])
+def test_the_code_of_a_nested_verifier_counts(plugin: Path, use: str, key: str):
+    nested = {"use": "my_rewards:Constant"}
+    others = {"base_url": "http://127.0.0.1:1", "model": "m"} if use == "judge" else {}
+    config = VerifierConfig(use=use, settings={key: nested, **others})
+    first = Rubric({"c": config}).versions["c"]
+    del sys.modules["my_rewards"]
+    plugin.write_text(PLUGIN.replace("value=1.0", "value=1.5"))
+    assert Rubric({"c": config}).versions["c"] != first
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [

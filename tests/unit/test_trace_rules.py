@@ -6,7 +6,7 @@ from cluster.config import VerifierConfig
 from cluster.errors import ConfigError
 from cluster.types import Task, TrajectoryGroup, VersionSpan
 from rewards.rubric import Rubric
-from rewards.self_check import group_of
+from rewards.self_check import gold_check, group_of
 
 
 def group(*texts: str, lengths: list[int] | None = None) -> TrajectoryGroup:
@@ -76,3 +76,22 @@ async def test_language(language: str, text: str, expected: float):
 def test_bad_settings_are_refused(use: str, settings: dict[str, object]):
     with pytest.raises(ConfigError):
         Rubric({"v": VerifierConfig(use=use, settings=settings)})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_words": 3}, {"uppercase": True}, {"ends_with": "Done."}, {"is_json": True},
+        {"no_comma": True}, {"language": "en"}, {"language": "de", "ends_with": "Also."},
+        {"language": "zh"}, {"language": "ja"}, {"language": "ar", "max_words": 10},
+        {"is_json": True, "uppercase": True, "max_words": 1}, {"is_json": True, "ends_with": "}"},
+    ],
+)  # fmt: skip
+async def test_a_gold_answer_passes_in_a_trace_that_follows(settings: dict[str, object]):
+    rubric = Rubric(
+        {
+            "correct": VerifierConfig(use="math"),
+            "trace": VerifierConfig(use="trace", settings=settings, weight=0.5),
+        }
+    )
+    assert await gold_check(rubric, [group("42").task], 1) == []

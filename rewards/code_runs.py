@@ -1,0 +1,144 @@
+"""The worker's side of the code verifier: runs a program's tests in the sandbox, within a budget.
+
+Invariant: a program that overruns the limit of one test has failed it; when the budget of all tests
+ends before that, nothing is said about the program. Runs inside an isolated worker
+(`rewards.isolation`); called by `rewards.code_verifier` by its path.
+"""
+
+import math
+import time
+from typing import Any, cast
+
+import msgspec
+
+from cluster.errors import HoneError
+from rewards.sandbox import Limits, RunResult, Sandbox, Tier, sandbox_of
+
+MAX_DEPTH = 32
+TIMEOUTS = ("wall_timeout", "cpu_timeout")
+Answer = tuple[str, Any]  # status and what was printed, or the function's value
+
+
+class BudgetError(HoneError):
+    """The tests of one program took longer in all than they may, none of them by itself."""
+
+
+class _Clock:
+    """What is left of the budget, and whether a test has overrun its own limit yet."""
+
+    def __init__(self, budget_s: float, limits: Limits) -> None:
+        self._budget_s = budget_s
+        self._end = time.monotonic() + budget_s
+        self._limits = limits
+        self._has_overrun = False
+
+    def limits(self) -> Limits | None:
+        """Of the next run; None when the program has overrun a test and no time is left."""
+        left = self._end - time.monotonic()
+        if left > 0:
+            return msgspec.structs.replace(self._limits, wall_s=min(self._limits.wall_s, left))
+        if self._has_overrun:
+            return None
+        raise BudgetError(
+            f"the tests took more than {self._budget_s:g} s in all, none more than its own "
+            f"{self._limits.wall_s:g} s: raise the verifier's timeout_s"
+        )
+
+    def is_overrun(self, status: str, given: Limits) -> bool:
+        """Whether a test without an answer used up its own limit, not just the budget's rest."""
+        is_full = given.wall_s == self._limits.wall_s or status == "cpu_timeout"
+        self._has_overrun |= status in TIMEOUTS and is_full
+        return self._has_overrun
+
+
+def run_cases(
+    tier: Tier,
+    code: str,
+    function: str,
+    inputs: list[Any],
+    limits: dict[str, Any],
+    one_run_per_case: bool,
+    budget_s: float,
+) -> list[Answer]:
+    """One answer per input. Raises `BudgetError`."""
+    sandbox, bound = sandbox_of(tier), msgspec.convert(limits, Limits)
+    clock = _Clock(budget_s, bound)
+    if not function:
+        return [_run_program(sandbox, code, text, clock) for text in inputs]
+    batches = [[i] for i in inputs] if one_run_per_case else [inputs]
+    return [a for batch in batches for a in _run_calls(sandbox, code, function, batch, clock)]
+
+
+def _run_program(sandbox: Sandbox, code: str, text: str, clock: _Clock) -> Answer:
+    while limits := clock.limits():
+        reply = sandbox.run("program", code, limits, stdin=text)
+        if reply.status not in TIMEOUTS or clock.is_overrun(reply.status, limits):
+            return reply.status, reply.stdout if reply.status == "ok" else ""
+    return "wall_timeout", ""
+
+
+def _run_calls(
+    sandbox: Sandbox, code: str, function: str, calls: list[Any], clock: _Clock
+) -> list[Answer]:
+    """Calls of one process; one that a timeout cut short after others is tried again, alone with
+    those after it, so that each may take the limit of a test.
+    """
+    answers: list[Answer] = []
+    while len(answers) < len(calls) and (limits := clock.limits()):
+        batch = calls[len(answers) :]
+        reply = sandbox.run("calls", code, limits, function=function, calls=batch)
+        given = read_answers(reply, len(batch))
+        if reply.status not in TIMEOUTS:
+            return answers + given
+        done = [answer for answer in given if answer[0] not in TIMEOUTS]
+        if not done and clock.is_overrun(reply.status, limits):
+            done = given[:1]
+        answers += done
+    return answers + [("wall_timeout", None)] * (len(calls) - len(answers))
+
+
+def run_tests(
+    tier: Tier, code: str, tests: str, limits: dict[str, Any], budget_s: float
+) -> dict[str, int]:
+    """How many tests of a module there are and pass: `tests`, `passed`. Raises `HoneError`."""
+    bound = msgspec.convert(limits, Limits)
+    whole = msgspec.structs.replace(bound, wall_s=budget_s, cpu_s=math.ceil(budget_s))
+    reply = sandbox_of(tier).run_tests(code, tests, whole, call_s=bound.wall_s)
+    if reply.status in TIMEOUTS:
+        raise BudgetError(
+            f"the test module took more than {budget_s:g} s: raise the verifier's timeout_s"
+        )
+    try:
+        return msgspec.json.decode(reply.result, type=dict[str, int])
+    except msgspec.DecodeError:
+        last = reply.stderr.strip().splitlines()[-1:] or [reply.status]
+        raise HoneError(f"the test module gave no tally: {last[0]}") from None
+
+
+def read_answers(reply: RunResult, count: int) -> list[Answer]:
+    """One answer per call from distrusted lines; too many lines spoil all of them."""
+    lines = reply.result.splitlines()
+    if len(lines) > count:
+        return [("result_invalid", None)] * count
+    answers: list[Answer] = []
+    for line in lines:
+        try:
+            value: Any = msgspec.json.decode(line)
+        except (msgspec.DecodeError, RecursionError):
+            value = None
+        if not isinstance(value, dict) or _depth(line) > MAX_DEPTH:
+            answers.append(("result_invalid", None))
+        elif "value" in value:
+            answers.append(("ok", cast(dict[str, Any], value)["value"]))
+        else:
+            answers.append(("model_error", None))
+    missing = "model_error" if reply.status == "ok" else reply.status
+    return answers + [(missing, None)] * (count - len(answers))
+
+
+def _depth(line: str) -> int:
+    depth = deepest = 0
+    for character in line:
+        depth += (character in "[{") - (character in "]}")
+        deepest = max(deepest, depth)
+    return deepest

@@ -1,0 +1,161 @@
+"""Right code passes and wrong code fails, whatever the form of its tests and however slow it is."""
+
+import json
+import os
+import time
+
+import psutil
+import pytest
+
+from cluster.config import VerifierConfig
+from cluster.errors import HoneError
+from cluster.types import Message, Task, TrajectoryGroup
+from rewards import self_check
+from rewards.code_runs import BudgetError, run_cases, run_tests
+from rewards.rubric import Rubric
+from rewards.sandbox import Limits, Sandbox, SandboxError, choose
+
+TIER = choose()
+LIMITS = {"wall_s": 1.0, "cpu_s": 1}
+LOOP = "while True: pass"
+
+
+def group(tests: object, *codes: str) -> TrajectoryGroup:
+    message = Message(role="user", content="Write it.")
+    entry = json.dumps({"tests": tests})
+    task = Task(task_id="t", taskset="x", messages=[message], entry=entry)
+    return self_check.group_of(task, [f"```python\n{code}\n```" for code in codes])
+
+
+async def test_with_default_settings_a_loop_is_wrong_and_slow_right_code_is_right() -> None:
+    rubric = Rubric({"code": VerifierConfig(use="code")})
+    cases = [{"input": "", "output": "1"}] * 10
+    try:
+        scored = await rubric.score(group(cases, LOOP, "import time\ntime.sleep(0.6)\nprint(1)"))
+    finally:
+        await rubric.close()
+    assert scored.rewards == [0.0, 1.0]
+
+
+def cases(code: str, inputs: list[object], function: str = "", budget_s: float = 5.0) -> list[str]:
+    answers = run_cases(TIER, code, function, inputs, LIMITS, False, budget_s)
+    return [status if status != "ok" else str(answer) for status, answer in answers]
+
+
+def test_each_call_may_take_the_limit_of_a_test_and_only_a_slow_one_fails() -> None:
+    slow = "import time\ndef f(x):\n  time.sleep(x)\n  return x"
+    assert cases(slow, [[0.7], [0.7], [0.7]], "f") == ["0.7"] * 3
+    assert cases(slow, [[0.1], [9], [0.2]], "f") == ["0.1", "wall_timeout", "0.2"]
+    loops = f"def f(x):\n  {LOOP}"
+    assert set(cases(loops, [[i] for i in range(9)], "f", budget_s=1.5)) <= {
+        "cpu_timeout", "wall_timeout",
+    }  # fmt: skip
+
+
+def test_a_budget_that_honest_tests_use_up_says_nothing() -> None:
+    with pytest.raises(BudgetError, match="timeout_s"):
+        cases("import time\ntime.sleep(0.5)", ["", "", ""], budget_s=0.8)
+    with pytest.raises(BudgetError, match="timeout_s"):
+        cases("import time\ndef f(x): time.sleep(0.5)", [[1], [2], [3]], "f", budget_s=0.8)
+
+
+async def test_a_test_limit_beyond_the_verifiers_is_refused_in_one_line() -> None:
+    settings = {"test_timeout_s": 9}
+    rubric = Rubric({"code": VerifierConfig(use="code", settings=settings)})
+    (trajectory,) = (await rubric.score(group([{"output": "1"}], "print(1)"))).trajectories
+    assert trajectory.reward is None
+    assert "test_timeout_s: 9 s for a test needs a timeout_s of at least 11.25 s" in (
+        trajectory.verdicts[0].error
+    )
+
+
+def tally(tests: str, code: str, budget_s: float = 5.0) -> tuple[int, int]:
+    reply = run_tests(TIER, code, tests, LIMITS, budget_s)
+    return reply["passed"], reply["tests"]
+
+
+SWAP = "def swap(pair): return (pair[1], pair[0])"
+CHECK = "def check(f):\n  assert f(1, 2) == 3\n  assert f(0, 0) == 0\n"
+ADD = "def add(a, b): return a + b"
+SUBTESTS = (
+    "import unittest\nclass T(unittest.TestCase):\n  def test_all(self):\n    for i in range(3):\n"
+    "      with self.subTest(i): self.assertEqual(add(i, 9), i + 9)\n"
+    "  def test_one(self): self.assertEqual(add(0, 0), 0)\n"
+)
+IMPORT = "from solution import add\n"
+
+
+@pytest.mark.parametrize(
+    ("tests", "code", "wanted"),
+    [
+        ("assert swap((1, 2)) == (2, 1)\nassert swap([1, 2]) != [2, 1]", SWAP, (2, 2)),
+        ("assert f({1, 2}) == {1, 2, 3}", "def f(s): return s | {3}", (1, 1)),
+        ("assert f({1: (2,)}) == {1: (2,), 'a': {}}", "def f(d): return d | {'a': {}}", (1, 1)),
+        ("assert add(a=1, b=2) == 3", ADD, (1, 1)),
+        (f"{IMPORT}{CHECK}check(add)", ADD, (1, 1)),
+        (f"{CHECK}check(add)", ADD, (1, 1)),
+        (f"{IMPORT}{CHECK}check(add)", "def add(a, b): return a - b", (0, 1)),
+        (f"{IMPORT}{CHECK}check(add)", "def add(a, b): return None", (0, 1)),
+        (f"{IMPORT}{CHECK}check(add)", "def", (0, 1)),
+        (f"{IMPORT}{CHECK}check(add)", "import os\nos._exit(0)", (0, 1)),
+        (f"{IMPORT}{CHECK}check(add)", f"def add(a, b):\n  {LOOP}", (0, 1)),
+        (f"{IMPORT}x = add(1, 2)\nassert x == 3", "def add(a, b): raise KeyError", (0, 2)),
+        (IMPORT + SUBTESTS, ADD, (2, 2)),
+        (IMPORT + SUBTESTS, "def add(a, b): return 0", (1, 2)),
+        ("x = 1\nassert add(x, 1) == 2\nx = 2\nassert add(x, 1) == 3", ADD, (2, 2)),
+        ("import unittest\nfrom solution import f\nclass T(unittest.TestCase):\n"
+         "  def test_it(self):\n    with self.assertRaises(ValueError): f()",
+         "def f(): raise ValueError('no')", (1, 1)),
+    ],
+)  # fmt: skip
+def test_modules_of_every_form_tell_right_from_wrong(
+    tests: str, code: str, wanted: tuple[int, int]
+) -> None:
+    assert tally(tests, code) == wanted
+
+
+@pytest.mark.parametrize("tests", ["x = 1", "import nothing_here\nassert add(1, 2) == 3", "1 / 0"])
+def test_a_module_that_is_broken_by_itself_gives_no_tally(tests: str) -> None:
+    with pytest.raises(HoneError):
+        tally(tests, ADD)
+
+
+def test_many_honest_calls_within_a_module_use_up_its_budget() -> None:
+    tests = "from solution import f\nfor i in range(9): assert f(i) is None"
+    with pytest.raises(BudgetError):
+        tally(tests, "import time\ndef f(x): time.sleep(0.3)", budget_s=1.2)
+
+
+def test_a_fault_of_the_programs_own_sandbox_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    box, start = Sandbox(TIER), Sandbox.start
+
+    def broken_start(self: Sandbox, mode: str, code: str, limits: Limits, *args, **fields):
+        chosen = Limits(wall_s=5, file_bytes=-7) if mode == "server" else limits
+        return start(self, mode, code, chosen, *args, **fields)
+
+    monkeypatch.setattr(Sandbox, "start", broken_start)
+    with pytest.raises(SandboxError):
+        box.run_tests(ADD, "assert add(1, 2) == 3", Limits(), call_s=2.0)
+    box.close()
+
+
+def test_a_program_killed_from_outside_is_no_verdict() -> None:
+    box = Sandbox(TIER)
+    try:
+        running = box.start("program", "import time\ntime.sleep(9)", Limits(wall_s=8), None)
+        deadline = time.monotonic() + 5
+        while not (victims := _program(box)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        os.kill(victims[0], 9)
+        with pytest.raises(SandboxError, match="killed from outside"):
+            running.result()
+    finally:
+        box.close()
+
+
+def _program(box: Sandbox) -> list[int]:
+    """The keeper's child."""
+    assert box._process is not None  # pyright: ignore[reportPrivateUsage]
+    keepers = psutil.Process(box._process.pid).children()  # pyright: ignore[reportPrivateUsage]
+    return [child.pid for keeper in keepers for child in keeper.children()]

@@ -1,0 +1,28 @@
+"""Which part of a completion is the program, and at what cost that is found."""
+
+import time
+
+import pytest
+
+from rewards.code_verifier import extract_code
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("```python\nx = 1\n```", "x = 1\n"),
+        ("```py\na\n```\nor\n```\nb\n  ```\nend", "b\n"),
+        ("```python\na\n```\n```python\nnever closed", "a\n"),
+        ("x = 1", "x = 1"),
+        ("```python\nx = 1", "```python\nx = 1"),
+    ],
+)
+def test_the_last_closed_block_is_the_program(text: str, code: str) -> None:
+    assert extract_code(text) == code
+
+
+@pytest.mark.parametrize("line", ["```py\n", "```py" + " " * 50 + "\n", "```\n", "`" * 50])
+def test_no_completion_takes_long(line: str) -> None:
+    started = time.perf_counter()
+    extract_code(line * 50_000)
+    assert time.perf_counter() - started < 0.5
