@@ -6,6 +6,7 @@ by `actors.guide`; a source of your own stands on the same footing ("my_package.
 """
 
 import math
+import asyncio
 import re
 from collections.abc import Sequence
 from typing import Protocol
@@ -128,6 +129,7 @@ class WrittenHints:
         self._levels = levels
         self._max_words = max_words
         self._temperature = temperature
+        self._give_up_s = call_timeout_s * (retries + 2)  # all tries and the waits between
         self._endpoint = Endpoint(
             base_url,
             model,
@@ -152,7 +154,10 @@ class WrittenHints:
         ]
         try:
             answer = await self._endpoint.ask(
-                messages, temperature=self._temperature, max_tokens=4 * self._max_words
+                messages,
+                deadline=asyncio.get_running_loop().time() + self._give_up_s,
+                temperature=self._temperature,
+                max_tokens=4 * self._max_words,
             )
         except EndpointError as error:
             raise HintError(f"the hint writer gave nothing: {error}") from error
