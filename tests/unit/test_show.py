@@ -1,0 +1,76 @@
+"""Demonstrations end, whatever a row or a process that it waits for does."""
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks import proofs, show
+from benchmarks.show import Part, Row, judged
+
+BROKEN = """
+from benchmarks.show import Part, judged
+
+def rows(quick):
+    yield judged("first", "1", "1", True)
+    yield Part("second", lambda: [judged("a [b", "1", "1", 1 / 0 == 0)])
+    yield Part("third", lambda: [judged("third", "[/] 1", "1", True)])
+    raise OSError("[Errno 28] disk is full")
+"""
+
+
+def test_a_row_that_raises_falls_short_and_the_others_are_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    area = tmp_path / "show_broken.py"
+    area.write_text(BROKEN)
+    monkeypatch.setattr(show, "__file__", str(tmp_path / "show.py"))
+    monkeypatch.setattr(show, "AREAS", ("broken",))
+    import benchmarks
+
+    monkeypatch.setattr(benchmarks, "__path__", [*benchmarks.__path__, str(tmp_path)])
+    assert show.main(["broken"]) == 1
+    output = " ".join(capsys.readouterr().out.split())
+    for words in ("first: 1 · holds", "ZeroDivisionError", "third: [/] 1 · holds", "[Errno 28]"):
+        assert words in output
+    assert "claim" in output, "the table is printed"
+
+
+def test_rows_made_before_an_error_stay():
+    def two() -> Iterator[Row]:
+        yield judged("one", "1", "1", True)
+        raise RuntimeError("no more")
+
+    rows = list(show.measured(Part("both", two)))
+    assert [row.verdict for row in rows] == ["holds", "falls short"]
+    assert rows[1].why == "RuntimeError: no more"
+
+
+def test_a_command_that_hangs_silently_is_ended_with_its_children(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(proofs, "END_S", 0.5)
+    script = "import signal, subprocess, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    script += "subprocess.Popen(['sleep', '60'])\ntime.sleep(60)"
+    started = time.monotonic()
+    run = proofs.run_timed([sys.executable, "-c", script], tmp_path, 1.0)
+    assert run.code != 0
+    assert run.output == ""
+    assert time.monotonic() - started < 10
+
+
+def test_tests_that_do_not_end_do_not_hold_a_row(tmp_path: Path):
+    path = tmp_path / "test_forever.py"
+    path.write_text("import time\n\ndef test_forever():\n    time.sleep(60)\n")
+    started = time.monotonic()
+    tested = proofs.run_tests([str(path)], timeout_s=3.0)
+    assert (tested.is_green, tested.why) == (False, "ended after 3 s")
+    assert time.monotonic() - started < 30
+
+
+def test_a_timed_command_has_its_code_and_output(tmp_path: Path):
+    run = proofs.run_timed(["sh", "-c", "echo one; sleep 0.3; echo two; exit 3"], tmp_path, 10.0)
+    assert (run.code, run.output) == (3, "one\ntwo\n")
+    assert run.first_s < run.total_s - 0.2
