@@ -19,6 +19,7 @@ from actors.reward_buffered import BufferedGroups
 from actors.reward_pool import RewardPool
 from actors.reward_set import RewardHome
 from actors.reward_worker import GroupSummary
+from benchmarks.live_swaps import Changes, is_mixed
 from cluster import config_file, reward_state, wire
 from cluster.control import ControlClient
 from cluster.embedded_redis import EmbeddedRedis
@@ -217,6 +218,39 @@ async def test_twenty_changes_under_load_lose_nothing_and_mix_nothing(tmp_path: 
             stamps = {t.verdicts[0].reward_version for t in group.trajectories}
             assert stamps == {version.signals["answer"]}
         assert len({s.reward_versions["rubric"] for s in summaries}) == 15
+
+
+@pytest.mark.timeout(200)
+async def test_the_changes_of_the_live_benchmark_find_a_mixed_group(tmp_path: Path, url: str):
+    async with house(tmp_path, url) as home:
+        loop = asyncio.get_running_loop()
+
+        def wait(count: int) -> None:
+            for _ in range(4 * count):
+                asyncio.run_coroutine_threadsafe(home.score(), loop).result(60)
+
+        def change() -> Changes:
+            changes = Changes(home.run, url, wait)
+            changes.crash(tmp_path / "mark")
+            changes.carry_out(3, 120.0)
+            return changes
+
+        changes = await asyncio.to_thread(change)
+        assert changes.num_unmoved == 3
+        assert len(changes.seen) == home.num_groups
+        assert not any(changes.seen.values())
+        actions = [fields["action"] for kind, fields in home.events if kind == "reward_swapped"]
+        assert actions == ["swap", "rollback", "promote"]
+        state = reward_state.load(home.run.path)
+        assert state is not None
+        [group] = home.buffer.sample(1)
+        other = next(v.label for v in state.versions if v.label != group.reward_versions["rubric"])
+        assert not is_mixed(group, state)
+        labelled = {**group.reward_versions, "rubric": other}
+        assert is_mixed(msgspec.structs.replace(group, reward_versions=labelled), state)
+        one = msgspec.structs.replace(group.trajectories[1], reward=7.5)
+        trajectories = [group.trajectories[0], one, *group.trajectories[2:]]
+        assert is_mixed(msgspec.structs.replace(group, trajectories=trajectories), state)
 
 
 @pytest.mark.timeout(200)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import proofs, show
+from benchmarks import live_swaps, proofs, show
 from benchmarks.show import Part, Row, judged
+from cluster import config_file
+from cluster.run_dir import Event
 
 BROKEN = """
 from benchmarks.show import Part, judged
@@ -74,3 +76,22 @@ def test_a_timed_command_has_its_code_and_output(tmp_path: Path):
     run = proofs.run_timed(["sh", "-c", "echo one; sleep 0.3; echo two; exit 3"], tmp_path, 10.0)
     assert (run.code, run.output) == (3, "one\ntwo\n")
     assert run.first_s < run.total_s - 0.2
+
+
+def test_the_wait_of_a_cut_over_is_that_of_the_step_under_way():
+    waits = [5.0, 5.0, 5.0, 1.0, 1.0, 3.5, 1.0]
+    rows = [{"step": i + 1.0, "time/wait_s/learn": wait} for i, wait in enumerate(waits)]
+    arrivals = [10.0 * i for i in range(len(waits))]
+    swap = Event(time=44.0, kind="reward_swapped", fields={})
+    assert live_swaps._extra_waits_s(rows, arrivals, [swap]) == [2.5]
+    late = Event(time=99.0, kind="reward_swapped", fields={})
+    assert live_swaps._extra_waits_s(rows, arrivals, [late]) == []
+    assert live_swaps._extra_waits_s([], [], [swap]) == []
+
+
+def test_the_run_of_the_live_swaps_is_a_valid_one():
+    path = proofs.ROOT / "deploy/configs/quickstart.yaml"
+    config = config_file.load(path, live_swaps.SMALL)
+    verifier = config.rewards.verifiers["correct"]
+    assert verifier.use == "benchmarks.swap_rewards:Bonus"
+    assert verifier.settings == {"bonus": 0}
