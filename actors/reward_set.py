@@ -223,14 +223,19 @@ class WorkerSet:
 
     async def drain(self) -> None:
         """Wait for who holds the set and for the calls in flight, then end the workers."""
-        await self._free.wait()
         try:
-            async with asyncio.timeout(self._call_s):  # each call has the same deadline
+            await self._free.wait()
+            await self.until_idle()
+        finally:
+            self.kill()
+
+    async def until_idle(self) -> None:
+        """Wait for the calls in flight, each of which has a deadline."""
+        try:
+            async with asyncio.timeout(self._call_s):
                 await self._idle.wait()
         except TimeoutError:
             log.warning("rubric %s: %d calls left", self.version.label, self._in_flight)
-        finally:
-            self.kill()
 
     def kill(self) -> None:
         self._is_over = True

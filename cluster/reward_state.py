@@ -30,6 +30,11 @@ class RubricVersion(msgspec.Struct, frozen=True, kw_only=True):
     def label(self) -> str:
         return f"{self.ordinal}-{self.hash}"
 
+    @property
+    def full_reward(self) -> float:
+        """What a flawless completion earns: 1 from each rewarded signal, 0 from each penalty."""
+        return sum(max(0.0, float(v.get("weight", 1.0))) for v in self.verifiers.values())
+
 
 class RewardState(msgspec.Struct, frozen=True, kw_only=True):
     """All versions, oldest first. `origin` is the rubric of the config that the run began with."""

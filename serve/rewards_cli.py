@@ -116,9 +116,7 @@ def swap(
     """Start a candidate, check it on gold answers, and make it live between two groups."""
     from serve import reward_changes
 
-    change = reward_changes.swap(_open(run), _edits(changes), buffered, deadline)
-    _print_warnings(change.warnings)
-    _print_change(change)
+    _print_change(reward_changes.swap(_open(run), _edits(changes), buffered, deadline))
 
 
 @app.command("train-process")
@@ -174,6 +172,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _print_change(change: "Change") -> None:
+    _print_warnings(change.warnings)
     print(f"{change.before} -> {change.to} ({change.choice} {change.buffered} buffered)")
 
 
