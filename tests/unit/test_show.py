@@ -5,12 +5,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from benchmarks import live_swaps, proofs, show
+from benchmarks import live_swaps, process_reward, proofs, show
 from benchmarks.show import Part, Row, judged
 from cluster import config_file
 from cluster.run_dir import Event
+from cluster.types import Task, Verdict
+from rewards.self_check import group_of
 
 BROKEN = """
 from benchmarks.show import Part, judged
@@ -95,3 +98,24 @@ def test_the_run_of_the_live_swaps_is_a_valid_one():
     verifier = config.rewards.verifiers["correct"]
     assert verifier.use == "benchmarks.swap_rewards:Bonus"
     assert verifier.settings == {"bonus": 0}
+
+
+def test_a_sample_whose_check_could_not_be_made_is_left_out_of_the_accuracies():
+    task = Task(task_id="t", taskset="x", reference="2", messages=[], solution="2")
+    group = group_of(task, ["2", "3", "2"])
+    known = [
+        msgspec.structs.replace(t, reward=reward)
+        for t, reward in zip(group.trajectories, (1.0, 0.0, None), strict=True)
+    ]
+    given = msgspec.structs.replace(group, trajectories=known)
+    verdicts = [Verdict(score=score, step_scores=[(1, score)]) for score in (0.5, 0.1, 0.9)]
+    scored = msgspec.structs.replace(
+        group,
+        trajectories=[
+            msgspec.structs.replace(t, verdicts=[verdict])
+            for t, verdict in zip(known, verdicts, strict=True)
+        ],
+    )
+    figures = process_reward._figures([scored], [[[True], [False], [True]]], [given])
+    assert figures["best_of_n"] == 1.0
+    assert figures["auc"] == 1.0
