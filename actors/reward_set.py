@@ -24,7 +24,7 @@ from actors.stages import last_line, within
 from actors.verifier_pool import PoolStatus
 from actors.verifier_pools import PooledSignal, VerifierPools, longest_call_s
 from cluster.config import VerifierConfig
-from cluster.errors import DeadlineError, StageError
+from cluster.errors import DeadlineError, HoneError, StageError
 from cluster.reward_state import RubricVersion
 from cluster.run_dir import RunDir
 from cluster.status import ActorStatus
@@ -204,9 +204,16 @@ class WorkerSet:
 
     async def _note_start(self, index: int, name: str) -> None:
         try:
-            self._pids[index] = (await self._workers[index].facts.remote()).pid
-        except RayActorError:
-            return  # the next call finds it dead
+            facts = await within(
+                self._workers[index].facts.remote(),
+                stage="score",
+                what="a reward worker to start again",
+                deadline_s=self._start_s,
+                knob="resources.start_timeout_s",
+            )
+        except (HoneError, RayActorError):
+            return  # the next call finds it dead or hanging
+        self._pids[index] = facts.pid
         self._home.on_event("worker_restarted", actor=name, pid=self._pids[index])
 
     @contextmanager

@@ -61,7 +61,12 @@ class RewardState(msgspec.Struct, frozen=True, kw_only=True):
             signals=signals,
             created_at=time.time(),
         )
-        kept = self.versions[-MAX_REMEMBERED + 1 :]
+        kept = [
+            version
+            for i, version in enumerate(self.versions, start=1)
+            if len(self.versions) - i < MAX_REMEMBERED - 1
+            or version.label in (self.active, self.previous)
+        ]
         return msgspec.structs.replace(self, versions=[*kept, new]), new
 
     def activate(self, label: str) -> "RewardState":

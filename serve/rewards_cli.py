@@ -186,7 +186,8 @@ def _print_report(found: "Report") -> None:
     both = max(1, report["num_trajectories"])
     print(
         f"groups {report['num_groups']} (skipped {report['num_skipped']}, failed "
-        f"{report['num_failed']}), trajectories {report['num_trajectories']}\n"
+        f"{report['num_failed']}, {report['num_timeouts']} of them timed out), "
+        f"trajectories {report['num_trajectories']}\n"
         f"disagree {report['num_disagree']} ({report['num_disagree'] / both:.1%}), mean reward "
         f"{report['mean_reward']:.3f} (live {report['mean_reward_live']:.3f}), mean difference "
         f"{report['mean_difference']:.3f}\n"
