@@ -16,12 +16,13 @@ import msgspec
 from pydantic import ValidationError
 
 from actors.reward_buffered import BufferedGroups
-from actors.reward_candidate import Candidate, Tally
+from actors.reward_candidate import Candidate
 from actors.reward_pool import RewardPool
+from actors.reward_trial import trial
 from cluster import reward_state
 from cluster.config import RewardsSection, VerifierConfig
 from cluster.control import ControlServer, Reply, Request
-from cluster.errors import ConfigError, HoneError, StageError, boundary
+from cluster.errors import ConfigError, DeadlineError, HoneError, StageError, boundary
 from cluster.redis_client import connect
 from cluster.reward_state import RewardState, RubricVersion
 from cluster.types import Task
@@ -46,6 +47,9 @@ class RewardAdmin:
         self._server = ControlServer(connect(home.buffer_url), home.run.name)
         self._door: asyncio.Task[None] | None = None
         self._change = asyncio.Lock()
+        self._trial = (
+            asyncio.Lock()
+        )  # of its own: a trial changes nothing, and a rollback is urgent
         self._answering: set[asyncio.Task[None]] = set()
         self._shadowed: RubricVersion | None = None
         self._num_reported = 0
@@ -87,6 +91,7 @@ class RewardAdmin:
         for task in (self._door, *self._answering):
             if task is not None:
                 task.cancel()
+        self._buffered.stop()
         try:
             await asyncio.to_thread(self._server.close)
         except HoneError as error:
@@ -124,7 +129,12 @@ class RewardAdmin:
         command = self._commands.get(request.command)
         if command is None:
             raise ConfigError(f"unknown request {request.command!r}")
-        async with self._change:
+        async with self._trial if command == self._try else self._change:
+            if await asyncio.to_thread(self._server.is_late, request):
+                raise DeadlineError(
+                    "control", f"{request.command} came to its turn after its deadline, behind "
+                    "another request: nothing was changed"
+                )  # fmt: skip
             return await command(request.arguments)
 
     def _listing(self) -> dict[str, Any]:
@@ -142,31 +152,9 @@ class RewardAdmin:
         if not groups:
             raise StageError("try", "no group is stored yet: ask again after the first step")
         candidate, verifiers = self._candidate(arguments)
-        tally = Tally()
-        gold = ""
-        try:
-            facts = await candidate.start()
-            try:
-                await candidate.self_check(self._tasks)
-            except StageError as error:
-                gold = str(error)
-            for group, encoded in groups:
-                mine = await candidate.preview(encoded)
-                tally.add(
-                    group.rewards,
-                    full_reward(self._pool.live),
-                    mine.rewards,
-                    facts.full_reward,
-                    mine.max_latency_s,
-                )
-        finally:
-            candidate.close()
-        return {
-            "hash": facts.hash,
-            "gold": gold,
-            "verifiers": _plain(verifiers),
-            "report": msgspec.to_builtins(tally.result()),
-        }
+        found = await trial(candidate, self._pool.live.full_reward, groups, self._tasks)
+        self._on_event("reward_tried", hash=found["hash"], gold=found["gold"], **found["report"])
+        return found | {"verifiers": _plain(verifiers)}
 
     async def _start_shadow(self, arguments: dict[str, Any]) -> dict[str, Any]:
         if arguments.get("stop"):
@@ -181,7 +169,7 @@ class RewardAdmin:
             candidate.close()
             raise
         await self._save(self._state)
-        candidate.follow(full_reward(self._pool.live))
+        candidate.follow(self._pool.live.full_reward)
         self._shadowed, self._pool.shadow, self._num_reported = version, candidate, 0
         self._on_event("reward_shadow_started", version=version.label, live=self._state.active)
         return {"version": version.label, "warnings": warnings}
@@ -190,7 +178,8 @@ class RewardAdmin:
         if self._pool.shadow is None or self._shadowed is None:
             raise StageError("promote", "no candidate is in the shadow: start one, or use swap")
         answer = await self._go_live("promote", self._shadowed, arguments)
-        self._end_shadow("promoted")
+        if self._pool.shadow is not None:  # it may have died since
+            self._end_shadow("promoted")
         return answer
 
     async def _rollback(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +197,8 @@ class RewardAdmin:
             warnings = await candidate.self_check(self._tasks)
         finally:
             candidate.close()
-        return await self._go_live("swap", version, arguments) | {"warnings": warnings}
+        answer = await self._go_live("swap", version, arguments)
+        return answer | {"warnings": warnings + answer["warnings"]}
 
     async def _go_live(
         self, action: str, version: RubricVersion, arguments: dict[str, Any]
@@ -217,15 +207,30 @@ class RewardAdmin:
         choice = self._buffered.choice(arguments)
         workers = await self._pool.prepare(version, self._tasks)
         before = self._state.active
-        await self._save(self._state.activate(version.label))
+        try:
+            await self._save(self._state.activate(version.label))
+        except BaseException:
+            self._pool.discard(workers)
+            raise
         started = time.perf_counter()
-        self._pool.cut_over(workers)
+        old = self._pool.cut_over(workers)
         if self._pool.shadow is not None:
-            self._pool.shadow.follow(full_reward(version))
+            self._pool.shadow.follow(version.full_reward)
         cutover_ms = (time.perf_counter() - started) * 1000
-        num_buffered = await self._buffered.treat(choice, version.label, self._pool)
-        self._tell(action, before, version, f"{choice} {num_buffered} buffered", cutover_ms)
-        return {"from": before, "to": version.label, "buffered": num_buffered, "choice": choice}
+        self._tell(action, before, version, f"buffered groups: {choice}", cutover_ms)
+        num_buffered, warnings = 0, list[str]()
+        try:
+            with boundary("buffered groups"):
+                num_buffered = await self._buffered.treat(choice, version.label, self._pool)
+        except HoneError as error:  # the version is live all the same
+            warnings.append(f"{version.label} is live, but --buffered {choice} failed: {error}")
+            self._on_event("reward_buffered", version=version.label, error=str(error)[:1000])
+        if old is not None:
+            self._buffered.treat_late(choice, version.label, self._pool, old)
+        return {
+            "from": before, "to": version.label, "buffered": num_buffered, "choice": choice,
+            "warnings": warnings,
+        }  # fmt: skip
 
     def _tell(
         self, action: str, before: str, version: RubricVersion, note: str, cutover_ms: float = 0.0
@@ -277,10 +282,6 @@ class RewardAdmin:
         self._num_reported = report.num_groups
         self._on_event(kind, version=self._shadowed.label, **msgspec.to_builtins(report))
         return report
-
-
-def full_reward(version: RubricVersion) -> float:
-    return sum(max(0.0, float(v.get("weight", 1.0))) for v in version.verifiers.values())
 
 
 def _plain(verifiers: dict[str, VerifierConfig]) -> dict[str, dict[str, Any]]:

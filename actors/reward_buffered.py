@@ -1,26 +1,30 @@
 """Groups that were scored by an older rubric and wait in the buffer: keep, rescore or drop them.
 
-Invariant: a group is changed only while it is leased here, so the learner never trains on one that
-is half changed; facts are stored, not advantages, so a re-scored group gets new advantages for
-free. Owned by `actors.reward_admin`.
+Invariant: a group is changed only while it is leased here, a few at a time, so the learner never
+trains on one that is half changed and always finds others; facts are stored, not advantages, so a
+re-scored group gets new advantages for free. Owned by `actors.reward_admin`.
 """
 
 import asyncio
+import logging
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from actors.reward_pool import RewardPool
+from actors.reward_set import WorkerSet
 from cluster import wire
 from cluster.config import Config
-from cluster.errors import ConfigError
-from cluster.redis_client import connect
+from cluster.errors import ConfigError, HoneError, boundary
+from cluster.redis_client import OUTAGE_S, connect
 from cluster.replay_buffer import ReplayBuffer
 from cluster.reward_state import RUBRIC
 from cluster.types import TrajectoryGroup
 
 CHOICES = ("keep", "rescore", "drop")
 REASON = "reward_swapped"
+BATCH = 4  # groups in hand at a time; the learner may take all the others
+log = logging.getLogger(__name__)
 OnDrop = Callable[[list[str], str], Awaitable[None]]
 
 
@@ -31,10 +35,11 @@ async def _nobody(group_ids: list[str], reason: str) -> None:
 class BufferedGroups:
     """`on_drop` is told the ids that left the buffer, so that their slots are freed."""
 
-    def __init__(self, buffer: ReplayBuffer, capacity: int, skip_uniform: bool) -> None:
+    def __init__(self, buffer: ReplayBuffer, lease_s: float, skip_uniform: bool) -> None:
         self._buffer = buffer
-        self._capacity = capacity
+        self._lease_s = lease_s
         self._skip_uniform = skip_uniform
+        self._late: set[asyncio.Task[None]] = set()
         self.on_drop: OnDrop = _nobody
 
     def write_as(self, epoch: int) -> None:
@@ -44,13 +49,13 @@ class BufferedGroups:
     @classmethod
     def of(cls, config: Config, run_id: str, url: str) -> "BufferedGroups":
         buffer = ReplayBuffer(
-            connect(url),
+            connect(url, retry_s=OUTAGE_S),
             run_id,
             capacity_groups=config.buffer.capacity_groups,
             lease_s=config.buffer.lease_s,
             max_deliveries=config.buffer.max_deliveries,
         )
-        return cls(buffer, config.buffer.capacity_groups, config.tasks.skip_uniform)
+        return cls(buffer, config.buffer.lease_s, config.tasks.skip_uniform)
 
     def choice(self, arguments: dict[str, Any]) -> str:
         choice = str(arguments.get("buffered", "keep"))
@@ -64,38 +69,86 @@ class BufferedGroups:
         return [(group, wire.encode(group)) for group in groups]
 
     async def treat(self, choice: str, label: str, pool: RewardPool) -> int:
-        """Apply `choice` to the ready groups of other versions; returns how many it changed.
+        """Apply `choice` to the ready groups of other versions than the live `label`; returns how
+        many it took in hand.
 
-        Groups that the learner has leased already are trained on as they are.
+        Groups that the learner has leased already are trained on as they are. Stops when another
+        version goes live.
         """
         if choice == "keep":
             return 0
-        owner = f"rewards-{uuid.uuid4().hex}"
-        headers = await asyncio.to_thread(
-            self._buffer.claim, self._capacity, owner=owner, min_policy_version=0, wait_s=0.0
-        )
-        held = [header.group_id for header in headers]
-        old = [h.group_id for h in headers if h.reward_versions.get(RUBRIC) != label]
-        dropped: list[str] = []
+        ready = await asyncio.to_thread(self._buffer.ready)
+        old = [h.group_id for h in ready if h.reward_versions.get(RUBRIC) != label]
+        count = 0
+        for start in range(0, len(old), BATCH):
+            if pool.live.label != label:
+                break
+            count += await self._treat_some(choice, old[start : start + BATCH], pool)
+        return count
+
+    def treat_late(self, choice: str, label: str, pool: RewardPool, before: WorkerSet) -> None:
+        """Treat again the groups that were under way at the cut-over, when `before` has added
+        them. Does not wait.
+        """
+        if choice == "keep":
+            return
+        task = asyncio.create_task(self._treat_late(choice, label, pool, before))
+        self._late.add(task)
+        task.add_done_callback(self._late.discard)
+
+    def stop(self) -> None:
+        for task in self._late:
+            task.cancel()
+
+    async def _treat_late(
+        self, choice: str, label: str, pool: RewardPool, before: WorkerSet
+    ) -> None:
         try:
-            for group_id in old:
-                if choice == "drop" or not await self._rescore(group_id, owner, pool):
-                    await asyncio.to_thread(self._buffer.drop, group_id, REASON)
-                    dropped.append(group_id)
+            with boundary("buffered groups"):
+                await before.until_idle()
+                count = await self.treat(choice, label, pool)
+        except HoneError as error:
+            log.warning("groups under way at the cut-over to %s stay as they are: %s", label, error)
+        else:
+            log.info("%s: %s %d groups that were under way", label, choice, count)
+
+    async def _treat_some(self, choice: str, group_ids: list[str], pool: RewardPool) -> int:
+        owner = f"rewards-{uuid.uuid4().hex}"
+        held = await asyncio.to_thread(self._buffer.take, group_ids, owner)
+        renewal = asyncio.create_task(self._renew(owner))
+        dropped: list[str] = []
+
+        async def treat(group_id: str) -> None:
+            if choice == "drop" or not await self._rescore(group_id, owner, pool):
+                await asyncio.to_thread(self._buffer.drop, group_id, REASON)
+                dropped.append(group_id)
+
+        try:
+            results = await asyncio.gather(*map(treat, held), return_exceptions=True)
         finally:
-            await asyncio.to_thread(
-                self._buffer.release, [g for g in held if g not in dropped], owner
-            )
+            renewal.cancel()
+            kept = [group_id for group_id in held if group_id not in dropped]
+            await asyncio.to_thread(self._buffer.release, kept, owner)
             await self.on_drop(dropped, REASON)
-        return len(old)
+        for error in results:
+            if error is not None:
+                raise error
+        return len(held)
+
+    async def _renew(self, owner: str) -> None:
+        while True:
+            await asyncio.sleep(self._lease_s / 3)
+            await asyncio.to_thread(self._buffer.renew, owner)
 
     async def _rescore(self, group_id: str, owner: str, pool: RewardPool) -> bool:
-        """Whether the group, scored by the live version, is still worth training on."""
-        await asyncio.to_thread(self._buffer.renew, owner)
+        """Whether the group, scored by the live version, is still worth training on. One whose
+        lease was lost meanwhile stays as it is.
+        """
         [group] = await asyncio.to_thread(self._buffer.fetch, [group_id])
         _, encoded = await pool.score(wire.encode(group))
         scored = wire.decode(encoded, TrajectoryGroup)
         if not scored.is_trainable or (self._skip_uniform and scored.is_uniform):
             return False
-        await asyncio.to_thread(self._buffer.replace, scored)
+        if not await asyncio.to_thread(self._buffer.replace, scored, owner):
+            log.warning("%s was re-scored too late: its lease had ended", group_id)
         return True

@@ -7,7 +7,8 @@ awaited by nobody who trains, and its failures are counted in its report. Owned 
 
 import asyncio
 import logging
-from statistics import fmean, quantiles
+from collections import deque
+from statistics import quantiles
 from typing import Any
 
 import msgspec
@@ -18,12 +19,13 @@ from actors.reward_set import RewardHome, health_check
 from actors.reward_worker import GroupSummary, RubricFacts
 from actors.stages import last_line, within
 from cluster.config import VerifierConfig
-from cluster.errors import HoneError, StageError
+from cluster.errors import DeadlineError, HoneError, StageError
 from cluster.types import Task
 
 PREVIEW_TIMEOUT_S = 120.0
 MAX_IN_FLIGHT = 4  # live groups beyond these are skipped and counted
 MAX_FAILURES_IN_A_ROW = 3
+MAX_LATENCIES = 1000  # the newest, for the percentiles
 log = logging.getLogger(__name__)
 
 
@@ -33,6 +35,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     num_groups: int = 0
     num_skipped: int = 0  # groups that came while it was busy
     num_failed: int = 0  # groups that it could not score
+    num_timeouts: int = 0  # of these: not within their deadline
     num_trajectories: int = 0  # both rubrics gave a reward
     num_disagree: int = 0  # of these: one rubric says passed, the other does not
     num_abstained: int = 0  # of the candidate
@@ -49,11 +52,13 @@ class Tally:
     """Adds up pairs of summaries of the same group."""
 
     def __init__(self) -> None:
-        self._pairs: list[tuple[float, float]] = []
-        self._latencies: list[float] = []
+        self._num_pairs = 0
+        self._sums = {"live": 0.0, "mine": 0.0, "difference": 0.0}
+        self._latencies: deque[float] = deque(maxlen=MAX_LATENCIES)
         self._counts = {"groups": 0, "disagree": 0, "abstained": 0, "abstained_live": 0}
         self.num_skipped = 0
         self.num_failed = 0
+        self.num_timeouts = 0
         self.last_error = ""
 
     @property
@@ -71,23 +76,29 @@ class Tally:
             self._counts["abstained"] += new is None
             self._counts["abstained_live"] += old is None
             if old is not None and new is not None:
-                self._pairs.append((old, new))
+                self._num_pairs += 1
+                self._sums["live"] += old
+                self._sums["mine"] += new
+                self._sums["difference"] += abs(new - old)
                 self._counts["disagree"] += (old >= full_live / 2) != (new >= full / 2)
 
     def result(self) -> Comparison:
-        pairs, latencies = self._pairs, self._latencies or [0.0]
-        cuts = quantiles(latencies, n=20, method="inclusive") if len(latencies) > 1 else latencies
+        num_pairs, latencies = max(1, self._num_pairs), self._latencies or [0.0]
+        cuts = (
+            quantiles(latencies, n=20, method="inclusive") if len(latencies) > 1 else [*latencies]
+        )
         return Comparison(
             num_groups=self.num_groups,
             num_skipped=self.num_skipped,
             num_failed=self.num_failed,
-            num_trajectories=len(pairs),
+            num_timeouts=self.num_timeouts,
+            num_trajectories=self._num_pairs,
             num_disagree=self._counts["disagree"],
             num_abstained=self._counts["abstained"],
             num_abstained_live=self._counts["abstained_live"],
-            mean_reward=fmean(new for _, new in pairs) if pairs else 0.0,
-            mean_reward_live=fmean(old for old, _ in pairs) if pairs else 0.0,
-            mean_difference=fmean(abs(new - old) for old, new in pairs) if pairs else 0.0,
+            mean_reward=self._sums["mine"] / num_pairs,
+            mean_reward_live=self._sums["live"] / num_pairs,
+            mean_difference=self._sums["difference"] / num_pairs,
             latency_p50_s=cuts[len(cuts) // 2],
             latency_p95_s=cuts[-1],
             last_error=self.last_error,
@@ -144,6 +155,7 @@ class Candidate:
         except HoneError as error:
             self._failures += 1
             self.tally.num_failed += 1
+            self.tally.num_timeouts += isinstance(error, DeadlineError)
             self.tally.last_error = str(error)[:400]
             self.is_lost = self._failures >= MAX_FAILURES_IN_A_ROW
             return

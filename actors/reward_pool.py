@@ -87,13 +87,21 @@ class RewardPool:
             raise
         return workers
 
-    def cut_over(self, workers: WorkerSet) -> None:
-        """New groups go to `workers`; all but the version before are drained and ended."""
+    def discard(self, workers: WorkerSet) -> None:
+        """End workers that were prepared and will not go live, unless they are the warm ones."""
+        if workers is not self._previous:
+            workers.kill()
+
+    def cut_over(self, workers: WorkerSet) -> WorkerSet | None:
+        """New groups go to `workers`; all but the version before, which is returned, are drained
+        and ended.
+        """
         retired, self._previous, self._live = self._previous, self._live, workers
         if retired is not None and retired is not workers:
             task = asyncio.create_task(retired.drain())
             self._draining.add(task)
             task.add_done_callback(self._draining.discard)
+        return self._previous
 
     def statuses(self) -> list[ActorStatus]:
         return self._live.statuses() if self._live else []

@@ -24,7 +24,7 @@ from actors.stages import last_line, within
 from actors.verifier_pool import PoolStatus
 from actors.verifier_pools import PooledSignal, VerifierPools, longest_call_s
 from cluster.config import VerifierConfig
-from cluster.errors import DeadlineError, StageError
+from cluster.errors import DeadlineError, HoneError, StageError
 from cluster.reward_state import RubricVersion
 from cluster.run_dir import RunDir
 from cluster.status import ActorStatus
@@ -204,9 +204,16 @@ class WorkerSet:
 
     async def _note_start(self, index: int, name: str) -> None:
         try:
-            self._pids[index] = (await self._workers[index].facts.remote()).pid
-        except RayActorError:
-            return  # the next call finds it dead
+            facts = await within(
+                self._workers[index].facts.remote(),
+                stage="score",
+                what="a reward worker to start again",
+                deadline_s=self._start_s,
+                knob="resources.start_timeout_s",
+            )
+        except (HoneError, RayActorError):
+            return  # the next call finds it dead or hanging
+        self._pids[index] = facts.pid
         self._home.on_event("worker_restarted", actor=name, pid=self._pids[index])
 
     @contextmanager
@@ -223,14 +230,19 @@ class WorkerSet:
 
     async def drain(self) -> None:
         """Wait for who holds the set and for the calls in flight, then end the workers."""
-        await self._free.wait()
         try:
-            async with asyncio.timeout(self._call_s):  # each call has the same deadline
+            await self._free.wait()
+            await self.until_idle()
+        finally:
+            self.kill()
+
+    async def until_idle(self) -> None:
+        """Wait for the calls in flight, each of which has a deadline."""
+        try:
+            async with asyncio.timeout(self._call_s):
                 await self._idle.wait()
         except TimeoutError:
             log.warning("rubric %s: %d calls left", self.version.label, self._in_flight)
-        finally:
-            self.kill()
 
     def kill(self) -> None:
         self._is_over = True

@@ -45,6 +45,7 @@ class GroupSummary(msgspec.Struct, frozen=True, kw_only=True):
     is_uniform: bool
     min_policy_version: int
     max_latency_s: float
+    latency_s: dict[str, float] = {}  # by signal
 
 
 class RubricFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -202,5 +203,6 @@ def summarize(group: TrajectoryGroup, outcome: str) -> GroupSummary:
         num_truncated=sum(t.status is TrajectoryStatus.TRUNCATED for t in trajectories),
         is_uniform=group.is_uniform,
         min_policy_version=group.min_policy_version,
+        latency_s={v.name: v.latency_s for v in trajectories[0].verdicts},
         max_latency_s=float(np.max([v.latency_s for t in trajectories for v in t.verdicts])),
     )

@@ -8,6 +8,7 @@ import time
 from statistics import fmean, pstdev
 
 from actors.producer import Production
+from actors.reward_worker import GroupSummary
 from cluster.reward_state import RUBRIC
 
 
@@ -49,11 +50,21 @@ class RolloutStatistics:
             metrics[f"reward/version/{name}"] = float(number)
         if passed:
             metrics["reward/pass_rate"] = fmean(passed)
-        for name in summaries[0].signals:
-            scores = [x for s in summaries for x in s.signals.get(name, []) if x is not None]
-            if scores:
-                metrics[f"reward/{name}/mean"] = fmean(scores)
-        return metrics
+        return metrics | _signals(summaries)
+
+
+def _signals(summaries: list[GroupSummary]) -> dict[str, float]:
+    """Of each verifier: mean score, share of abstentions, mean seconds for a group."""
+    metrics: dict[str, float] = {}
+    for name in dict.fromkeys(name for s in summaries for name in s.signals):
+        scores = [score for s in summaries for score in s.signals.get(name, [])]
+        known = [score for score in scores if score is not None]
+        metrics[f"reward/{name}/abstain_fraction"] = 1.0 - len(known) / len(scores)
+        if known:
+            metrics[f"reward/{name}/mean"] = fmean(known)
+        if latencies := [s.latency_s[name] for s in summaries if name in s.latency_s]:
+            metrics[f"reward/{name}/latency_s"] = fmean(latencies)
+    return metrics
 
 
 def _guidance(productions: list[Production]) -> dict[str, float]:

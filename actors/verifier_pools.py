@@ -25,6 +25,7 @@ from rewards.rubric import Elsewhere
 
 MAX_CALLS = 4096  # concurrent calls of a pool's event loop
 IDLE_S = 30.0
+STATUS_S = 10.0
 
 
 class PooledSignal(msgspec.Struct, frozen=True):
@@ -115,7 +116,8 @@ class VerifierPools:
         """A moment of each pool that answers."""
         names = list(self._pools)
         answers = await asyncio.gather(
-            *(self._pools[name].status.remote() for name in names), return_exceptions=True
+            *(asyncio.wait_for(self._pools[name].status.remote(), STATUS_S) for name in names),
+            return_exceptions=True,
         )
         return {n: a for n, a in zip(names, answers, strict=True) if isinstance(a, PoolStatus)}
 

@@ -1,145 +1,259 @@
 """Changes of rewards during a real training run at full speed: what they cost the learner.
 
 Invariant: the run is the quickstart's with a smaller policy, a process of its own and real engines;
-every figure is read from its files. `measure(20)` makes 20 changes, swaps and rollbacks in turn.
+every figure is read from its files or its buffer. The reward of a trajectory names its version (see
+`benchmarks.swap_rewards`), so a verdict of another version than its label is found.
 """
 
-import json
 import os
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.proofs import END_S, ROOT, end
+from benchmarks.swap_rewards import is_right
+from cluster import reward_state
 from cluster.control import ControlClient
-from cluster.embedded_redis import url_in
+from cluster.embedded_redis import EmbeddedRedis, url_in
+from cluster.errors import StageError
+from cluster.ledger import Ledger
+from cluster.reconcile import Reconciliation, reconcile
 from cluster.redis_client import connect
 from cluster.replay_reader import BufferReader
-from cluster.run_dir import RunDir
+from cluster.reward_state import RUBRIC, RewardState
+from cluster.run_dir import Event, RunDir
 from cluster.types import TrajectoryGroup
 
-ROOT = Path(__file__).parents[1]
+VERIFIERS = "benchmarks.swap_rewards"
 SMALL = [
     "policy.hidden_size=64", "policy.num_layers=2", "policy.num_heads=2", "warm_start.steps=20",
     "warm_start.examples=640", "tasks.train.settings.size=1000",
     "rollout.groups_per_step=4", "rollout.group_size=4", "eval.tasks=8", "eval.every=100000",
     "tasks.skip_uniform=false", "run.steps=100000", "rollout.max_policy_age=1",
+    f"rewards.verifiers.correct={{use: '{VERIFIERS}:Bonus', settings: {{bonus: 0}}}}",
 ]  # fmt: skip
 START_S = 240.0
 STEP_S = 60.0
+ASK_S = 120.0
+POLL_S = 0.05
+FIRST_STEPS = 6  # before the first change
+STEPS_BETWEEN = 2
+SAMPLE = 512  # groups: more than the buffer holds between two checkpoints
+TOO_OLD = "too_old"  # dropped by the age bound, whatever scores them
+CRASHES = ("DiesOnGold", "DiesInWorkers", "DiesLive")
 
 
 class LiveSwaps(NamedTuple):
-    """`extra_wait_s` is the learner's wait in a step with a cut-over, beyond the median of steps
-    without one: the median and the largest over all changes. Groups are trained on `num_twice`;
-    `num_mixed` of the `num_seen` stored ones carry verdicts of another version than their own.
+    """`extra_waits_s`: the learner's wait in each step with a cut-over, beyond the median of steps
+    without one. `num_unmoved` candidates died, one in each phase, and the live version stayed.
+    `num_mixed` of the `num_seen` stored groups hold a reward or a stamp of another version than
+    their label. `dropped` are the groups that failed on their way, by reason; `faults` are the
+    audit's.
     """
 
-    num_changes: int
+    actions: Counter[str]
+    num_unmoved: int
     num_trained: int
     num_twice: int
     num_seen: int
     num_mixed: int
-    num_lost: int
-    cutover_s: float
-    median_extra_wait_s: float
-    max_extra_wait_s: float
+    dropped: dict[str, int]
+    faults: list[str]
+    cutovers_s: list[float]
+    extra_waits_s: list[float]
 
 
 def measure(num_changes: int, limit_s: float) -> LiveSwaps:
     """Run, change and read; stops changing after `limit_s`."""
     with tempfile.TemporaryDirectory(prefix="hone-swaps-") as place:
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from serve.cli import main; main()", "train",
-             str(ROOT / "deploy/configs/quickstart.yaml"), "--run", "demo", *SMALL],
-            cwd=place, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        run = Path(place) / "runs" / "demo"
-        seen: dict[str, bool] = {}
+        run = RunDir(Path(place) / "runs" / "demo")
+        output = Path(place) / "train.log"
+        with output.open("w") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-c", "from serve.cli import main; main()", "train",
+                 str(ROOT / "deploy/configs/quickstart.yaml"), "--run", run.name, *SMALL],
+                cwd=place, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+        steps = Steps(run, lambda: process.poll() is None)
         try:
-            arrivals, num_lost = _change(process, run, num_changes, limit_s, seen)
+            steps.wait(FIRST_STEPS, START_S)
+            changes = Changes(run, url_in(run.redis), steps.wait)
+            changes.crash(Path(place) / "mark")
+            changes.carry_out(num_changes, limit_s)
+        except Exception as error:
+            raise RuntimeError(f"{error}: {output.read_text()[-500:]}") from error
         finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(90)
-        return _read(run, arrivals, seen, num_lost)
+            _interrupt(process)
+            steps.stop()
+        with EmbeddedRedis(run.redis) as server:
+            audit = reconcile(run, BufferReader(connect(server.url), run.name))
+        return _figures(run, steps.arrivals, changes, audit)
 
 
-def _change(
-    process: "subprocess.Popen[bytes]",
-    run: Path,
-    num_changes: int,
-    limit_s: float,
-    seen: dict[str, bool],
-) -> tuple[list[float], int]:
-    """Carry out the changes and look at stored groups after each.
+class Steps:
+    """Notes when rows of `metrics.jsonl` appear, from a thread of its own."""
 
-    Returns the times at which rows of `metrics.jsonl` appeared, and the groups unaccounted for.
+    def __init__(self, run: RunDir, is_alive: Callable[[], bool]) -> None:
+        self.arrivals: list[float] = []
+        self._path = run.metrics
+        self._is_alive = is_alive
+        self._is_over = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def wait(self, count: int, timeout_s: float = STEP_S) -> None:
+        """Until `count` more steps are done."""
+        wanted = len(self.arrivals) + count
+        deadline = time.monotonic() + timeout_s
+        while len(self.arrivals) < wanted:
+            if time.monotonic() > deadline or not self._is_alive():
+                raise RuntimeError(f"the run made {len(self.arrivals)} steps, not {wanted}")
+            time.sleep(POLL_S)
+
+    def stop(self) -> None:
+        self._is_over.set()
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(POLL_S):
+            count = self._path.read_bytes().count(b"\n") if self._path.exists() else 0
+            self.arrivals.extend([time.time()] * (count - len(self.arrivals)))
+
+
+class Changes:
+    """Changes of one run, with a look at its stored groups after each. `wait(count)` lets that many
+    steps pass.
     """
-    arrivals: list[float] = []
 
-    def watch(until_rows: int, deadline_s: float) -> None:
-        deadline = time.monotonic() + deadline_s
-        while len(arrivals) < until_rows:
-            count = len(_lines(run / "metrics.jsonl"))
-            arrivals.extend([time.time()] * (count - len(arrivals)))
-            if time.monotonic() > deadline or process.poll() is not None:
-                raise RuntimeError(f"the run made {len(arrivals)} steps only")
-            time.sleep(0.02)
+    def __init__(self, run: RunDir, url: str, wait: Callable[[int], None]) -> None:
+        self.seen: dict[str, bool] = {}  # group -> whether it is mixed
+        self.num_unmoved = 0
+        self._run = run
+        self._client = ControlClient(run)
+        self._buffer = BufferReader(connect(url), run.name)
+        self._wait = wait
+        self._num_versions = 0
 
-    watch(6, START_S)
-    home = RunDir(run)
-    client = ControlClient(home)
-    buffer = BufferReader(connect(url_in(home.redis)), "demo")
-    started = time.monotonic()
-    for i in range(num_changes):
-        if time.monotonic() - started > limit_s:
-            break
-        request: tuple[str, dict[str, Any]] = ("rewards.rollback", {})
-        if i % 2 == 0:
-            verifier = {"use": "task", "settings": {"extract": "last_line"}, "weight": 1 + i / 100}
-            request = ("rewards.swap", {"verifiers": {"correct": verifier}})
-        client.ask(*request, 60.0)
-        seen.update({g.group_id: _is_mixed(g) for g in buffer.sample(64)})
-        watch(len(arrivals) + 3, STEP_S)
-    return arrivals, buffer.stats().num_unaccounted
+    def crash(self, mark: Path) -> None:
+        """A candidate that dies on gold, one that dies as a worker, one that dies in the shadow."""
+        for use in CRASHES:
+            before = self._ask("list")["state"]["active"]
+            settings = {"mark": str(mark)} if use == "DiesInWorkers" else {}
+            try:
+                command = "shadow" if use == "DiesLive" else "swap"
+                self._ask(command, verifiers=self._verifiers(use, **settings))
+                is_gone = use == "DiesLive" and self._is_shadow_gone()
+            except StageError:
+                is_gone = use != "DiesLive"
+            self._wait(1)
+            self._look()
+            self.num_unmoved += is_gone and self._ask("list")["state"]["active"] == before
+
+    def carry_out(self, num_changes: int, limit_s: float) -> None:
+        """Swap to a new version, roll back, and promote another from the shadow, in turn."""
+        started = time.monotonic()
+        for i in range(num_changes):
+            if time.monotonic() - started > limit_s:
+                return
+            match i % 3:
+                case 0:
+                    self._ask("swap", verifiers=self._verifiers())
+                case 1:
+                    self._ask("rollback")
+                case _:
+                    self._ask("shadow", verifiers=self._verifiers())
+                    self._wait(1)
+                    self._ask("promote")
+            self._wait(STEPS_BETWEEN)
+            self._look()
+
+    def _ask(self, command: str, **arguments: Any) -> Any:
+        return self._client.ask(f"rewards.{command}", arguments, ASK_S)
+
+    def _verifiers(self, use: str = "Bonus", **settings: Any) -> dict[str, Any]:
+        """A rubric that no other version has."""
+        self._num_versions += 1
+        settings |= {"bonus": float(self._num_versions)}
+        return {"correct": {"use": f"{VERIFIERS}:{use}", "settings": settings}}
+
+    def _is_shadow_gone(self) -> bool:
+        deadline = time.monotonic() + STEP_S
+        while time.monotonic() < deadline:
+            self._wait(1)
+            if not self._ask("list")["shadow"]:
+                return True
+        return False
+
+    def _look(self) -> None:
+        groups = self._buffer.sample(SAMPLE)
+        state = reward_state.load(self._run.path)
+        assert state is not None
+        for group in groups:
+            self.seen[group.group_id] = self.seen.get(group.group_id, False) | is_mixed(
+                group, state
+            )
 
 
-def _is_mixed(group: TrajectoryGroup) -> bool:
-    stamps = [(v.name, v.reward_version) for t in group.trajectories for v in t.verdicts]
-    return any(group.reward_versions.get(name) != version for name, version in stamps)
-
-
-def _read(
-    run: Path, arrivals: list[float], seen: dict[str, bool], num_lost: int
-) -> LiveSwaps:  # fmt: skip
-    events = [e for e in _lines(run / "events.jsonl") if e["kind"] == "reward_swapped"]
-    rows = _lines(run / "metrics.jsonl")[: len(arrivals)]
-    waits = [row.get("time/wait_s/learn", 0.0) for row in rows]
-    hit = {next((i for i, at in enumerate(arrivals) if at > e["time"]), -1) for e in events} - {-1}
-    calm = statistics.median(w for i, w in enumerate(waits) if i > 2 and i not in hit)
-    extra = [waits[i] - calm for i in sorted(hit)]
-    ledger = _lines(run / "ledger.jsonl")
-    used = Counter(group for row in ledger for group in row["group_ids"])
-    return LiveSwaps(
-        num_changes=len(events),
-        num_trained=len(used),
-        num_twice=sum(count > 1 for count in used.values()),
-        num_seen=len(seen),
-        num_mixed=sum(seen.values()),
-        num_lost=num_lost,
-        cutover_s=max(e["cutover_ms"] for e in events) / 1000,
-        median_extra_wait_s=statistics.median(extra),
-        max_extra_wait_s=max(extra),
+def is_mixed(group: TrajectoryGroup, state: RewardState) -> bool:
+    """Whether a reward or a stamp is not that of the version which the group is labelled with."""
+    version = state.get(group.reward_versions[RUBRIC])
+    if version is None:
+        return True
+    [(name, verifier)] = version.verifiers.items()
+    bonus = verifier["settings"].get("bonus", 0.0)
+    gold = group.task.reference
+    return any(
+        t.reward not in (None, is_right(t.text, gold) + bonus)
+        or [v.reward_version for v in t.verdicts] != [version.signals[name]]
+        for t in group.trajectories
     )
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
+def _interrupt(process: "subprocess.Popen[bytes]") -> None:
+    """Ctrl-C for the run, and an end for whatever is left of it."""
+    process.send_signal(signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(END_S)
+    end(process)
+
+
+def _figures(
+    run: RunDir, arrivals: Sequence[float], changes: Changes, audit: Reconciliation
+) -> LiveSwaps:
+    events = [event for event in run.read_events() if event.kind == "reward_swapped"]
+    used = Counter(g for record in Ledger(run.ledger).records() for g in record.group_ids)
+    return LiveSwaps(
+        actions=Counter(str(event.fields["action"]) for event in events),
+        num_unmoved=changes.num_unmoved,
+        num_trained=len(used),
+        num_twice=sum(count > 1 for count in used.values()),
+        num_seen=len(changes.seen),
+        num_mixed=sum(changes.seen.values()),
+        dropped={why: count for why, count in audit.dropped.items() if why != TOO_OLD},
+        faults=audit.faults,
+        cutovers_s=[float(str(event.fields["cutover_ms"])) / 1000 for event in events],
+        extra_waits_s=_extra_waits_s(run.read_metrics(), arrivals, events),
+    )
+
+
+def _extra_waits_s(
+    rows: list[dict[str, float]], arrivals: Sequence[float], events: Sequence[Event]
+) -> list[float]:
+    """The wait of each step that was under way at a cut-over, beyond the median of the others;
+    empty when there is nothing to compare.
+    """
+    waits = [row.get("time/wait_s/learn", 0.0) for row in rows[: len(arrivals)]]
+    steps = [next((i for i, at in enumerate(arrivals) if at > e.time), -1) for e in events]
+    hit = sorted(set(steps) - {-1})
+    calm = [wait for i, wait in enumerate(waits) if i >= FIRST_STEPS // 2 and i not in hit]
+    if not calm:
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return [waits[i] - statistics.median(calm) for i in hit if i < len(waits)]

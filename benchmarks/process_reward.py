@@ -92,8 +92,9 @@ async def _measure(config: Config, policy_dir: Path, model: str) -> dict[str, An
         await sampler.close()
     results: dict[str, Any] = {
         "tasks": len(tasks),
-        "one": float(np.mean([t.reward for group in groups for t in group.trajectories])),
-        "any": float(np.mean([any(t.reward for t in group.trajectories) for group in groups])),
+        "one": float(np.mean([r for group in groups for r in group.rewards if r is not None])),
+        "unknown": sum(reward is None for group in groups for reward in group.rewards),
+        "any": float(np.mean([any(group.rewards) for group in groups])),
         "majority": float(np.mean([_majority(group) for group in groups])),
     }
     truths = [[_truth(group.task, t.text) for t in group.trajectories] for group in groups]
@@ -147,7 +148,8 @@ def _figures(
             result.trajectories, truth, group.trajectories, strict=True
         ):
             (verdict,) = trajectory.verdicts
-            totals.append((-1.0 if verdict.score is None else verdict.score, given.reward or 0.0))
+            if given.reward is not None:  # its own check could not be made
+                totals.append((-1.0 if verdict.score is None else verdict.score, given.reward))
             num_abstained += verdict.score is None
             if verdict.score is None or len(verdict.step_scores) != len(steps):
                 continue
@@ -155,6 +157,8 @@ def _figures(
             is_right += steps
             first_wrong = steps.index(False) if False in steps else len(steps)
             is_early += [i <= first_wrong for i in range(len(steps))]
+        if not totals:
+            continue
         top = max(score for score, _ in totals)
         best.append(float(np.mean([reward for score, reward in totals if score == top])))
     values, right, early = np.array(scores), np.array(is_right), np.array(is_early)

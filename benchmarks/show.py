@@ -1,18 +1,20 @@
 """`python -m benchmarks.show AREA`: run the demonstrations behind the README and print a row each.
 
 Invariant: a row prints only what was measured in this run. An area is a module
-`benchmarks.show_<area>` with `rows(quick)`. Exit code 1 when a row falls short.
+`benchmarks.show_<area>` with `rows(quick)`; a measurement that raises is a row that falls short.
+Exit code 1 when a row falls short.
 """
 
 import importlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, cast
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 AREAS = ("foundation", "learner", "rewards", "durability", "serve", "cluster")
@@ -29,14 +31,34 @@ class Row(NamedTuple):
     why: str = ""
 
 
+class Part(NamedTuple):
+    """Rows still to be measured: what raises in `measure` costs no other part of the area."""
+
+    claim: str
+    measure: "Callable[[], Iterable[Row | Part]]"
+
+
 class Area(Protocol):
-    def rows(self, quick: bool) -> Iterator[Row]:
+    def rows(self, quick: bool) -> Iterator[Row | Part]:
         """Rows as they are measured; `quick` may leave the long ones reduced, and says so."""
         ...
 
 
 def judged(claim: str, measured: str, bound: str, is_held: bool, why: str = "") -> Row:
     return Row(claim, measured, bound, "holds" if is_held else "falls short", why)
+
+
+def measured(part: Part) -> Iterator[Row]:
+    """The rows of `part`, and a last one with the reason when it raises."""
+    try:
+        for row in part.measure():
+            if isinstance(row, Part):
+                yield from measured(row)
+            else:
+                yield row
+    except Exception as error:  # the other parts are still to be shown
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        yield judged(part.claim, "no figure", "an end", False, reason[-300:])
 
 
 def main(arguments: list[str]) -> int:
@@ -50,12 +72,13 @@ def main(arguments: list[str]) -> int:
     table = Table("claim", "measured", "bound", "verdict", title=arguments[0], show_lines=True)
     started = time.monotonic()
     has_short = False
-    for row in area.rows(quick):
+    for row in measured(Part("the rows that follow", lambda: area.rows(quick))):
         style = STYLES[row.verdict]
-        verdict = f"[{style}]{row.verdict}[/]" + (f": {row.why}" if row.why else "")
-        table.add_row(row.claim, row.measured, row.bound, verdict)
+        claim, figure, bound, why = map(escape, (row.claim, row.measured, row.bound, row.why))
+        verdict = f"[{style}]{row.verdict}[/]" + (f": {why}" if why else "")
+        table.add_row(claim, figure, bound, verdict)
         minutes = (time.monotonic() - started) / 60
-        console.print(f"[dim]{minutes:5.1f} min[/] {row.claim}: {row.measured} · {verdict}")
+        console.print(f"[dim]{minutes:5.1f} min[/] {claim}: {figure} · {verdict}")
         has_short |= row.verdict == "falls short"
     console.print(table)
     return int(has_short)

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import math
 import statistics
 import tempfile
 import time
@@ -16,28 +17,31 @@ from typing import Any
 import psutil
 
 from benchmarks import process_reward
-from benchmarks.live_swaps import measure
+from benchmarks.live_swaps import CRASHES, measure
 from benchmarks.proofs import proven
-from benchmarks.show import Row, judged
+from benchmarks.show import Part, Row, judged
 from cluster.config import VerifierConfig
 from cluster.errors import ConfigError
 from cluster.types import Message, Task
+from rewards.champ_taskset import ChampTaskset
 from rewards.gym_taskset import DENIED, ReasoningGymTaskset
 from rewards.rubric import Rubric
-from rewards.sandbox import TIERS, Sandbox, self_test
+from rewards.sandbox import TIERS, Sandbox, Tier, self_test
 from rewards.self_check import gold_check, group_of
 
 TESTS = "tests/integration/test_"
-BOMBS = (r"\boxed{9^{9^{9^9}}}", r"\boxed{(x+1)^{99999}}", r"\boxed{10000000!}",
-         r"\boxed{" + "(" * 4000 + "}", r"\boxed{\sqrt{x^{99}+\sin(x)^{98}}^{97}}")  # fmt: skip
-SLOW = r"\boxed{(x+1)^{99}(x+2)^{99}(x+3)^{99}(x+4)^{99}}"  # reaches algebra, is killed there
+BOMBS = (r"\boxed{9^{9^{9^N}}}", r"\boxed{(x+1)^{99N}}", r"\boxed{1000N!}",
+         r"\boxed{" + "(" * 4000 + "N}", r"\boxed{\sqrt{x^{99}+\sin(Nx)^{98}}^{97}}")  # fmt: skip
+SLOW = r"\boxed{(x+1)^{99}(x+2)^{99}(x+3)^{99}(x+N)^{99}}"  # reaches algebra, is killed there
 KINDS = {  # kind: (reference, answer with N replaced by 0, 1, 2, ..., bound)
     "whole numbers": ("42", "N", 1000),
     "fractions": ("1/7", r"\frac{N}{7}", 1000),
     "sets and intervals": (r"\{1, 2, 3\}", r"\{N, 2, 3\}", 500),
     "polynomials, by algebra": ("x^2+1", "x^2+N+1", 30),
 }
+CHAMP = "champ"
 COLD = "print(1)"
+RATES: dict[Tier, int] = {"namespaces": 120, "landlock": 95}  # runs/s of one slot
 
 
 NOT_SHOWN = (
@@ -72,44 +76,53 @@ SHORT = (
 )  # fmt: skip
 
 
-def rows(quick: bool) -> Iterator[Row]:
+def rows(quick: bool) -> Iterator[Row | Part]:
     for claim, arguments in LONG:
         if quick:
             yield Row(claim, "-", "all tests", "not shown here", "takes minutes: leave QUICK out")
         else:
             yield proven(claim, arguments, "all tests")
-    yield from _live(quick)
+    yield Part("20 changes of rewards in a training run", lambda: _live(quick))
     for claim, arguments in SHORT:
         yield proven(claim, arguments, "all tests")
     yield _pairs()
-    yield from _sandbox(quick)
-    yield from asyncio.run(_math(200 if quick else 1000))
-    yield asyncio.run(_gold(1 if quick else 3))
-    yield from _process_model(quick)
+    yield Part("sandbox: runs per second", lambda: _sandbox(quick))
+    yield Part("math verifier: bombs, rates", lambda: asyncio.run(_math(200 if quick else 1000)))
+    yield Part("gold answers", lambda: [asyncio.run(_gold(1 if quick else 3))])
+    yield Part("process model", lambda: _process_model(quick))
     for claim, bound, why in NOT_SHOWN:
         yield Row(claim, "-", bound, "not shown here", why)
 
 
 def _live(quick: bool) -> Iterator[Row]:
-    """20 changes of rewards in a training run with engines."""
-    claim = "20 swaps and rollbacks in a training run at full speed: none lost, twice or mixed"
+    """20 changes of rewards in a training run with engines, after a crash in each phase."""
+    claim = "20 swaps, rollbacks and promotes in a training run: no group lost, twice or mixed"
     waits = "learner wait in a step with a cut-over, beyond that of a step without"
+    crashes = "in the same run: a candidate dies on gold, as a worker, in the shadow"
     if quick:
-        yield Row(claim, "-", "0, 0, 0", "not shown here", "takes minutes: leave QUICK out")
+        for one in (claim, waits, crashes):
+            yield Row(one, "-", "all of it", "not shown here", "takes minutes: leave QUICK out")
         return
     run = measure(20, 360.0)
+    num_changes = run.actions.total()
+    dropped = ", ".join(f"{count} {why}" for why, count in sorted(run.dropped.items())) or "none"
     measured = (
-        f"{run.num_changes} changes; {run.num_trained} groups trained on, {run.num_twice} twice, "
-        f"{run.num_lost} lost; {run.num_mixed} of {run.num_seen} stored ones mixed"
+        f"{', '.join(f'{n} {action}' for action, n in sorted(run.actions.items()))}; "
+        f"{run.num_trained} groups trained on, {run.num_twice} twice, dropped: {dropped}; "
+        f"{run.num_mixed} of {run.num_seen} stored ones mixed"
     )
-    is_held = run.num_changes >= 20 and not run.num_twice + run.num_lost + run.num_mixed
-    yield judged(claim, measured, "20, 0 twice, 0 lost, 0 mixed", is_held)
+    is_held = num_changes >= 20 and run.num_seen > 0 and not run.num_twice + run.num_mixed
+    is_held &= not run.dropped and not run.faults
+    bound = "20 changes; 0 twice, dropped or mixed; audit sound"
+    yield judged(claim, measured, bound, is_held, "; ".join(run.faults)[:300])
+    extra, cutovers = run.extra_waits_s or [math.inf], run.cutovers_s or [math.inf]
     measured = (
-        f"median {run.median_extra_wait_s:.2f} s, most {run.max_extra_wait_s:.2f} s; "
-        f"cut-over {1000 * run.cutover_s:.1f} ms"
+        f"median {statistics.median(extra):.2f} s, most {max(extra):.2f} s; "
+        f"cut-over {1000 * max(cutovers):.1f} ms"
     )
-    is_held = run.max_extra_wait_s < 1.0 and run.cutover_s < 1.0
-    yield judged(waits, measured, "< 1 s", is_held)
+    yield judged(waits, measured, "< 1 s", max(extra) < 1.0 and max(cutovers) < 1.0)
+    measured = f"{run.num_unmoved} of {len(CRASHES)} left the live version and the run as they were"
+    yield judged(crashes, measured, "all", run.num_unmoved == len(CRASHES))
 
 
 def _pairs() -> Row:
@@ -120,31 +133,42 @@ def _pairs() -> Row:
 
 
 async def _gold(num_tasks: int) -> Row:
-    """Gold answers of every dataset that may be used, through its own scorer and through math."""
+    """Gold answers of every dataset that may be used, through its own scorer and through math; of
+    CHAMP, where its data are installed, through math.
+    """
     names: dict[str, Any] = import_module("reasoning_gym.factory").DATASETS
+    tasksets: dict[str, ReasoningGymTaskset | ChampTaskset] = {
+        name: ReasoningGymTaskset(name, size=num_tasks, seed=7)
+        for name in sorted(set(names) - set(DENIED))
+    } | {CHAMP: ChampTaskset()}
     rubrics = {
         use: Rubric({use: VerifierConfig(use=use, timeout_s=60)}) for use in ("math", "task")
     }
-    refused, num_checked, num_datasets = list[str](), 0, 0
+    refused, num_checked, left_out, covered = list[str](), 0, list[str](), list[str]()
     try:
-        for name in sorted(set(names) - set(DENIED)):
+        for name, taskset in tasksets.items():
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    tasks = ReasoningGymTaskset(name, size=num_tasks, seed=7).load()
+                    tasks = taskset.load()
             except ConfigError:
-                continue  # its items have no gold answer
-            num_datasets += 1
-            for rubric in rubrics.values():
-                refused += await gold_check(rubric, tasks, num_tasks)
-                num_checked += len(tasks)
+                left_out.append(name)  # its items have no gold answer, or are not installed
+                continue
+            covered.append(name)
+            for use, rubric in rubrics.items():
+                if use == "math" or name != CHAMP:  # CHAMP has no scorer of its own
+                    refused += await gold_check(rubric, tasks, len(tasks))
+                    num_checked += len(tasks)
     finally:
         for rubric in rubrics.values():
             await rubric.close()
+    champ = "CHAMP" if CHAMP in covered else "not CHAMP: its data are not installed"
     return judged(
-        "gold answers refused, over every taskset shipped, by `math` and by `task`",
-        f"{len(refused)} of {num_checked} ({num_datasets} datasets)", "0",
-        not refused and num_checked > 0, "; ".join(refused)[:200],
+        "gold answers refused, over reasoning_gym (gsm_symbolic is one of it) by `math` and by its "
+        "own scorers, and over CHAMP by `math`; files and hub datasets are the user's",
+        f"{len(refused)} of {num_checked} ({len(covered)} datasets, {champ}; without gold answers: "
+        f"{len(set(left_out) - {CHAMP})})",
+        "0", not refused and num_checked > 0, "; ".join(refused)[:200],
     )  # fmt: skip
 
 
@@ -180,10 +204,10 @@ def _process_model(quick: bool) -> Iterator[Row]:
 
 
 def _sandbox(quick: bool) -> Iterator[Row]:
-    """Batches in turn: the fastest says what the machine can do when nobody else uses it."""
+    """Batches in turn, each tier judged by the median of its batches."""
     num_batches, size = 20 if quick else 60, 10
     for tier in TIERS:
-        claim = f"sandbox tier {tier}: runs per second in one slot, fastest ten in a row"
+        claim = f"sandbox tier {tier}: runs per second in one slot, median of batches of ten"
         escapes = self_test(tier)
         if escapes:
             yield Row(claim, "-", "measured", "not shown here", "; ".join(escapes)[:200])
@@ -205,11 +229,12 @@ def _sandbox(quick: bool) -> Iterator[Row]:
             fresh.run("program", COLD)
             colds.append(time.perf_counter() - started)
             fresh.close()
+        rate = statistics.median(rates)
         measured = (
-            f"{max(rates):.0f} (median {statistics.median(rates):.0f}); cold start "
+            f"{rate:.0f} (fastest {max(rates):.0f}); cold start "
             f"{1000 * statistics.median(colds):.0f} ms"
         )
-        yield judged(claim, measured, ">= 95", is_right and max(rates) >= 95)
+        yield judged(claim, measured, f">= {RATES[tier]}", is_right and rate >= RATES[tier])
 
 
 async def _math(num_bombs: int) -> list[Row]:
@@ -224,22 +249,28 @@ async def _math(num_bombs: int) -> list[Row]:
     try:
         await honest()
         before = statistics.median([await honest() for _ in range(9)])
-        bombs = [(SLOW if i % 50 == 0 else BOMBS[i % len(BOMBS)]) + " " * i
-                 for i in range(num_bombs)]  # fmt: skip
+        kinds = [SLOW if i % 50 == 49 else BOMBS[i % len(BOMBS)] for i in range(num_bombs)]
+        bombs = [kind.replace("N", str(1000 + i)) for i, kind in enumerate(kinds)]
         started = time.perf_counter()
-        paid = 0
+        rewards: list[float | None] = []
         for start in range(0, num_bombs, 50):
-            paid += await _paid(rubric, "x^2+1", bombs[start : start + 50])
+            rewards += await _rewards(rubric, "x^2+1", bombs[start : start + 50])
         bombs_s = time.perf_counter() - started
+        first = await honest()
         after = statistics.median([await honest() for _ in range(9)])
         rates = {kind: await _rate(rubric, *KINDS[kind][:2]) for kind in KINDS}
     finally:
         await rubric.close()
-    claim = f"{num_bombs} expression bombs leave the next honest check as fast as before"
-    measured = f"{1000 * before:.1f} ms before, {1000 * after:.1f} after ({bombs_s:.1f} s of bombs)"
-    is_held = after < 3 * before + 0.05 and paid == 0
+    claim = f"{num_bombs} different expression bombs leave the next honest check as fast as before"
+    measured = (
+        f"{1000 * before:.1f} ms before, {1000 * first:.1f} the first one after, "
+        f"{1000 * after:.1f} the next ones ({bombs_s:.1f} s of bombs; "
+        f"{rewards.count(0.0)} refused, {rewards.count(None)} killed at work)"
+    )
+    is_held = max(first, after) < 3 * before + 0.05 and not any(rewards)
+    is_held &= rewards.count(None) == kinds.count(SLOW)
     return [
-        judged(claim, measured, "within 3x + 50 ms, none paid", is_held),
+        judged(claim, measured, "both within 3x + 50 ms, none paid", is_held),
         *(
             judged(f"math checks per second of one core: {kind}", f"{rate:.0f}",
                    f">= {KINDS[kind][2]}", rate >= KINDS[kind][2])
@@ -249,9 +280,13 @@ async def _math(num_bombs: int) -> list[Row]:
 
 
 async def _paid(rubric: Rubric, reference: str, texts: list[str]) -> int:
+    return sum(bool(reward) for reward in await _rewards(rubric, reference, texts))
+
+
+async def _rewards(rubric: Rubric, reference: str, texts: list[str]) -> list[float | None]:
     task = Task(task_id="t", taskset="x", reference=reference,
                 messages=[Message(role="user", content="?")])  # fmt: skip
-    return sum(bool(reward) for reward in (await rubric.score(group_of(task, texts))).rewards)
+    return (await rubric.score(group_of(task, texts))).rewards
 
 
 async def _rate(rubric: Rubric, reference: str, answer: str) -> float:

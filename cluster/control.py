@@ -121,7 +121,12 @@ class ControlServer:
                 request = msgspec.json.decode(data, type=Request)
             except msgspec.DecodeError:
                 return None  # not written by a `ControlClient`
-            return request if request.deadline_ms > _server_ms(self._client) else None
+            return None if self.is_late(request) else request
+
+    def is_late(self, request: Request) -> bool:
+        """Whether who asked has given up: such a request must not be started."""
+        with translated_errors("control"):
+            return _server_ms(self._client) >= request.deadline_ms
 
     def answer(self, request: Request, reply: Reply) -> None:
         with translated_errors("control"), self._client.pipeline(transaction=True) as pipeline:

@@ -137,16 +137,15 @@ class ReplayBuffer(BufferReader):
             raise WireError(f"groups must be in the buffer and undamaged: {reasons}")
         return groups
 
-    def replace(self, group: TrajectoryGroup) -> None:
-        """New contents for a group that the caller holds a lease on."""
+    def take(self, group_ids: Sequence[str], owner: str) -> list[str]:
+        """Lease those of `group_ids` that are ready to `owner`; returns them."""
+        taken = self._run(Script.TAKE, owner, self._lease_ms, *group_ids)
+        return [group_id.decode() for group_id in taken]
+
+    def replace(self, group: TrajectoryGroup, owner: str) -> bool:
+        """New contents for a group that `owner` holds a lease on; False when it holds none."""
         header, payload = wire.encode(GroupHeader.of(group)), wire.encode(group)
-        keys, group_id = self._keys, group.group_id
-        with translated_errors("replace"), self._client.pipeline(transaction=True) as pipeline:
-            size = self._client.hstrlen(keys.payloads, group_id)
-            pipeline.hset(keys.headers, group_id, cast(str, header))
-            pipeline.hset(keys.payloads, group_id, cast(str, payload))
-            pipeline.hincrby(keys.counters, "payload_bytes", len(payload) - size)
-            pipeline.execute()
+        return bool(self._run(Script.REPLACE, owner, group.group_id, header, payload))
 
     def renew(self, owner: str) -> int:
         """Extend all leases of `owner` to `lease_s` from now; returns how many there are."""

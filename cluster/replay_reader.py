@@ -15,7 +15,7 @@ from cluster.errors import WireError
 from cluster.redis_client import translated_errors
 from cluster.replay_keys import Keys
 from cluster.replay_records import BufferStats, DeadLetter
-from cluster.types import TrajectoryGroup
+from cluster.types import GroupHeader, TrajectoryGroup
 
 
 class BufferReader:
@@ -35,6 +35,15 @@ class BufferReader:
         places = {member[16:].decode(): "ready" for member in ready}
         places |= {member.decode(): "leased" for member in leased}
         return places | {member.decode(): "consumed" for member in consumed}
+
+    def ready(self) -> list[GroupHeader]:
+        """Headers of the ready groups, in the order in which they would be claimed."""
+        keys = self._keys
+        with translated_errors("ready"):
+            members = cast(list[bytes], self._client.zrange(keys.ready, 0, -1))
+            ids = [member[16:].decode() for member in members]
+            found = cast(list[bytes | None], self._client.hmget(keys.headers, ids) if ids else [])
+        return [wire.decode(header, GroupHeader) for header in found if header is not None]
 
     def holds(self, group_id: str) -> bool:
         with translated_errors("holds"):

@@ -93,6 +93,43 @@ return answer
 """
     )
 
+    # ARGV: owner, lease (ms), group_id, ... Leases those that are ready. Returns their ids.
+    TAKE = (
+        SHRINKS
+        + """
+local taken = {}
+for i = 3, #ARGV do
+  local id = ARGV[i]
+  local entry = load(id)
+  if entry and redis.call('ZREM', ready, entry.place) == 1 then
+    entry.deliveries = entry.deliveries + 1
+    entry.owner = ARGV[1]
+    save(id, entry)
+    redis.call('ZADD', leased, now + ARGV[2], id)
+    taken[#taken + 1] = id
+  end
+end
+ring()
+return taken
+"""
+    )
+
+    # ARGV: owner, group_id, header, payload. Returns 1, or 0 where the owner has no lease.
+    REPLACE = (
+        SHRINKS
+        + """
+local id = ARGV[2]
+local entry = redis.call('ZSCORE', leased, id) and load(id)
+if not entry or entry.owner ~= ARGV[1] then return 0 end
+redis.call('HSET', headers, id, ARGV[3])
+redis.call('HSET', payloads, id, ARGV[4])
+count('payload_bytes', #ARGV[4] - entry.size)
+entry.size = #ARGV[4]
+save(id, entry)
+return 1
+"""
+    )
+
     # ARGV: owner, lease (ms). Returns the number of leases renewed.
     RENEW = (
         SHRINKS

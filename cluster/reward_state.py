@@ -30,6 +30,11 @@ class RubricVersion(msgspec.Struct, frozen=True, kw_only=True):
     def label(self) -> str:
         return f"{self.ordinal}-{self.hash}"
 
+    @property
+    def full_reward(self) -> float:
+        """What a flawless completion earns: 1 from each rewarded signal, 0 from each penalty."""
+        return sum(max(0.0, float(v.get("weight", 1.0))) for v in self.verifiers.values())
+
 
 class RewardState(msgspec.Struct, frozen=True, kw_only=True):
     """All versions, oldest first. `origin` is the rubric of the config that the run began with."""
@@ -56,7 +61,12 @@ class RewardState(msgspec.Struct, frozen=True, kw_only=True):
             signals=signals,
             created_at=time.time(),
         )
-        kept = self.versions[-MAX_REMEMBERED + 1 :]
+        kept = [
+            version
+            for i, version in enumerate(self.versions, start=1)
+            if len(self.versions) - i < MAX_REMEMBERED - 1
+            or version.label in (self.active, self.previous)
+        ]
         return msgspec.structs.replace(self, versions=[*kept, new]), new
 
     def activate(self, label: str) -> "RewardState":

@@ -24,8 +24,10 @@ FILE_MIB = 64
 
 
 class Call(msgspec.Struct, frozen=True, array_like=True):
+    """Without `args` the function is only imported."""
+
     function: str
-    args: list[object]
+    args: list[object] | None
     cpu_s: float
 
 
@@ -48,7 +50,7 @@ def main(memory_mib: int, parent_pid: int) -> None:
     decoder = msgspec.msgpack.Decoder(Call)
     while size := requests.read(4):
         call = decoder.decode(requests.read(int.from_bytes(size, "little")))
-        for reply in (_import, _run):
+        for reply in (_import,) if call.args is None else (_import, _run):
             answer = reply(call)
             replies.write(frame(_encode(answer)))
             replies.flush()
@@ -69,7 +71,7 @@ def _run(call: Call) -> Reply:
     _limit_cpu(call.cpu_s)
     try:
         with boundary(call.function):
-            return Reply(value=_function(call.function)(*call.args))
+            return Reply(value=_function(call.function)(*(call.args or ())))
     except (HoneError, SystemExit) as error:
         return Reply(error=str(error) or f"{call.function}: exit")
 

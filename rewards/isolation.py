@@ -45,15 +45,15 @@ def default_num_workers() -> int:
 
 
 class IsolatedPool:
-    """Worker processes made as calls need them, at most `num_workers`.
+    """Worker processes made as calls need them, `num_workers` at work at a time. The replacement of
+    one that will probably be killed starts early, so that no later check waits for its imports.
 
     Example: `await pool.run("rewards.symbolic:is_equal", "1/2", "0.5", timeout_s=2.0)`.
     """
 
     def __init__(self, num_workers: int | None = None, memory_mib: int = MEMORY_MIB) -> None:
-        self._threads = ThreadPoolExecutor(
-            num_workers or default_num_workers(), thread_name_prefix="isolated"
-        )
+        self._num_workers = num_workers or default_num_workers()
+        self._threads = ThreadPoolExecutor(self._num_workers, thread_name_prefix="isolated")
         self._memory_mib = memory_mib
         self._idle: deque[_Worker] = deque()
         self._busy: set[_Worker] = set()
@@ -100,15 +100,27 @@ class IsolatedPool:
         self, function: str, request: bytes, timeout_s: float, tell: Callable[[], None]
     ) -> object:
         worker = self._take(function)
+        is_replaced = False
+
+        def replace() -> None:
+            nonlocal is_replaced
+            if not is_replaced:
+                is_replaced = True
+                self._replace(function)
+
         try:
-            reply = worker.call(request, timeout_s, tell)
+            reply = worker.call(request, timeout_s, tell, replace)
         except (TimeoutError, EOFError) as error:
             worker.kill()
+            replace()
             raise _explain(function, error, worker.last_words()) from None
         finally:
             self._busy.discard(worker)
         if worker.num_calls >= MAX_CALLS or self._is_closed:
             worker.kill()
+            replace()
+        elif len(self._idle) >= self._num_workers:
+            worker.kill()  # it was slow, and its replacement is there already
         else:
             self._idle.append(worker)
         if reply.error:
@@ -127,6 +139,19 @@ class IsolatedPool:
         if self._is_closed:
             worker.kill()
         return worker
+
+    def _replace(self, function: str) -> None:
+        """Start another worker on its import; it is the last one to be taken."""
+        if self._is_closed:
+            return
+        try:
+            worker = _Worker(self._memory_mib, self._home_dir())
+            worker.warm_up(function)
+        except (OSError, EOFError):
+            return  # the next check tries again, and says so
+        self._idle.appendleft(worker)
+        if self._is_closed:
+            worker.kill()
 
     def _home_dir(self) -> str:
         """An empty directory that all workers share as home and working directory."""
@@ -166,21 +191,44 @@ class _Worker:
         self._read_fd = self._process.stdout.fileno()
         os.set_blocking(self._write_fd, False)
         self.num_calls = 0
+        self._is_warming_up = False
 
-    def call(self, request: bytes, timeout_s: float, tell: Callable[[], None]) -> Reply:
-        """Raises `TimeoutError` or `EOFError` with a message; then the worker is unusable."""
+    def warm_up(self, function: str) -> None:
+        """Let it import the function before the first call; does not wait."""
+        request = frame(msgspec.msgpack.encode(Call(function, None, 0.0)))
+        self._send(request, time.monotonic() + KILL_TIMEOUT_S)
+        self._is_warming_up = True
+
+    def call(
+        self,
+        request: bytes,
+        timeout_s: float,
+        tell: Callable[[], None],
+        on_slow: Callable[[], None],
+    ) -> Reply:
+        """Raises `TimeoutError` or `EOFError` with a message; then the worker is unusable. Calls
+        `on_slow` when a quarter of the time is over.
+        """
         self.num_calls += 1
         deadline = time.monotonic() + START_TIMEOUT_S
         try:
             self._send(request, deadline)
+            if self._is_warming_up:
+                self._is_warming_up = False
+                self._receive(deadline)
             reply = self._receive(deadline)
         except TimeoutError:
             raise TimeoutError(f"did not start in {START_TIMEOUT_S:g} s") from None
         if reply.error:
             return reply
         tell()
+        started = time.monotonic()
         try:
-            return self._receive(time.monotonic() + timeout_s)
+            self._wait(self._read_fd, select.POLLIN, started + timeout_s / 4)
+        except TimeoutError:
+            on_slow()
+        try:
+            return self._receive(started + timeout_s)
         except TimeoutError:
             raise TimeoutError(f"killed after {timeout_s:g} s") from None
 

@@ -116,9 +116,7 @@ def swap(
     """Start a candidate, check it on gold answers, and make it live between two groups."""
     from serve import reward_changes
 
-    change = reward_changes.swap(_open(run), _edits(changes), buffered, deadline)
-    _print_warnings(change.warnings)
-    _print_change(change)
+    _print_change(reward_changes.swap(_open(run), _edits(changes), buffered, deadline))
 
 
 @app.command("train-process")
@@ -174,6 +172,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _print_change(change: "Change") -> None:
+    _print_warnings(change.warnings)
     print(f"{change.before} -> {change.to} ({change.choice} {change.buffered} buffered)")
 
 
@@ -187,7 +186,8 @@ def _print_report(found: "Report") -> None:
     both = max(1, report["num_trajectories"])
     print(
         f"groups {report['num_groups']} (skipped {report['num_skipped']}, failed "
-        f"{report['num_failed']}), trajectories {report['num_trajectories']}\n"
+        f"{report['num_failed']}, {report['num_timeouts']} of them timed out), "
+        f"trajectories {report['num_trajectories']}\n"
         f"disagree {report['num_disagree']} ({report['num_disagree'] / both:.1%}), mean reward "
         f"{report['mean_reward']:.3f} (live {report['mean_reward_live']:.3f}), mean difference "
         f"{report['mean_difference']:.3f}\n"

@@ -6,11 +6,12 @@ import time
 import uuid
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 import redis
 
 from cluster.embedded_redis import EmbeddedRedis
-from cluster.errors import BufferFullError, StageError, WireError
+from cluster.errors import BufferFullError, FencedError, StageError, WireError
 from cluster.redis_client import connect
 from cluster.replay_buffer import AddResult, ReplayBuffer
 from cluster.replay_keys import Keys
@@ -283,3 +284,33 @@ def test_nothing_is_pickled(buffer: ReplayBuffer, monkeypatch: pytest.MonkeyPatc
     buffer.fetch(["a"])
     buffer.consume(["a"], step=1)
     assert buffer.acknowledge(1) == 1
+
+
+def test_a_group_is_replaced_by_the_owner_of_its_lease_only(
+    buffer: ReplayBuffer, client: redis.Redis, run_id: str
+) -> None:
+    for group_id in ("a", "b", "c"):
+        buffer.add(make_group(group_id))
+    claim(buffer, 1)
+    assert [header.group_id for header in buffer.ready()] == ["b", "c"]
+    assert buffer.take(["a", "c", "unknown"], "rewards") == ["c"]
+    before = buffer.stats().payload_bytes
+    [group] = buffer.fetch(["c"])
+    longer = msgspec.structs.replace(group, reward_versions={"rubric": "2-" + "0" * 100})
+    assert buffer.replace(longer, "rewards")
+    assert buffer.stats().payload_bytes >= before + 100
+    assert not buffer.replace(group, "somebody else")
+    buffer.epoch = buffer.take_over()
+    make_buffer(client, run_id).take_over()
+    with pytest.raises(FencedError):
+        buffer.replace(group, "rewards")
+    buffer.epoch = -1
+    assert buffer.release(["c"], "rewards") == 1
+    assert not buffer.replace(group, "rewards")
+    [header] = [h for h in buffer.ready() if h.group_id == "c"]
+    assert header.reward_versions == buffer.fetch(["c"])[0].reward_versions
+    assert header.reward_versions == longer.reward_versions
+    buffer.drop("c", "seen")
+    assert not buffer.replace(longer, "rewards")
+    assert not buffer.holds("c")
+    assert buffer.stats().payload_bytes < before

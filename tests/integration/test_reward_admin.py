@@ -12,17 +12,19 @@ import msgspec
 import numpy as np
 import pytest
 import ray
+from ray.util import list_named_actors
 
 from actors.placement import Placement
 from actors.reward_admin import RewardAdmin
 from actors.reward_buffered import BufferedGroups
 from actors.reward_pool import RewardPool
-from actors.reward_set import RewardHome
+from actors.reward_set import RewardHome, WorkerSet
 from actors.reward_worker import GroupSummary
+from benchmarks.live_swaps import Changes, is_mixed
 from cluster import config_file, reward_state, wire
 from cluster.control import ControlClient
 from cluster.embedded_redis import EmbeddedRedis
-from cluster.errors import ConfigError, DeadlineError, StageError
+from cluster.errors import BufferUnavailableError, ConfigError, DeadlineError, StageError
 from cluster.redis_client import connect
 from cluster.replay_buffer import ReplayBuffer
 from cluster.run_dir import RunDir
@@ -30,6 +32,7 @@ from cluster.types import Message, Task, TrajectoryGroup, VersionSpan
 from rewards.self_check import group_of
 
 PLUGIN = """
+import asyncio
 import os
 import sys
 from pathlib import Path
@@ -52,6 +55,12 @@ class Outage(Answer):
     async def score(self, group, io):
         if (HERE / "down").exists():
             return [Verdict(score=None, error="down") for t in group.trajectories]
+        return await super().score(group, io)
+
+class Gated(Answer):
+    async def score(self, group, io):
+        while (HERE / "gate").exists():
+            await asyncio.sleep(0.1)
         return await super().score(group, io)
 
 class DiesOnGold(Answer):
@@ -220,6 +229,39 @@ async def test_twenty_changes_under_load_lose_nothing_and_mix_nothing(tmp_path: 
 
 
 @pytest.mark.timeout(200)
+async def test_the_changes_of_the_live_benchmark_find_a_mixed_group(tmp_path: Path, url: str):
+    async with house(tmp_path, url) as home:
+        loop = asyncio.get_running_loop()
+
+        def wait(count: int) -> None:
+            for _ in range(4 * count):
+                asyncio.run_coroutine_threadsafe(home.score(), loop).result(60)
+
+        def change() -> Changes:
+            changes = Changes(home.run, url, wait)
+            changes.crash(tmp_path / "mark")
+            changes.carry_out(3, 120.0)
+            return changes
+
+        changes = await asyncio.to_thread(change)
+        assert changes.num_unmoved == 3
+        assert len(changes.seen) == home.num_groups
+        assert not any(changes.seen.values())
+        actions = [fields["action"] for kind, fields in home.events if kind == "reward_swapped"]
+        assert actions == ["swap", "rollback", "promote"]
+        state = reward_state.load(home.run.path)
+        assert state is not None
+        [group] = home.buffer.sample(1)
+        other = next(v.label for v in state.versions if v.label != group.reward_versions["rubric"])
+        assert not is_mixed(group, state)
+        labelled = {**group.reward_versions, "rubric": other}
+        assert is_mixed(msgspec.structs.replace(group, reward_versions=labelled), state)
+        one = msgspec.structs.replace(group.trajectories[1], reward=7.5)
+        trajectories = [group.trajectories[0], one, *group.trajectories[2:]]
+        assert is_mixed(msgspec.structs.replace(group, trajectories=trajectories), state)
+
+
+@pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     ("use", "words"),
     [
@@ -326,6 +368,104 @@ async def test_buffered_groups_are_kept_rescored_or_dropped(tmp_path: Path, url:
         assert len(dropped) == 3
         assert home.buffer.stats().ready == 0
         assert home.buffer.stats().dropped == {"reward_swapped": 3}
+
+
+@pytest.mark.timeout(200)
+async def test_a_change_that_went_live_is_told_whatever_fails_after_it(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+):
+    async with house(tmp_path, url) as home:
+        await home.score()
+
+        async def outage(*arguments: object) -> None:
+            raise BufferUnavailableError("Redis is gone")
+
+        monkeypatch.setattr(home.admin._buffered, "treat", outage)
+        answer = await home.ask("swap", verifiers=verifiers(bonus=1.0), buffered="rescore")
+        assert home.pool.live.label == answer["to"]
+        assert "is live, but --buffered rescore failed" in answer["warnings"][-1]
+        assert [kind for kind, _ in home.events] == ["reward_swapped", "reward_buffered"]
+        monkeypatch.undo()
+
+        await home.ask("shadow", verifiers=verifiers(bonus=2.0))
+        cut_over = home.pool.cut_over
+
+        def dies_meanwhile(workers: WorkerSet) -> None:
+            cut_over(workers)
+            home.admin._end_shadow("failed")
+
+        monkeypatch.setattr(home.pool, "cut_over", dies_meanwhile)
+        answer = await home.ask("promote")
+        assert home.pool.live.label == answer["to"]
+        assert "reward_refused" not in [kind for kind, _ in home.events]
+        monkeypatch.undo()
+
+        before, num_alive = home.pool.live.label, count_actors()
+        (home.run.path / "rewards.json.tmp").mkdir()
+        with pytest.raises(StageError, match="IsADirectoryError"):
+            await home.ask("swap", verifiers=verifiers(bonus=3.0))
+        assert home.pool.live.label == before
+        for _ in range(50):
+            if count_actors() <= num_alive:
+                break
+            await asyncio.sleep(0.2)
+        assert count_actors() <= num_alive, "workers that did not go live are ended"
+
+
+@pytest.mark.timeout(200)
+async def test_groups_under_way_at_a_cut_over_are_rescored_too(
+    tmp_path: Path, url: str, plugins: Path
+):
+    async with house(tmp_path, url) as home:
+        await home.ask("swap", verifiers=verifiers("Gated"))
+        for _ in range(6):
+            await home.score()
+        (plugins / "gate").touch()
+        try:
+            late = asyncio.create_task(home.score())
+            answer = await home.ask("swap", verifiers=verifiers(bonus=2.0), buffered="rescore")
+            assert answer["buffered"] == 6
+            assert not late.done()
+        finally:
+            (plugins / "gate").unlink()
+        assert (await late).reward_versions["rubric"] == answer["from"]
+        for _ in range(50):
+            labels = {g.reward_versions["rubric"] for g in home.buffer.sample(16)}
+            if labels == {answer["to"]}:
+                break
+            await asyncio.sleep(0.2)
+        assert labels == {answer["to"]}
+        assert home.buffer.stats().ready == 7
+        assert {tuple(g.rewards) for g in home.buffer.sample(16)} == {(3.0, 2.0, 2.0, 3.0)}
+
+
+def count_actors() -> int:
+    return len([a for a in list_named_actors(all_namespaces=True) if "/reward/" in a["name"]])
+
+
+@pytest.mark.timeout(200)
+async def test_a_request_whose_turn_comes_late_is_refused_and_a_trial_holds_nobody_up(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+):
+    async with house(tmp_path, url) as home:
+        await home.score()
+        await home.ask("swap", verifiers=verifiers(bonus=1.0))
+        live = home.pool.live.label
+        client = ControlClient(home.run)
+        async with home.admin._change:
+            with pytest.raises(DeadlineError):
+                await asyncio.to_thread(client.ask, "rewards.rollback", {}, 1.0)
+        await asyncio.sleep(1.0)
+        assert home.pool.live.label == live
+        assert [kind for kind, _ in home.events] == ["reward_swapped", "reward_refused"]
+        async with home.admin._trial:
+            trial = asyncio.create_task(home.ask("try", verifiers=verifiers(bonus=2.0)))
+            await asyncio.sleep(1.0)
+            assert (await home.ask("rollback"))["from"] == live
+            assert not trial.done()
+        assert (await trial)["gold"] == ""
+        assert home.events[-1][0] == "reward_tried"
+        assert home.events[-1][1]["num_groups"] == 1
 
 
 @pytest.mark.timeout(200)

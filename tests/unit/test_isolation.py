@@ -45,6 +45,28 @@ async def test_memory_and_time_of_a_call_are_bounded():
         pool.close()
 
 
+async def test_a_killed_worker_is_replaced_before_the_next_call(tmp_path: Path):
+    code = "import os, time\ntime.sleep(1)\nsleep = time.sleep\ndef pid(): return os.getpid()\n"
+    (tmp_path / "slow_import.py").write_text(code)
+    num_children = len(psutil.Process().children())
+    pool = IsolatedPool(num_workers=1)
+    sys.path.append(str(tmp_path))
+    try:
+        first = await pool.run("slow_import:pid", timeout_s=5)
+        with pytest.raises(CheckTimeout):
+            await pool.run("slow_import:sleep", 60, timeout_s=4)
+        started = time.monotonic()
+        second = await pool.run("slow_import:pid", timeout_s=5)
+        assert time.monotonic() - started < 0.8
+        assert second != first
+        await pool.run("slow_import:sleep", 3, timeout_s=4)  # slow, but sound
+        assert len(pool._idle) == 1
+    finally:
+        sys.path.remove(str(tmp_path))
+        await asyncio.to_thread(pool.close)
+    assert len(psutil.Process().children()) == num_children
+
+
 async def test_closing_ends_calls_and_workers():
     pool = IsolatedPool(num_workers=1)
     pid = await pool.run("os:getpid", timeout_s=5)

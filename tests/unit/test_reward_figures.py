@@ -1,0 +1,53 @@
+"""Figures of rewards: per verifier, of a shadow, and which versions are remembered."""
+
+import pytest
+
+from actors.producer import Production
+from actors.reward_candidate import MAX_LATENCIES, Tally
+from actors.reward_worker import GroupSummary
+from actors.statistics import RolloutStatistics
+from cluster.reward_state import MAX_REMEMBERED, RewardState
+
+
+def summary(scores: list[float | None], latency_s: float) -> GroupSummary:
+    return GroupSummary(
+        group_id="g", task_id="t", outcome="added", rewards=scores, passed=[None] * len(scores),
+        signals={"judge": scores}, reward_versions={}, completion_tokens=[1] * len(scores),
+        arms=["default"] * len(scores), num_truncated=0, is_uniform=False, min_policy_version=0,
+        max_latency_s=latency_s, latency_s={"judge": latency_s},
+    )  # fmt: skip
+
+
+def test_each_verifier_has_its_latency_and_abstentions():
+    statistics = RolloutStatistics()
+    statistics.add(Production(summary([1.0, None], 2.0)))
+    statistics.add(Production(summary([None, None], 4.0)))
+    metrics = statistics.drain()
+    assert metrics["reward/judge/mean"] == 1.0
+    assert metrics["reward/judge/abstain_fraction"] == 0.75
+    assert metrics["reward/judge/latency_s"] == 3.0
+
+
+def test_a_long_shadow_is_compared_in_bounded_memory():
+    tally = Tally()
+    for i in range(2 * MAX_LATENCIES):
+        tally.add([1.0, None], 1.0, [0.5, 0.0], 2.0, float(i >= MAX_LATENCIES))
+    tally.num_timeouts = 3
+    report = tally.result()
+    assert len(tally._latencies) == MAX_LATENCIES
+    assert (report.num_trajectories, report.num_timeouts) == (2 * MAX_LATENCIES, 3)
+    assert (report.mean_reward, report.mean_reward_live) == (0.5, 1.0)
+    assert report.mean_difference == pytest.approx(0.5)
+    assert report.latency_p50_s == 1.0
+
+
+def test_the_live_version_and_the_one_before_are_never_forgotten():
+    state = RewardState(origin={})
+    for content in ("first", "second"):
+        state, version = state.register(content, {}, {})
+        state = state.activate(version.label)
+    for i in range(2 * MAX_REMEMBERED):
+        state, _ = state.register(f"shadow {i}", {}, {})
+    assert state.get(state.active)
+    assert state.get(state.previous)
+    assert len(state.versions) <= MAX_REMEMBERED + 2

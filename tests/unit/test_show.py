@@ -1,0 +1,121 @@
+"""Demonstrations end, whatever a row or a process that it waits for does."""
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from benchmarks import live_swaps, process_reward, proofs, show
+from benchmarks.show import Part, Row, judged
+from cluster import config_file
+from cluster.run_dir import Event
+from cluster.types import Task, Verdict
+from rewards.self_check import group_of
+
+BROKEN = """
+from benchmarks.show import Part, judged
+
+def rows(quick):
+    yield judged("first", "1", "1", True)
+    yield Part("second", lambda: [judged("a [b", "1", "1", 1 / 0 == 0)])
+    yield Part("third", lambda: [judged("third", "[/] 1", "1", True)])
+    raise OSError("[Errno 28] disk is full")
+"""
+
+
+def test_a_row_that_raises_falls_short_and_the_others_are_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    area = tmp_path / "show_broken.py"
+    area.write_text(BROKEN)
+    monkeypatch.setattr(show, "__file__", str(tmp_path / "show.py"))
+    monkeypatch.setattr(show, "AREAS", ("broken",))
+    import benchmarks
+
+    monkeypatch.setattr(benchmarks, "__path__", [*benchmarks.__path__, str(tmp_path)])
+    assert show.main(["broken"]) == 1
+    output = " ".join(capsys.readouterr().out.split())
+    for words in ("first: 1 · holds", "ZeroDivisionError", "third: [/] 1 · holds", "[Errno 28]"):
+        assert words in output
+    assert "claim" in output, "the table is printed"
+
+
+def test_rows_made_before_an_error_stay():
+    def two() -> Iterator[Row]:
+        yield judged("one", "1", "1", True)
+        raise RuntimeError("no more")
+
+    rows = list(show.measured(Part("both", two)))
+    assert [row.verdict for row in rows] == ["holds", "falls short"]
+    assert rows[1].why == "RuntimeError: no more"
+
+
+def test_a_command_that_hangs_silently_is_ended_with_its_children(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(proofs, "END_S", 0.5)
+    script = "import signal, subprocess, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    script += "subprocess.Popen(['sleep', '60'])\ntime.sleep(60)"
+    started = time.monotonic()
+    run = proofs.run_timed([sys.executable, "-c", script], tmp_path, 1.0)
+    assert run.code != 0
+    assert run.output == ""
+    assert time.monotonic() - started < 10
+
+
+def test_tests_that_do_not_end_do_not_hold_a_row(tmp_path: Path):
+    path = tmp_path / "test_forever.py"
+    path.write_text("import time\n\ndef test_forever():\n    time.sleep(60)\n")
+    started = time.monotonic()
+    tested = proofs.run_tests([str(path)], timeout_s=3.0)
+    assert (tested.is_green, tested.why) == (False, "ended after 3 s")
+    assert time.monotonic() - started < 30
+
+
+def test_a_timed_command_has_its_code_and_output(tmp_path: Path):
+    run = proofs.run_timed(["sh", "-c", "echo one; sleep 0.3; echo two; exit 3"], tmp_path, 10.0)
+    assert (run.code, run.output) == (3, "one\ntwo\n")
+    assert run.first_s < run.total_s - 0.2
+
+
+def test_the_wait_of_a_cut_over_is_that_of_the_step_under_way():
+    waits = [5.0, 5.0, 5.0, 1.0, 1.0, 3.5, 1.0]
+    rows = [{"step": i + 1.0, "time/wait_s/learn": wait} for i, wait in enumerate(waits)]
+    arrivals = [10.0 * i for i in range(len(waits))]
+    swap = Event(time=44.0, kind="reward_swapped", fields={})
+    assert live_swaps._extra_waits_s(rows, arrivals, [swap]) == [2.5]
+    late = Event(time=99.0, kind="reward_swapped", fields={})
+    assert live_swaps._extra_waits_s(rows, arrivals, [late]) == []
+    assert live_swaps._extra_waits_s([], [], [swap]) == []
+
+
+def test_the_run_of_the_live_swaps_is_a_valid_one():
+    path = proofs.ROOT / "deploy/configs/quickstart.yaml"
+    config = config_file.load(path, live_swaps.SMALL)
+    verifier = config.rewards.verifiers["correct"]
+    assert verifier.use == "benchmarks.swap_rewards:Bonus"
+    assert verifier.settings == {"bonus": 0}
+
+
+def test_a_sample_whose_check_could_not_be_made_is_left_out_of_the_accuracies():
+    task = Task(task_id="t", taskset="x", reference="2", messages=[], solution="2")
+    group = group_of(task, ["2", "3", "2"])
+    known = [
+        msgspec.structs.replace(t, reward=reward)
+        for t, reward in zip(group.trajectories, (1.0, 0.0, None), strict=True)
+    ]
+    given = msgspec.structs.replace(group, trajectories=known)
+    verdicts = [Verdict(score=score, step_scores=[(1, score)]) for score in (0.5, 0.1, 0.9)]
+    scored = msgspec.structs.replace(
+        group,
+        trajectories=[
+            msgspec.structs.replace(t, verdicts=[verdict])
+            for t, verdict in zip(known, verdicts, strict=True)
+        ],
+    )
+    figures = process_reward._figures([scored], [[[True], [False], [True]]], [given])
+    assert figures["best_of_n"] == 1.0
+    assert figures["auc"] == 1.0
