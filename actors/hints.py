@@ -5,8 +5,8 @@ gives text or a `HintError`, never a hint that names the answer unless that is w
 by `actors.guide`; a source of your own stands on the same footing ("my_package.my_module:MyHints").
 """
 
-import math
 import asyncio
+import math
 import re
 from collections.abc import Sequence
 from typing import Protocol
