@@ -4,6 +4,9 @@
       ^                                                                │
       └──────────────── slots come back when engines hold the weights ─┘
 
+Two loops, dispatch and learn, and a task per group between them: the slots bound what is under way,
+so no queue is needed, and a sync or an evaluation has its place in the step that it belongs to.
+
 Invariant: a slot is taken per admitted group and given back once, after the sync of the step that
 consumed the group or when it was dropped with a reason. A lost learner and a resumed run take the
 same way: become the writer, go back to the last durable state, go on. One Ray actor per run,

@@ -193,7 +193,9 @@ class Placement:
 
     @property
     def threads_per_process(self) -> int:
-        """Math threads of a learner rank or engine on CPU, so that together they fill the cores."""
+        """Math threads of an engine on CPU, so that engines and learner ranks, which have one each,
+        fill the cores.
+        """
         cores = self.config.resources.cpus or os.cpu_count() or 1
         return max(1, cores // self.total_cpus)
 

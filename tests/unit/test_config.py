@@ -91,6 +91,7 @@ def test_an_unknown_key_names_the_nearest_valid_one(config_path: Path, override:
     [
         ("rollout.group_size=1", "rollout.group_size: input should be greater than or equal to 2"),
         ("run.steps=many", "run.steps: "),
+        ("run.steps=true", "run.steps: must be a number, got true"),
         ("learner.lr=0", "learner.lr: "),
         ("learner.schedule=sometimes", "learner.schedule: "),
         ("policy.type=huge", "policy"),
