@@ -12,27 +12,26 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
 
-Positive = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
+
+def _number(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, got {str(value).lower()}")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[Int, Field(gt=0)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
 
 
 class Section(BaseModel):
     """Numbers may be given as text, as YAML reads `1e-4`; true and false are no numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=())
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_for_a_number(cls, value: object, info: ValidationInfo) -> object:
-        expected = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and expected in (int, float):
-            raise ValueError(f"must be a number, got {str(value).lower()}")
-        return value
 
 
 class Plugin(Section):
@@ -47,11 +46,11 @@ class RunSection(Section):
 
     name: str = "run"
     dir: str = "runs"
-    seed: int = 0
+    seed: Int = 0
     steps: Positive = 100
     checkpoint_every: Positive = 50
     keep_checkpoints: Positive = 3
-    samples_per_step: Annotated[int, Field(ge=0)] = 2
+    samples_per_step: Annotated[Int, Field(ge=0)] = 2
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = ["tensorboard"]
 
 
@@ -98,7 +97,7 @@ class WarmStartSection(Section):
     """
 
     examples: Positive = 4096
-    direct_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    direct_fraction: Annotated[Float, Field(ge=0, le=1)] = 0.0
     steps: Positive = 200
     batch_size: Positive = 64
     lr: PositiveFloat = 1e-3
@@ -115,13 +114,13 @@ class RolloutSection(Section):
     program: Plugin = Plugin(use="single_turn")
     workers: Positive = 1
     tensor_parallel_size: Positive = 1
-    group_size: Annotated[int, Field(ge=2)] = 8
+    group_size: Annotated[Int, Field(ge=2)] = 8
     groups_per_step: Positive = 16
     max_new_tokens: Positive = 256
     temperature: PositiveFloat = 1.0
-    max_policy_age: Annotated[int, Field(ge=0)] = 1
+    max_policy_age: Annotated[Int, Field(ge=0)] = 1
     kv_cache_gib: PositiveFloat = 1.0  # CPU engines; GPU engines use gpu_memory_fraction
-    gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.85
+    gpu_memory_fraction: Annotated[Float, Field(gt=0, le=1)] = 0.85
     timeout_s: PositiveFloat = 300.0
 
 
@@ -132,9 +131,9 @@ class PoolConfig(Section):
     """
 
     workers: Annotated[str, BeforeValidator(str), Field(pattern=r"^[1-9]\d*(\.\.[1-9]\d*)?$")] = "1"
-    cpus: Annotated[float, Field(ge=0)] = 0.0  # of each worker, as are the next three
-    gpus: Annotated[float, Field(ge=0)] = 0.0
-    memory_gib: Annotated[float, Field(ge=0)] = 0.0
+    cpus: Annotated[Float, Field(ge=0)] = 0.0  # of each worker, as are the next three
+    gpus: Annotated[Float, Field(ge=0)] = 0.0
+    memory_gib: Annotated[Float, Field(ge=0)] = 0.0
     max_in_flight: Positive = 8  # groups; the others wait
     runtime_env: dict[str, Any] = {}  # of Ray: pip, env_vars, working_dir, ...
 
@@ -153,7 +152,7 @@ class PoolConfig(Section):
 class VerifierConfig(Plugin):
     """One named signal of the rubric. `weight` 0 makes it a monitor: measured, not rewarded."""
 
-    weight: float = 1.0
+    weight: Float = 1.0
     timeout_s: PositiveFloat = 10.0
     golden: list[dict[str, Any]] = []  # of `completion`, `score` and `reference` or `tests`
     pool: PoolConfig | None = None
@@ -175,8 +174,8 @@ class LearnerSection(Section):
     world_size: Positive = 1
     lr: PositiveFloat = 1e-6
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Annotated[Int, Field(ge=0)] = 0
+    weight_decay: Annotated[Float, Field(ge=0)] = 0.0
     max_grad_norm: PositiveFloat = 1.0
     microbatch_tokens: Positive = 4096
     minibatches: Positive = 1  # optimizer updates per step, each on its share of the groups
@@ -195,19 +194,19 @@ class ObjectiveSection(Section):
 
 
 class LossConfig(Plugin):
-    weight: float = 1.0
+    weight: Float = 1.0
 
 
 class CriticSection(Section):
     """The value network that credits such as `gae` need; optimised on its own."""
 
     lr: PositiveFloat = 1e-5
-    pretrain_steps: Annotated[int, Field(ge=0)] = 0  # first steps, in which the policy stays
+    pretrain_steps: Annotated[Int, Field(ge=0)] = 0  # first steps, in which the policy stays
     loss: Plugin = Plugin(use="value")
 
 
 class SyncSection(Section):
-    probe_sequences: Annotated[int, Field(ge=0)] = 4
+    probe_sequences: Annotated[Int, Field(ge=0)] = 4
     probe_bound: PositiveFloat = 0.05  # mean |engine - learner| log-prob that quarantines an engine
     timeout_s: PositiveFloat = 300.0
 
@@ -224,7 +223,7 @@ class ResourcesSection(Section):
     cpus: Positive | None = None  # for a local Ray; none takes all cores
     start_timeout_s: PositiveFloat = 300.0
     layout: Literal["split", "colocated"] = "split"  # colocated: rank i and engine i share a GPU
-    engine_gpu_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of each GPU of an engine
+    engine_gpu_share: Annotated[Float, Field(gt=0, le=1)] = 1.0  # of each GPU of an engine
     labels: dict[Literal["learner", "rollout", "reward"], dict[str, str]] = {}  # of Ray nodes
 
 
