@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from cluster import ray_token
 from cluster.errors import ConfigError
 from serve import submit
 
@@ -86,8 +85,6 @@ class Answers(BaseHTTPRequestHandler):
 def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
     shutil.copy(ROOT / "deploy" / "configs" / "quickstart.yaml", tmp_path / "run.yaml")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(ray_token.MODE, "token")
-    monkeypatch.setenv(ray_token.TOKEN, "0" * 64)
     monkeypatch.setattr(submit, "PAUSE_S", 0.05)
     monkeypatch.setattr(submit, "START_S", 10.0)
     server = Head()
