@@ -3,13 +3,15 @@
 Invariant: a prefix is continued from the trajectory's own tokens, never from text tokenized anew,
 and within the tokens that the trajectory had left; equal prefixes of a group are estimated once. A
 value is known only when at least one continuation has a reward (Math-Shepherd, arXiv 2312.08935,
-with its soft labels). Used by `actors.process_training`.
+with its soft labels). A continuation is a trace of its own: its outcome is an estimate from one
+sample, unbiased if noisy, for each step that it added. Used by `actors.process_training`.
 """
 
 import asyncio
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from typing import Protocol
 
 import msgspec
@@ -59,7 +61,8 @@ class StepEstimator:
         self._num_completions = num_completions
 
     async def estimate(self, group: TrajectoryGroup) -> list[StepValues]:
-        """Values of all steps of a scored group; traces whose tokens and text differ are left out.
+        """Values of all steps of a scored group, then of the continuations; traces whose tokens and
+        text differ are left out.
 
         The last step's value is the trajectory's own reward.
         """
@@ -73,10 +76,14 @@ class StepEstimator:
             for t, _, ends in traces
             for end in ends[:-1]
         }
-        values = await asyncio.gather(
-            *(self._value(group, t, prefix, i) for i, (t, prefix) in enumerate(prefixes.values()))
+        continued = await asyncio.gather(
+            *(self._go_on(group, t, prefix, i) for i, (t, prefix) in enumerate(prefixes.values()))
         )
-        known = dict(zip(prefixes, values, strict=True))
+        known: dict[bytes, float | None] = {}
+        added: list[StepValues] = []
+        for (start, prefix), going_on in zip(prefixes.values(), continued, strict=True):
+            known[prefix.tobytes()] = self._mean(going_on or [start])
+            added += [self._added(group.task, prefix, trajectory) for trajectory in going_on]
         return [
             StepValues(
                 task=group.task,
@@ -85,14 +92,17 @@ class StepEstimator:
                 + [self._share(t.reward)],
             )
             for t, steps, ends in traces
-        ]
+        ] + [trace for trace in added if any(value is not None for value in trace.values)]
 
-    async def _value(
+    async def _go_on(
         self, group: TrajectoryGroup, start: Trajectory, prefix: np.ndarray, index: int
-    ) -> float | None:
+    ) -> list[Trajectory]:
+        """Scored completions of a prefix, which they begin with; none where no token is left: then
+        the trajectory's own reward is the prefix's value.
+        """
         left = self._sampling.max_new_tokens - len(prefix)
         if left < 1:
-            return self._share(start.reward)
+            return []
         sampling = replace(self._sampling, max_new_tokens=left)
         context = np.concatenate([start.context_tokens, prefix])
         completions = await self._engine.generate(context, self._num_completions, sampling)
@@ -116,11 +126,22 @@ class StepEstimator:
                 for i, completion in enumerate(completions)
             ],
         )
-        scored = await self._rubric.score(continued)
-        shares = [
-            share for t in scored.trajectories if (share := self._share(t.reward)) is not None
-        ]
-        return float(np.mean(shares)) if shares else None
+        return (await self._rubric.score(continued)).trajectories
+
+    def _mean(self, trajectories: list[Trajectory]) -> float | None:
+        shares = [self._share(t.reward) for t in trajectories]
+        known = [share for share in shares if share is not None]
+        return float(np.mean(known)) if known else None
+
+    def _added(self, task: Task, prefix: np.ndarray, trajectory: Trajectory) -> StepValues:
+        """A continuation: its outcome is the value of the steps that end behind the prefix."""
+        steps = split_steps(trajectory.text, self._separator)
+        num_before = len(self._decode(prefix.tolist()))
+        outcome = self._share(trajectory.reward)
+        ends = accumulate(len(step) for step in steps)
+        return StepValues(
+            task=task, steps=steps, values=[outcome if end > num_before else None for end in ends]
+        )
 
     def _share(self, reward: float | None) -> float | None:
         return None if reward is None else float(np.clip(reward / self._rubric.full_reward, 0, 1))

@@ -115,7 +115,7 @@ async def test_step_values_are_shares_of_rewarded_continuations(tiny_policy_dir:
     finally:
         await rubric.close()
     assert len(sampler.asked) == len({tuple(tokens) for tokens, _ in sampler.asked})
-    assert len(traces) == 5
+    traces, added = traces[:5], traces[5:]
     assert traces[4].values == traces[0].values
     num_checked = 0
     for trace, trajectory in zip(traces, group.trajectories, strict=True):
@@ -142,6 +142,16 @@ async def test_step_values_are_shares_of_rewarded_continuations(tiny_policy_dir:
             assert value == (pytest.approx(np.mean(known)) if known else None)
             num_checked += 1
     assert num_checked >= 3
+    assert len(added) > num_checked
+    for trace in added:
+        outcome = pays("".join(trace.steps))
+        num_before = trace.values.index(outcome)
+        num_added = len(trace.steps) - num_before
+        assert trace.values == [None] * num_before + [outcome] * num_added
+        assert any(
+            "".join(before.steps).startswith("".join(trace.steps[: max(1, num_before)]).strip())
+            for before in traces
+        )
 
 
 def _traces(count: int) -> list[StepValues]:
