@@ -7,7 +7,7 @@ controller.
 import asyncio
 
 from actors.bring_up import Parts
-from actors.evaluate import EvalResult, evaluate
+from actors.evaluate import evaluate
 from actors.observer import Observer
 from actors.stages import Stages
 from cluster.config import Config
@@ -25,7 +25,7 @@ class HeldOut:
         self._stopping = stopping
 
     async def measure(self, parts: Parts, step: int, policy_version: int) -> dict[str, float]:
-        """Metrics of the present policy; none when the run stops first."""
+        """Metrics of the present policy, NaN without any verdict; none when the run stops first."""
         self._observer.phase("evaluating", f"held-out pass@1 at step {step}", 0.0)
         with self._stages.busy("eval"), parts.rewards.one_version() as score:
             running = asyncio.create_task(
@@ -44,15 +44,13 @@ class HeldOut:
                 await asyncio.wait([running, stopping], return_when=asyncio.FIRST_COMPLETED)
                 if not running.done():
                     return {}
-                return self._metrics(await running)
+                result = await running
+                return {
+                    "eval/pass@1": result.pass_at_1.value,
+                    "eval/pass@k": result.pass_at_k.value,
+                }
             finally:
                 running.cancel()
                 stopping.cancel()
                 if not self._stopping.is_set():
                     self._observer.phase("training", "", 0.0)
-
-    def _metrics(self, result: EvalResult) -> dict[str, float]:
-        if result.num_tasks == 0:
-            self._observer.event("evaluation_failed", num_abstained=result.num_abstained)
-            return {}
-        return {"eval/pass@1": result.pass_at_1.value, "eval/pass@k": result.pass_at_k.value}
