@@ -4,8 +4,9 @@ import os
 import shutil
 from collections.abc import Iterator
 
+from benchmarks import simulation
 from benchmarks.proofs import ROOT, Tested, proven, run_tests
-from benchmarks.show import Row, judged
+from benchmarks.show import Part, Row, judged
 
 CLUSTER = "tests/e2e/test_cluster.py"
 DEPLOY = "tests/unit/test_deploy.py"
@@ -16,13 +17,13 @@ REAL_PROMETHEUS = "test_a_real_prometheus"
 RECOVER_S = 120.0
 
 
-def rows(quick: bool) -> Iterator[Row]:
-    """Cheap rows first. QUICK changes nothing: all nodes live on this machine anyway."""
-    del quick
+def rows(quick: bool) -> Iterator[Row | Part]:
+    """Cheap rows first. QUICK simulates fewer GPUs; all nodes live on this machine anyway."""
     yield from deploy_files()
     yield placement()
     yield from live_cluster()
     yield serve_metrics()
+    yield Part("GPUs are split by simulation", lambda: scaling(quick))
     yield from absent()
 
 
@@ -101,6 +102,16 @@ def serve_metrics() -> Row:
     )
 
 
+def scaling(quick: bool) -> Iterator[Row]:
+    yield proven(
+        "`hone plan` tries the splits of GPUs between rollout and learner, recommends one, names "
+        "its knobs",
+        ["tests/unit/test_scaling.py"],
+        "all pass",
+    )
+    yield simulation.scale_row(quick)
+
+
 def absent() -> Iterator[Row]:
     yield Row(
         "the image builds; the dashboard loads in Grafana; a RayCluster starts under KubeRay",
@@ -118,10 +129,6 @@ def absent() -> Iterator[Row]:
             [str(ROOT / "tests" / "gpu")],
             "all pass",
         )
-    yield Row(
-        "GPUs are split between rollout and learner by simulation (`hone plan`)",
-        "", "docs/scaling.md", "not shown here", "not built",
-    )  # fmt: skip
 
 
 def _figures(result: Tested, *names: str) -> str:

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median, stdev
 
+from benchmarks import simulation
 from benchmarks.chaos import KINDS, LiveRun, Recovery
 from benchmarks.proofs import proven
-from benchmarks.show import Row, judged
+from benchmarks.show import Part, Row, judged
 
 STEPS, QUICK_STEPS = 200, 40
 PAUSE_S = (1.0, 4.0)  # between a recovery and the next kill
@@ -28,9 +29,10 @@ FAULTS = "tests/e2e/test_faults.py"
 ELSEWHERE = "the throughput harness is not part of this tree yet"
 
 
-def rows(quick: bool) -> Iterator[Row]:
+def rows(quick: bool) -> Iterator[Row | Part]:
     """Cheap rows first; QUICK shortens the chaos run and says so."""
     yield from held_by_tests()
+    yield Part("the simulator against runs", lambda: simulated(quick))
     yield from chaos(QUICK_STEPS if quick else STEPS)
     yield from not_shown()
 
@@ -84,6 +86,17 @@ def held_by_tests() -> Iterator[Row]:
         "0 tensors differ in any bit; the audit is sound",
         {"differing_tensors": 0.0},
     )
+
+
+def simulated(quick: bool) -> Iterator[Row]:
+    """Three runs that differ in policy age, against their simulations."""
+    yield proven(
+        "the simulator: closed forms; no group lost or too old; groups taken in as by a run",
+        ["tests/unit/test_simulation.py"],
+        "all pass",
+    )
+    with tempfile.TemporaryDirectory(prefix="hone-simulation-") as name:
+        yield from simulation.rows(quick, Path(name))
 
 
 def chaos(steps: int) -> Iterator[Row]:

@@ -107,8 +107,8 @@ class WithinAge:
         return batch
 
     def begin(self, version: int) -> None:
-        for counts in (self._unused, self._waiting):
-            counts.pop(self._due, None)
+        self._unused.pop(self._due, None)
+        self._waiting.pop(self._due, None)
         self._due = version - self._max_policy_age
         self._num_left = self._num_groups
 

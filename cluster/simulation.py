@@ -99,8 +99,8 @@ class _Run:
             groups_per_s=steps * self._layout.groups_per_step / elapsed,
             age_mean=fmean(ages),
             age_max=max(ages),
-            rollout_idle=1.0 - (self._rollout_busy_s() - rollout_s) / engine_s,
-            learner_idle=1.0 - (self._learner_busy_s - learner_s) / elapsed,
+            rollout_idle=max(0.0, 1.0 - (self._rollout_busy_s() - rollout_s) / engine_s),
+            learner_idle=max(0.0, 1.0 - (self._learner_busy_s - learner_s) / elapsed),
             num_drawn=self._num_drawn,
             num_used=self._num_used,
             num_dropped=self._num_dropped,
@@ -184,9 +184,8 @@ class _Run:
         self._is_learning = True
         self._num_left -= len(batch)
         self._taken += batch
-        tokens_s = self._profile.learn_token_s * sum(group.num_tokens for group in batch)
-        groups_s = self._profile.learn_group_s * len(batch)
-        busy_s = (tokens_s + groups_s) * self._profile.world_size / self._layout.world_size
+        num_tokens = sum(group.num_tokens for group in batch)
+        busy_s = self._profile.learn_s(len(batch), num_tokens, self._layout.world_size)
         self._learner_busy_s += busy_s
         self._after(busy_s, self._learned)
 

@@ -1,7 +1,8 @@
 """How long the stages of a run take, measured from the files it left.
 
 Invariant: every number is a fit or a mean over the later half of the run's steps, without the
-first and without those beside an evaluation, which shares the engines. Read by `cluster.simulation`.
+first and without those beside an evaluation, which shares the engines. Read by
+`cluster.simulation`.
 """
 
 import math
@@ -9,21 +10,18 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
 from cluster import config_file
+from cluster.config import Config
 from cluster.errors import ConfigError
 from cluster.group_log import Fate, GroupLine, GroupLog
 from cluster.run_dir import RunDir
 
-if TYPE_CHECKING:
-    from cluster.config import Config
-
 MIN_STEPS = 4
-NUM_GROUPS = 256  # whose lengths are kept
+NUM_GROUPS = 128  # whose lengths are kept
 VLLM_MOST = 1024  # sequences that Hone lets one engine run at once
 
 
@@ -51,6 +49,7 @@ class StageProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     gpus_per_worker: int
     max_policy_age: int
     groups_per_step: int
+    learner_efficiency: float = 1.0  # of linear speed, kept at each doubling of ranks
     max_running: int = VLLM_MOST  # sequences of one engine; less where its KV cache is smaller
     measured_step_s: float | None = None
     measured_age: float | None = None
@@ -65,6 +64,11 @@ class StageProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError("iteration_s + sequence_s must be above 0")
         if not 0 <= self.drop_fraction < 1:
             raise ValueError(f"drop_fraction must be in [0, 1), got {self.drop_fraction:g}")
+        if not 0.5 < self.learner_efficiency <= 1:
+            raise ValueError(
+                "learner_efficiency must be above 0.5, where ranks add nothing, and "
+                f"at most 1, got {self.learner_efficiency:g}"
+            )
         if not self.lengths or not all(lengths and min(lengths) > 0 for lengths in self.lengths):
             raise ValueError("lengths must have groups of at least one token a trajectory")
         if min(self.world_size, self.workers, self.gpus_per_worker, self.groups_per_step) < 1:
@@ -89,8 +93,8 @@ class StageProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         rows = _steady(run_dir.read_metrics())
         if len(rows) < MIN_STEPS:
             raise ConfigError(
-                f"{run_dir.name}: {len(rows)} of its later steps are away from an evaluation, and a "
-                f"profile needs {MIN_STEPS} (run.steps, eval.every)"
+                f"{run_dir.name}: {len(rows)} of its later steps are away from an evaluation, and "
+                f"a profile needs {MIN_STEPS} (run.steps, eval.every)"
             )
         lines = GroupLog(run_dir).read()
         windows = [_Window(row, lines, config) for row in rows]
@@ -129,11 +133,17 @@ class StageProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             measured_learner_idle=fmean(1 - row["learner/busy_fraction"] for row in rows),
         )
 
+    def learn_s(self, num_groups: int, num_tokens: int, world_size: int) -> float:
+        """Seconds of `world_size` ranks for these groups."""
+        kept = self.learner_efficiency ** math.log2(world_size / self.world_size)
+        work_s = self.learn_group_s * num_groups + self.learn_token_s * num_tokens
+        return work_s * self.world_size / world_size / kept
+
     def write(self, path: Path) -> None:
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=0) + b"\n")
+        path.write_bytes(msgspec.json.encode(self) + b"\n")
 
     def with_model(self, scale: float) -> "StageProfile":
-        """As if a token took `scale` times as long everywhere, and the weights were as much larger."""
+        """As if all work on tokens and weights took `scale` times as long."""
         return msgspec.structs.replace(
             self,
             source=f"{self.source}, model x {scale:g}",
@@ -162,7 +172,7 @@ class StageProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class _Window:
     """What happened between the ends of two steps."""
 
-    def __init__(self, row: dict[str, float], lines: Sequence[GroupLine], config: "Config") -> None:
+    def __init__(self, row: dict[str, float], lines: Sequence[GroupLine], config: Config) -> None:
         version = int(row["policy_version"]) - 1  # that the engines held
         self.sampled = [g for g in lines if g.fate is Fate.SAMPLED and g.policy_version == version]
         ids = {line.group_id for line in self.sampled}
@@ -210,9 +220,9 @@ def _latency_s(row: dict[str, float]) -> float:
 
 
 def _two_rates(samples: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """Least squares of `x * a + y * b = z`, neither below 0: where one is, the other stands alone."""
+    """Least squares of `x * a + y * b = z`; where one would be negative, the other stands alone."""
     x, y, z = np.array(samples).T
-    (a, b), *_ = np.linalg.lstsq(np.stack([x, y], axis=1), z, rcond=None)
+    a, b = np.linalg.lstsq(np.stack([x, y], axis=1), z, rcond=None)[0]
     if a < 0:
         return 0.0, float(y @ z / (y @ y))
     if b < 0:

@@ -122,7 +122,7 @@ def test_sequences_beyond_what_an_engine_holds_wait() -> None:
 @pytest.mark.parametrize("age", [0, 1, 3])
 @pytest.mark.parametrize("seed", range(4))
 def test_groups_are_taken_in_as_a_run_takes_them(age: int, seed: int) -> None:
-    """Random arrivals and drops through 12 steps: step by step the same groups as `actors.intake`."""
+    """Random arrivals and drops through 12 steps: the same groups as `actors.intake` takes."""
     rng, num_groups = random.Random(seed), 5
     tasks = [
         Task(task_id=f"t{i}", taskset="demo", messages=[Message(role="user", content=str(i))])
