@@ -27,7 +27,7 @@ PROFILE = ROOT / "deploy" / "profiles" / "quickstart_two_cores.json"
 AGES = (0, 1, 3)
 STEPS, QUICK_STEPS = 40, 20
 WITHIN = 0.15
-SIZES = (8, 64, 512, 4096, 10_000)
+SIZES = (8, 64, 512, 10_000)
 QUICK_SIZES = (8, 64)
 TAIL = (128.0, 1.0, 1024)  # log-normal: mean, sigma, cap
 
@@ -49,9 +49,9 @@ class Comparison:
         run, forecast = self.measured, self.simulated
         return (
             f"age {run.max_policy_age}: {run.measured_step_s:.2f} s measured, "
-            f"{forecast.step_s:.2f} simulated ({self.error:+.0%}; learner idle {run.measured_learner_idle:.0%} and "
-            f"{forecast.learner_idle:.0%}; mean age {run.measured_age:.1f} and "
-            f"{forecast.age_mean:.1f})"
+            f"{forecast.step_s:.2f} simulated ({self.error:+.0%}); "
+            f"learner idle {run.measured_learner_idle:.0%} and {forecast.learner_idle:.0%}, "
+            f"mean age {run.measured_age:.1f} and {forecast.age_mean:.1f}"
         )
 
 

@@ -18,7 +18,7 @@ import msgspec
 
 from cluster.simulated_engine import Engine, Group
 from cluster.simulated_intake import intake_of
-from cluster.stage_profile import StageProfile
+from cluster.stage_profile import Pace, StageProfile
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,6 +73,7 @@ class _Run:
         self._loads = [(0, index) for index in range(layout.workers)]  # heap; old entries stay
         self._intake = intake_of(layout.max_policy_age, layout.groups_per_step)
         self._num_free = layout.num_slots
+        self._pace = Pace()
         self._version = 0  # that the engines hold
         self._step = 0
         self._num_left = layout.groups_per_step
@@ -186,6 +187,7 @@ class _Run:
         self._taken += batch
         num_tokens = sum(group.num_tokens for group in batch)
         busy_s = self._profile.learn_s(len(batch), num_tokens, self._layout.world_size)
+        busy_s *= self._pace.learn
         self._learner_busy_s += busy_s
         self._after(busy_s, self._learned)
 
@@ -203,8 +205,9 @@ class _Run:
         self._taken = []
         for engine in self._engines:
             engine.pause(self._now)
-        self._after(self._profile.pause_s, self._resume)
-        self._after(self._profile.sync_s, self._synced)
+        self._pace = self._rng.choice(self._profile.paces)
+        self._after(self._profile.pause_s * self._pace.sync, self._resume)
+        self._after(self._profile.sync_s * self._pace.sync, self._synced)
 
     def _resume(self) -> None:
         for index, engine in enumerate(self._engines):

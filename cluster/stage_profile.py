@@ -15,14 +15,20 @@ import msgspec
 import numpy as np
 
 from cluster import config_file
-from cluster.config import Config
 from cluster.errors import ConfigError
-from cluster.group_log import Fate, GroupLine, GroupLog
 from cluster.run_dir import RunDir
+from cluster.stage_windows import windows_of
 
 MIN_STEPS = 4
 NUM_GROUPS = 128  # whose lengths are kept
 VLLM_MOST = 1024  # sequences that Hone lets one engine run at once
+
+
+class Pace(msgspec.Struct, frozen=True, array_like=True):
+    """One step's times over what the profile expects of them: 1.2 is a fifth slower."""
+
+    learn: float = 1.0
+    sync: float = 1.0
 
 
 class StageProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,6 +55,7 @@ class StageProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     gpus_per_worker: int
     max_policy_age: int
     groups_per_step: int
+    paces: tuple[Pace, ...] = (Pace(),)  # of the steps as they came: a machine is not steady
     learner_efficiency: float = 1.0  # of linear speed, kept at each doubling of ranks
     max_running: int = VLLM_MOST  # sequences of one engine; less where its KV cache is smaller
     measured_step_s: float | None = None
@@ -69,6 +76,8 @@ class StageProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 "learner_efficiency must be above 0.5, where ranks add nothing, and "
                 f"at most 1, got {self.learner_efficiency:g}"
             )
+        if not self.paces or min(min(p.learn, p.sync) for p in self.paces) < 0:
+            raise ValueError("paces must have a step, and none below 0")
         if not self.lengths or not all(lengths and min(lengths) > 0 for lengths in self.lengths):
             raise ValueError("lengths must have groups of at least one token a trajectory")
         if min(self.world_size, self.workers, self.gpus_per_worker, self.groups_per_step) < 1:
@@ -90,47 +99,46 @@ class StageProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"{run_dir.name}: resources.layout must be split to be profiled: ranks and engines "
                 "that share a GPU slow each other down"
             )
-        rows = _steady(run_dir.read_metrics())
-        if len(rows) < MIN_STEPS:
+        windows = windows_of(run_dir, config, VLLM_MOST)
+        if len(windows) < MIN_STEPS:
             raise ConfigError(
-                f"{run_dir.name}: {len(rows)} of its later steps are away from an evaluation, and "
-                f"a profile needs {MIN_STEPS} (run.steps, eval.every)"
+                f"{run_dir.name}: {len(windows)} of its later steps are away from an evaluation, "
+                f"and a profile needs {MIN_STEPS} (run.steps, eval.every)"
             )
-        lines = GroupLog(run_dir).read()
-        windows = [_Window(row, lines, config) for row in rows]
-        whole = [w for w in windows if w.num_dropped == 0]  # one wave of groups in `sync` mode
-        iteration_s, sequence_s = _two_rates(
-            [(w.iterations, w.tokens, w.rollout_s)
-             for w in (whole if len(whole) >= MIN_STEPS else windows)]
-        )  # fmt: skip
-        num_groups = config.rollout.groups_per_step
-        learn_group_s, learn_token_s = _two_rates(
-            [(num_groups, row["learner/num_loss_tokens"], w.learn_s)
-             for row, w in zip(rows, windows, strict=True)]
-        )  # fmt: skip
+        rollout = _Rates([wave for w in windows for wave in w.waves])
+        learn = _Rates([(w.num_groups, w.loss_tokens, w.learn_s) for w in windows])
+        sync_s = fmean(w.sync_s for w in windows)
+        paces = [
+            Pace(
+                w.learn_s / learn.expect(w.num_groups, w.loss_tokens),
+                w.sync_s / sync_s,
+            )
+            for w in windows
+        ]
         groups = [line.completion_tokens for window in windows for line in window.sampled]
         lengths = [[max(1, n) for n in group] for group in groups if group]
         return cls(
-            source=f"{run_dir.name} ({len(rows)} steps, policy age up to "
+            source=f"{run_dir.name} ({len(windows)} steps, policy age up to "
             f"{config.rollout.max_policy_age})",
-            iteration_s=iteration_s,
-            sequence_s=sequence_s,
+            iteration_s=rollout.first,
+            sequence_s=rollout.second,
             score_s=sum(w.score_s for w in windows) / len(groups),
-            score_latency_s=fmean(map(_latency_s, rows)),
-            learn_group_s=learn_group_s,
-            learn_token_s=learn_token_s,
-            sync_s=fmean(row["sync/total_s"] for row in rows),
-            pause_s=fmean(row["sync/pause_s"] for row in rows),
+            score_latency_s=fmean(w.score_latency_s for w in windows),
+            learn_group_s=learn.first,
+            learn_token_s=learn.second,
+            sync_s=sync_s,
+            pause_s=fmean(w.row["sync/pause_s"] for w in windows),
             drop_fraction=sum(w.num_dropped for w in windows) / len(groups),
             lengths=random.Random(0).sample(lengths, min(NUM_GROUPS, len(lengths))),
             world_size=config.learner.world_size,
             workers=config.rollout.workers,
             gpus_per_worker=config.rollout.tensor_parallel_size,
             max_policy_age=config.rollout.max_policy_age,
-            groups_per_step=num_groups,
-            measured_step_s=fmean(row["time/step_s"] for row in rows),
-            measured_age=fmean(row["policy_age/mean"] for row in rows),
-            measured_learner_idle=fmean(1 - row["learner/busy_fraction"] for row in rows),
+            groups_per_step=config.rollout.groups_per_step,
+            paces=tuple(paces),
+            measured_step_s=fmean(w.row["time/step_s"] for w in windows),
+            measured_age=fmean(w.row["policy_age/mean"] for w in windows),
+            measured_learner_idle=fmean(1 - w.row["learner/busy_fraction"] for w in windows),
         )
 
     def learn_s(self, num_groups: int, num_tokens: int, world_size: int) -> float:
@@ -169,62 +177,19 @@ class StageProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return msgspec.structs.replace(self, source=source, lengths=lengths)
 
 
-class _Window:
-    """What happened between the ends of two steps."""
+class _Rates:
+    """Least squares of `x * first + y * second = z` over samples (x, y, z), neither rate below 0:
+    where one would be, the other stands alone.
+    """
 
-    def __init__(self, row: dict[str, float], lines: Sequence[GroupLine], config: Config) -> None:
-        version = int(row["policy_version"]) - 1  # that the engines held
-        self.sampled = [g for g in lines if g.fate is Fate.SAMPLED and g.policy_version == version]
-        ids = {line.group_id for line in self.sampled}
-        self.num_dropped = sum(g.fate is Fate.DROPPED and g.group_id in ids for g in lines)
-        window_s = _window_s(row)
-        workers = config.rollout.workers
-        self.rollout_s = window_s * row["rollout/busy_fraction"]
-        self.score_s = window_s * row["score/busy_fraction"]
-        self.learn_s = window_s * row["learner/busy_fraction"]
-        if config.rollout.max_policy_age == 0:
-            self.tokens = sum(sum(g.completion_tokens) for g in self.sampled) / workers
-            longest = [max(g.completion_tokens, default=0) for g in self.sampled]
-            self.iterations = float(max(longest, default=0))
-        else:
-            self.tokens = row["rollout/tokens_per_s"] * window_s / workers
-            running = config.max_groups_in_flight * config.rollout.group_size / workers
-            self.iterations = self.tokens / min(running, VLLM_MOST)
+    def __init__(self, samples: Sequence[tuple[float, float, float]]) -> None:
+        x, y, z = np.array(samples, dtype=np.float64).T
+        first, second = np.linalg.lstsq(np.stack([x, y], axis=1), z, rcond=None)[0]
+        if first < 0:
+            first, second = 0.0, y @ z / (y @ y)
+        elif second < 0:
+            first, second = x @ z / (x @ x), 0.0
+        self.first, self.second = float(first), float(second)
 
-
-def _steady(rows: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    evaluated = {row["step"] for row in rows if "eval/pass@1" in row}
-    first = rows[-1]["step"] / 2 if rows else 0.0
-    return [
-        row
-        for row in rows
-        if row["step"] > max(1.0, first)
-        and not {row["step"], row["step"] - 1} & evaluated
-        and "rollout/tokens_per_s" in row
-    ]
-
-
-def _window_s(row: dict[str, float]) -> float:
-    """Seconds of the row: waited / (1 - busy) of the stage that waited most."""
-    waited = {key.removeprefix("time/wait_s/"): s for key, s in row.items() if "wait_s" in key}
-    stage = max(waited, key=waited.__getitem__)
-    return waited[stage] / (1.0 - row[f"{'learner' if stage == 'learn' else stage}/busy_fraction"])
-
-
-def _latency_s(row: dict[str, float]) -> float:
-    """Mean of the slowest signal; in a row without means, the slowest verdict."""
-    means = [
-        s for key, s in row.items() if key.startswith("reward/") and key.endswith("/latency_s")
-    ]
-    return max(means, default=row.get("reward/latency_max_s", 0.0))
-
-
-def _two_rates(samples: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """Least squares of `x * a + y * b = z`; where one would be negative, the other stands alone."""
-    x, y, z = np.array(samples).T
-    a, b = np.linalg.lstsq(np.stack([x, y], axis=1), z, rcond=None)[0]
-    if a < 0:
-        return 0.0, float(y @ z / (y @ y))
-    if b < 0:
-        return float(x @ z / (x @ x)), 0.0
-    return float(a), float(b)
+    def expect(self, x: float, y: float) -> float:
+        return x * self.first + y * self.second

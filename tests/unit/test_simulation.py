@@ -9,8 +9,8 @@ from actors import intake as real
 from actors.curriculum import Curriculum
 from actors.rollout import Sampling
 from cluster.errors import ConfigError
-from cluster.group_log import Fate, GroupLine, GroupLog
-from cluster.run_dir import RunDir
+from cluster.group_log import Fate, GroupLine
+from cluster.run_dir import JsonLines, RunDir
 from cluster.simulated_engine import Group
 from cluster.simulated_intake import intake_of
 from cluster.simulation import Forecast, Layout, simulate
@@ -190,7 +190,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 def record(run: RunDir, steps: int) -> None:
     """What a sync run with the rates of `EVEN` leaves behind, its lengths drawn at random."""
-    rng, log = random.Random(1), GroupLog(run)
+    rng, now = random.Random(1), 0.0
+    groups, events = JsonLines(run.path / "groups.jsonl"), JsonLines(run.events)
+    events.append({"time": now, "kind": "sync", "policy_version": 0})
     run.append_metrics(0, {"eval/pass@1": 0.5})
     for step in range(1, steps + 1):
         lengths = [[rng.randint(20, 400) for _ in range(4)] for _ in range(8)]
@@ -198,9 +200,18 @@ def record(run: RunDir, steps: int) -> None:
         rollout_s = longest * EVEN.iteration_s + tokens * EVEN.sequence_s
         learn_s = 8 * EVEN.learn_group_s + tokens * EVEN.learn_token_s
         for i, group in enumerate(lengths):
-            log.append(GroupLine(group_id=f"{step}-{i}", fate=Fate.SAMPLED,
-                                 policy_version=step - 1, completion_tokens=group))  # fmt: skip
-        step_s = rollout_s + learn_s + EVEN.sync_s
+            groups.append(
+                GroupLine(
+                    group_id=f"{step}-{i}",
+                    fate=Fate.SAMPLED,
+                    time=now + rollout_s + EVEN.score_latency_s,
+                    policy_version=step - 1,
+                    completion_tokens=group,
+                )
+            )
+        step_s = rollout_s + EVEN.score_latency_s + learn_s + EVEN.sync_s
+        now += step_s
+        events.append({"time": now, "kind": "sync", "policy_version": step})
         busy = {"rollout": rollout_s, "learn": learn_s, "score": 0.2, "sync": EVEN.sync_s}
         row = {"policy_version": step, "time/step_s": step_s, "policy_age/mean": 0.0,
                "learner/num_loss_tokens": tokens, "rollout/tokens_per_s": tokens / step_s,
