@@ -1,6 +1,7 @@
 """`hone plan`: which splits it tries, which it recommends, and what it refuses."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from cluster.simulation import Forecast, Layout
 from cluster.stage_profile import StageProfile
 from serve import cli, scaling
 
-PROFILE = Path(__file__).parents[2] / "deploy" / "profiles" / "quickstart_two_cores.json"
+ROOT = Path(__file__).parents[2]
+PROFILE = ROOT / "deploy" / "profiles" / "quickstart_two_cores.json"
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,23 @@ def test_a_plan_is_printed_with_its_source_and_the_knobs(
     assert "recommended: rollout.workers=" in out
 
 
+def test_the_example_of_the_docs_is_what_the_command_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    [command] = re.findall(r"^hone plan (--profile deploy/.*)$", page, re.MULTILINE)
+    monkeypatch.chdir(ROOT)
+    code, out, _ = hone_plan(monkeypatch, capsys, *command.split())
+    assert code == 0
+    printed = [re.findall(r"[\d.,]+%?|best", line) for line in out.splitlines()]
+    rows = [re.findall(r"[\d.,]+%?", line) for line in re.findall(r"^.*\d% \|$", page, re.M)]
+    assert len(rows) == 9
+    for [workers, ranks, age, *measured] in rows:
+        [found] = [p for p in printed if p[:3] == [workers, ranks, age]]
+        assert [cell for cell in found[4:] if cell != "best"] == measured
+    assert out.splitlines()[-1] in page
+
+
 def test_options_change_what_is_simulated(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -90,7 +109,7 @@ def test_options_change_what_is_simulated(
     plain = step_s("--write", str(copy))
     assert StageProfile.read(copy) == StageProfile.read(PROFILE)
     assert step_s("--model-scale", "10") > 5 * plain
-    assert step_s("--lengths", "64,1.0,1024") > 1.5 * plain
+    assert step_s("--lengths", "128,1.0,1024") > 1.5 * plain
     assert step_s("--groups-per-step", "64") > 1.5 * plain
 
 

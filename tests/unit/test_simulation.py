@@ -14,7 +14,7 @@ from cluster.run_dir import JsonLines, RunDir
 from cluster.simulated_engine import Group
 from cluster.simulated_intake import intake_of
 from cluster.simulation import Forecast, Layout, simulate
-from cluster.stage_profile import StageProfile
+from cluster.stage_profile import Pace, StageProfile
 from cluster.types import GroupHeader, Message, Task
 
 LENGTH, GROUP_SIZE, NUM_GROUPS = 100, 4, 8
@@ -75,6 +75,19 @@ def test_with_a_learner_to_spare_a_step_ahead_costs_what_its_tokens_cost_the_eng
     floor = NUM_GROUPS * GROUP_SIZE * generate_s(most) / most
     assert floor < result.step_s < (floor + EVEN.pause_s) * 1.1
     assert result.learner_idle > 0.9
+
+
+def test_ranks_that_do_not_scale_keep_the_learner_longer() -> None:
+    slow = msgspec.structs.replace(EVEN, learner_efficiency=0.9)
+    extra = forecast(slow, 0, world_size=4).step_s - forecast(EVEN, 0, world_size=4).step_s
+    assert extra == pytest.approx(LEARN_S / 4 * (1 / 0.9**2 - 1))
+
+
+def test_a_machine_that_is_not_steady_takes_the_mean_of_its_steps() -> None:
+    unsteady = msgspec.structs.replace(EVEN, paces=(Pace(0.5, 2.0), Pace(1.5, 2.0)))
+    result = simulate(unsteady, Layout(workers=64, world_size=1, max_policy_age=3,
+                                       groups_per_step=NUM_GROUPS), steps=200)  # fmt: skip
+    assert result.step_s == pytest.approx(LEARN_S + 2 * EVEN.sync_s, rel=0.1)
 
 
 def test_scoring_that_is_slower_than_all_else_bounds_the_step() -> None:
@@ -188,33 +201,42 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return RunDir.create(tmp_path_factory.mktemp("runs"), "seen", config, exist_ok=False)
 
 
-def record(run: RunDir, steps: int) -> None:
-    """What a sync run with the rates of `EVEN` leaves behind, its lengths drawn at random."""
+def record(run: RunDir, steps: int, num_dropped: int = 0) -> None:
+    """What a sync run with the rates of `EVEN` leaves behind, its lengths drawn at random; the
+    first `num_dropped` groups of each step are dropped when the last is scored, and replaced.
+    """
     rng, now = random.Random(1), 0.0
     groups, events = JsonLines(run.path / "groups.jsonl"), JsonLines(run.events)
     events.append({"time": now, "kind": "sync", "policy_version": 0})
     run.append_metrics(0, {"eval/pass@1": 0.5})
     for step in range(1, steps + 1):
-        lengths = [[rng.randint(20, 400) for _ in range(4)] for _ in range(8)]
-        tokens, longest = sum(map(sum, lengths)), max(map(max, lengths))
-        rollout_s = longest * EVEN.iteration_s + tokens * EVEN.sequence_s
-        learn_s = 8 * EVEN.learn_group_s + tokens * EVEN.learn_token_s
-        for i, group in enumerate(lengths):
-            groups.append(
-                GroupLine(
-                    group_id=f"{step}-{i}",
-                    fate=Fate.SAMPLED,
-                    time=now + rollout_s + EVEN.score_latency_s,
-                    policy_version=step - 1,
-                    completion_tokens=group,
+        lengths = [[rng.randint(20, 400) for _ in range(4)] for _ in range(8 + num_dropped)]
+        rollout_s, at = 0.0, now
+        for begin, wave in enumerate([lengths[:8], lengths[8:]]):
+            tokens, longest = sum(map(sum, wave)), max((max(g) for g in wave), default=0)
+            wave_s = longest * EVEN.iteration_s + tokens * EVEN.sequence_s
+            rollout_s, at = rollout_s + wave_s, at + wave_s + EVEN.score_latency_s
+            for i, group in enumerate(wave):
+                known = {"group_id": f"{step}-{begin}-{i}", "time": at}
+                groups.append(
+                    GroupLine(
+                        **known,
+                        fate=Fate.SAMPLED,
+                        policy_version=step - 1,
+                        completion_tokens=group,
+                    )
                 )
-            )
-        step_s = rollout_s + EVEN.score_latency_s + learn_s + EVEN.sync_s
+                if begin == 0 and i < num_dropped:
+                    groups.append(GroupLine(**known, fate=Fate.DROPPED, reason="uniform"))
+        used = sum(map(sum, lengths[num_dropped:]))
+        learn_s = 8 * EVEN.learn_group_s + used * EVEN.learn_token_s
+        step_s = at - now + learn_s + EVEN.sync_s
         now += step_s
         events.append({"time": now, "kind": "sync", "policy_version": step})
         busy = {"rollout": rollout_s, "learn": learn_s, "score": 0.2, "sync": EVEN.sync_s}
         row = {"policy_version": step, "time/step_s": step_s, "policy_age/mean": 0.0,
-               "learner/num_loss_tokens": tokens, "rollout/tokens_per_s": tokens / step_s,
+               "learner/num_loss_tokens": used,
+               "rollout/tokens_per_s": sum(map(sum, lengths)) / step_s,
                "reward/correct/latency_s": 0.5, "sync/total_s": EVEN.sync_s,
                "sync/pause_s": EVEN.pause_s}  # fmt: skip
         for stage, seconds in busy.items():
@@ -224,8 +246,11 @@ def record(run: RunDir, steps: int) -> None:
         run.append_metrics(step, row)
 
 
-def test_the_profile_of_a_run_has_the_rates_it_was_made_with(run_dir: RunDir) -> None:
-    record(run_dir, 20)
+@pytest.mark.parametrize("num_dropped", [0, 3])
+def test_the_profile_of_a_run_has_the_rates_it_was_made_with(
+    run_dir: RunDir, num_dropped: int
+) -> None:
+    record(run_dir, 20, num_dropped)
     profile = StageProfile.of_run(run_dir)
     assert profile.iteration_s == pytest.approx(EVEN.iteration_s)
     assert profile.sequence_s == pytest.approx(EVEN.sequence_s)
@@ -233,11 +258,26 @@ def test_the_profile_of_a_run_has_the_rates_it_was_made_with(run_dir: RunDir) ->
     assert profile.learn_token_s == pytest.approx(EVEN.learn_token_s)
     assert (profile.sync_s, profile.pause_s) == pytest.approx((EVEN.sync_s, EVEN.pause_s))
     assert profile.score_latency_s == pytest.approx(0.5)
-    assert profile.score_s == pytest.approx(0.2 / 8)
-    assert len(profile.lengths) == 10 * 8
+    num_groups = 8 + num_dropped
+    assert profile.score_s == pytest.approx(0.2 / num_groups)
+    assert profile.drop_fraction == pytest.approx(num_dropped / num_groups)
+    assert len(profile.lengths) == 10 * num_groups
+    assert all((pace.learn, pace.sync) == pytest.approx((1, 1)) for pace in profile.paces)
     path = run_dir.path / "profile.json"
     profile.write(path)
     assert StageProfile.read(path) == profile
+
+
+def test_of_a_run_ahead_the_engines_keep_the_speed_they_had(run_dir: RunDir) -> None:
+    record(run_dir, 20)
+    config = run_dir.config.read_text()
+    run_dir.config.write_text(config.replace("max_policy_age: 0", "max_policy_age: 1"))
+    profile, rows = StageProfile.of_run(run_dir), run_dir.read_metrics()[11:]
+    busy_s = sum(row["rollout/busy_fraction"] * row["time/step_s"] for row in rows)
+    tokens = sum(row["rollout/tokens_per_s"] * row["time/step_s"] for row in rows)
+    running = 2 * 8 * 4
+    token_s = profile.iteration_s / running + profile.sequence_s
+    assert token_s == pytest.approx(busy_s / tokens, rel=0.05)
 
 
 def test_a_run_that_is_too_short_has_no_profile(run_dir: RunDir) -> None:
