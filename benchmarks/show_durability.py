@@ -30,7 +30,7 @@ ELSEWHERE = "the throughput harness is not part of this tree yet"
 
 
 def rows(quick: bool) -> Iterator[Row | Part]:
-    """Cheap rows first; QUICK shortens the chaos run and says so."""
+    """Cheap rows first; QUICK shortens the chaos run and says so, and the simulated runs."""
     yield from held_by_tests()
     yield Part("the simulator against runs", lambda: simulated(quick))
     yield from chaos(QUICK_STEPS if quick else STEPS)

@@ -3,7 +3,7 @@
 Validation makes three runs that differ in `rollout.max_policy_age` alone (0, 1, 3), reads the stage
 times each left behind, and compares the simulated with the measured step: each from its own stage
 times, then those that run ahead from the stage times of the sync run. Run with
-`python -m benchmarks.simulation validate FOLDER` (made there, about 10 minutes on two cores),
+`python -m benchmarks.simulation validate FOLDER` (made there, or taken from there),
 `... compare RUN_DIR ...` (finished ones) or `... scale PROFILE`.
 """
 

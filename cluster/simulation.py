@@ -81,7 +81,6 @@ class _Run:
         self._scorers_free_at = 0.0
         self._learner_busy_s = 0.0
         self._taken: list[Group] = []
-        self._step_ends: list[float] = []
         self._ages: list[list[int]] = []
         self._num_drawn = self._num_used = self._num_dropped = 0
 
@@ -218,7 +217,6 @@ class _Run:
         self._version += 1
         self._step += 1
         self._is_learning = False
-        self._step_ends.append(self._now)
         self._num_left = self._layout.groups_per_step
         self._intake.begin(self._version)
         self._num_free += self._layout.groups_per_step
