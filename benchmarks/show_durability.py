@@ -68,6 +68,12 @@ def held_by_tests() -> Iterator[Row]:
         "all pass",
     )
     yield proven(
+        "replay policies fifo, freshest, prioritised: order, leases, age bound; two learners"
+        " beside a producer, undone steps",
+        ["tests/integration/test_replay_policies.py"],
+        "nothing lost, nothing twice, nothing too old",
+    )
+    yield proven(
         "a stall names its stage and dumps the stacks of every process",
         ["tests/unit/test_watchdog.py"],
         "all pass",
