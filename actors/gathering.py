@@ -14,7 +14,7 @@ from actors.intake import InDrawOrder, Intake, WithinAge
 from actors.stages import Stages
 from cluster.config import Config
 from cluster.errors import WireError
-from cluster.replay_policy import Fifo, build_policy
+from cluster.replay_policy import Fifo, policy_of
 from cluster.replay_records import DeadLetter
 from cluster.types import GroupHeader
 from learners.group import LearnerGroup
@@ -36,7 +36,7 @@ class Gathering:
     ) -> None:
         self._num_groups = config.rollout.groups_per_step
         self._max_policy_age = config.rollout.max_policy_age
-        self._is_fifo = isinstance(build_policy(config.buffer), Fifo)
+        self._is_fifo = isinstance(policy_of(config), Fifo)
         self._left_over: list[GroupHeader] = []
         self._books = books
         self._stages = stages

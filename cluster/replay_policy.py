@@ -84,10 +84,12 @@ def build_policy(buffer: BufferSection) -> ReplayPolicy:
     return plugins.build(plugin.use, plugin.settings, POLICIES, _KNOB)
 
 
-def check_policy(config: Config) -> None:
-    """Refuse an order of its own where the mode has one: the order in which tasks were drawn."""
-    if not isinstance(build_policy(config.buffer), Fifo) and config.rollout.max_policy_age == 0:
+def policy_of(config: Config) -> ReplayPolicy:
+    """As `build_policy`; refuses an order of its own where the mode has one: that of the draws."""
+    policy = build_policy(config.buffer)
+    if not isinstance(policy, Fifo) and config.rollout.max_policy_age == 0:
         raise ConfigError(
             f"{_KNOB}: must be fifo with rollout.max_policy_age 0, where a step takes its groups "
             f"in the order they were drawn; got {config.buffer.policy.get('use')!r}"
         )
+    return policy

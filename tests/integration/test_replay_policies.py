@@ -19,7 +19,7 @@ from cluster.embedded_redis import EmbeddedRedis
 from cluster.errors import ConfigError
 from cluster.redis_client import connect
 from cluster.replay_buffer import AddResult, ReplayBuffer
-from cluster.replay_policy import POLICIES, ReplayPolicy, build_policy, check_policy
+from cluster.replay_policy import POLICIES, ReplayPolicy, build_policy, policy_of
 from cluster.types import GroupHeader, Message, Task, TrajectoryGroup
 from tests.replay_checker import audit, claim, make_buffer, make_group
 
@@ -54,7 +54,7 @@ def run_id() -> str:
     return uuid.uuid4().hex
 
 
-def policy_of(use: str, **settings: object) -> ReplayPolicy:
+def made(use: str, **settings: object) -> ReplayPolicy:
     return build_policy(BufferSection(policy={"use": use, "settings": settings}))
 
 
@@ -71,7 +71,7 @@ def scored(
 
 
 def filled(client: redis.Redis, run_id: str, use: str, lease_s: float = 60.0) -> ReplayBuffer:
-    buffer, policy = make_buffer(client, run_id, lease_s=lease_s), policy_of(use)
+    buffer, policy = make_buffer(client, run_id, lease_s=lease_s), made(use)
     for row in ROWS:
         assert buffer.add(scored(policy, *row)) is AddResult.ADDED
     return buffer
@@ -100,7 +100,7 @@ def test_order_leases_and_age_bound(client: redis.Redis, run_id: str, use: str) 
 
 def test_age_counts_more_with_a_short_halflife(client: redis.Redis, run_id: str) -> None:
     buffer = make_buffer(client, run_id)
-    policy = policy_of("prioritised", halflife=0.25)
+    policy = made("prioritised", halflife=0.25)
     for row in ROWS[:4]:
         buffer.add(scored(policy, *row))
     assert claim(buffer) == ["new-steep", "new-flat", "old-steep", "old-flat"]
@@ -109,7 +109,7 @@ def test_age_counts_more_with_a_short_halflife(client: redis.Redis, run_id: str)
 def test_a_group_scored_anew_gets_a_new_rank(client: redis.Redis, run_id: str) -> None:
     buffer = filled(client, run_id, "prioritised")
     assert buffer.take(["old-flat"], "admin") == ["old-flat"]
-    assert buffer.replace(scored(policy_of("prioritised"), "old-flat", 1, [-20.0, 20.0]), "admin")
+    assert buffer.replace(scored(made("prioritised"), "old-flat", 1, [-20.0, 20.0]), "admin")
     buffer.release(["old-flat"], "admin")
     assert claim(buffer, 2) == ["old-flat", "new-steep"]
     audit(client, run_id, buffer)
@@ -120,7 +120,7 @@ def test_two_learners_lose_nothing_and_use_nothing_twice(
     client: redis.Redis, run_id: str, url: str, use: str
 ) -> None:
     """Beside a producer; they give groups back, let leases run out, and steps are undone."""
-    num_groups, policy, rng = 300, policy_of(use), random.Random(use)
+    num_groups, policy, rng = 300, made(use), random.Random(use)
     main = make_buffer(client, run_id, capacity=num_groups, lease_s=0.2)
     ledger: dict[int, list[str]] = {}
     disorder: list[list[float]] = []
@@ -186,7 +186,7 @@ def test_under_every_policy_each_group_is_used_in_time(
         for i in range(500)
     ]
     draws = Curriculum(tasks, 3, Sampling(4, 1.0, [0]), group_size=2)
-    policy, buffer = policy_of(use), make_buffer(client, run_id, capacity=500, lease_s=600.0)
+    policy, buffer = made(use), make_buffer(client, run_id, capacity=500, lease_s=600.0)
     capacity = (max_policy_age + 1) * num_groups
     free, now, version, has_failed = capacity, 0.0, 0, False
     running: dict[str, tuple[float, int]] = {}  # group -> end, version
@@ -237,13 +237,13 @@ def test_under_every_policy_each_group_is_used_in_time(
 
 def test_sync_mode_has_an_order_of_its_own(tiny_config: Config) -> None:
     assert tiny_config.rollout.max_policy_age == 0
-    check_policy(tiny_config)
+    policy_of(tiny_config)
     buffer = tiny_config.buffer.model_copy(update={"policy": {"use": "freshest"}})
     freshest = tiny_config.model_copy(update={"buffer": buffer})
     with pytest.raises(ConfigError, match=r"buffer\.policy: must be fifo .*max_policy_age 0"):
-        check_policy(freshest)
+        policy_of(freshest)
     rollout = tiny_config.rollout.model_copy(update={"max_policy_age": 1})
-    check_policy(freshest.model_copy(update={"rollout": rollout}))
+    policy_of(freshest.model_copy(update={"rollout": rollout}))
 
 
 @pytest.mark.parametrize(
@@ -264,5 +264,5 @@ def test_a_policy_that_is_none_is_refused_in_one_line(
 
 
 def test_headers_carry_the_rank_to_the_intake() -> None:
-    group = scored(policy_of("freshest"), "a", 7, [0.0, 1.0])
+    group = scored(made("freshest"), "a", 7, [0.0, 1.0])
     assert GroupHeader.of(group).priority == 7.0
