@@ -107,8 +107,8 @@ class Bookkeeping:
         curriculum.restore(state.curriculum, held)
         return len(held)
 
-    def _roll_back(self) -> set[str]:
-        """Ledger and buffer to the present step; the ids that the buffer holds now."""
+    def _roll_back(self) -> dict[str, int]:
+        """Ledger and buffer to the present step; the policy version of each group still held."""
         self._ledger.truncate_after(self.step)
         self.buffer.acknowledge(self.step)
         self.buffer.restore(self.step)
@@ -117,7 +117,7 @@ class Bookkeeping:
                 self._groups.dropped(group_id, LOST_WEIGHTS)
         for letter in self._new_dead_letters():
             self._groups.dropped(letter.group_id, DEAD_LETTER, letter.reason)
-        held = set(self.buffer.places())
+        held = self.buffer.versions()
         for group_id in held:
             self._groups.append(GroupLine(group_id=group_id, fate=Fate.HELD))
         return held

@@ -25,6 +25,7 @@ from actors.reward_buffered import BufferedGroups
 from actors.reward_pool import RewardPool
 from actors.reward_set import RewardHome
 from actors.rollout import Sampling
+from actors.scaling import FleetScaling
 from actors.stages import within
 from actors.weight_sync import WeightSync
 from cluster.config import Config
@@ -140,6 +141,8 @@ async def _start_parts(
     )
     buffered = BufferedGroups.of(config, run.name, buffer_url)
     admin = RewardAdmin(rewards, train_tasks, buffered)
+    scaling = FleetScaling(run.name, fleet, placement, admin.door, observer.event)
+    admin.door.serve("fleet", scaling.carry_out, refusal="scale_refused")
 
     async def start_learner() -> tuple[LearnerGroup, dict[str, float]]:
         learner = await LearnerGroup.start(

@@ -8,7 +8,7 @@ where it stopped. Every pass over the taskset is a new permutation. Called by th
 import math
 import random
 from collections import deque
-from collections.abc import Set
+from collections.abc import Mapping
 from itertools import takewhile
 
 from actors.rollout import RolloutRequest, Sampling
@@ -44,11 +44,14 @@ class Curriculum:
         while (request := self._draw()).group_id in self._early:
             self._early.remove(request.group_id)
             del self._pending[request.group_id]
-        self._drawn_at[request.group_id] = policy_version
+        at = self._drawn_at.get(request.group_id, policy_version)
+        self._drawn_at[request.group_id] = min(at, policy_version)
         return request
 
     def drawn_at(self, group_id: str) -> float:
-        """The policy version when this group was drawn; infinity for one that was not."""
+        """The policy version when this group was drawn, or sampled if the buffer held it since
+        before the last restart; infinity for one that was not.
+        """
         return self._drawn_at.get(group_id, math.inf)
 
     def drawn_by(self, policy_version: int) -> set[str]:
@@ -88,7 +91,8 @@ class Curriculum:
         known = [group_id for group_id in group_ids if group_id in self._pending]
         for group_id in known:
             del self._pending[group_id]
-            del self._drawn_at[group_id]
+        for group_id in group_ids:
+            self._drawn_at.pop(group_id, None)
         self._early |= (set(group_ids) - set(known)) & self._held
         self._held -= set(group_ids)
         return len(known)
@@ -120,10 +124,12 @@ class Curriculum:
             early=sorted(self._early),
         )
 
-    def restore(self, state: CurriculumState, held: Set[str] = frozenset()) -> None:
-        """Go back to `state`, with the groups `held` in the buffer already."""
+    def restore(self, state: CurriculumState, held: Mapping[str, int] | None = None) -> None:
+        """Go back to `state`, with the groups `held` in the buffer already, by the policy version
+        that sampled them.
+        """
         self._num_drawn = state.num_drawn
         self._again = deque(state.pending)
-        self._pending, self._drawn_at = {}, {}
-        self._early, self._held = set(state.early), set(held)
+        self._pending, self._drawn_at = {}, dict(held or {})
+        self._early, self._held = set(state.early), set(self._drawn_at)
         self._num_uniform_in_a_row = 0

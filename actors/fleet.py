@@ -2,21 +2,21 @@
 
 Invariant: a worker receives work only in state HEALTHY, which it enters only after it loaded the
 current weights and passed the probe. The groups of a worker that died or hangs are produced again
-elsewhere; a replacement starts STALE. Used by the controller and by `actors.weight_sync`.
+elsewhere; a replacement starts STALE, as does a worker that is added. One that is to leave gets no
+new group. Used by the controller, `actors.weight_sync` and `actors.scaling`.
 """
 
 import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
 
+from actors.fleet_worker import Worker, WorkerState, end
 from actors.placement import Placement
 from actors.rollout import RolloutRequest
 from actors.rollout_worker import RolloutWorker
@@ -28,41 +28,16 @@ MAX_RESTARTS = 5  # of one worker without a finished group in between
 MAX_TRIES = 3
 MAX_HANGS = 2  # workers that one group may hold up before it is the group's fault
 PING_S = 10.0
+DRAIN_S = 30.0  # a worker that leaves may finish its groups; the rest is produced elsewhere
 MAX_CALLS = 4096  # concurrent calls of one worker's event loop
 logger = logging.getLogger(__name__)
-
-
-class WorkerState(StrEnum):
-    STARTING = "starting"
-    STALE = "stale"  # engine up, weights unproven
-    HEALTHY = "healthy"
-    QUARANTINED = "quarantined"  # failed the probe: serves nothing
-    DEAD = "dead"
-
-
-@dataclass
-class Worker:
-    """One rollout actor and what the controller knows of it."""
-
-    index: int
-    handle: Any
-    state: WorkerState = WorkerState.STARTING
-    policy_version: int = -1
-    pid: int = 0
-    num_running: int = 0
-    num_restarts: int = 0
-    num_in_vain: int = 0  # restarts since the last finished group
-
-    @property
-    def name(self) -> str:
-        return f"rollout/{self.index}"
 
 
 EventSink = Callable[..., None]
 
 
 class RolloutFleet:
-    """`rollout.workers` actors named `hone/<run>/rollout/<i>`."""
+    """`rollout.workers` actors named `hone/<run>/rollout/<i>`, and those added since."""
 
     def __init__(
         self, run_id: str, placement: Placement, policy_dir: Path, run_dir: str, on_event: EventSink
@@ -74,13 +49,52 @@ class RolloutFleet:
         self._run_dir = run_dir
         self._on_event = on_event
         self._changed = asyncio.Condition()
-        self._repairs: set[asyncio.Task[None]] = set()
+        self._next_index = self._config.rollout.workers  # an index is never used again
+        self.is_started = False
         self.catch_up: Callable[[Worker], Awaitable[None]] | None = None
         self.workers = [Worker(i, None) for i in range(self._config.rollout.workers)]
 
     async def start(self) -> None:
         """Load all engines; they end STALE, waiting for the first weight sync."""
         await asyncio.gather(*[self._launch(worker) for worker in self.workers])
+        self.is_started = True
+
+    async def add(self, place: str) -> Worker:
+        """One more worker, in the bundles `place`: it loads, takes the current weights, is probed,
+        and serves when this returns. Raises `StageError` when it cannot, and is gone again.
+        """
+        worker = Worker(self._next_index, None, place=place)
+        self._next_index += 1
+        self.workers.append(worker)
+        try:
+            await self._launch(worker)
+            if self.catch_up is not None:
+                await self.catch_up(worker)
+        except BaseException:
+            await self._dismiss(worker)
+            raise
+        return worker
+
+    async def remove(self) -> Worker:
+        """End the worker that is missed least. What it has not finished in `DRAIN_S` is produced
+        elsewhere.
+        """
+        worker = min(
+            self.staying, key=lambda w: (w.state is WorkerState.HEALTHY, w.num_running, -w.index)
+        )
+        worker.is_leaving = True
+        async with self._changed:
+            try:
+                async with asyncio.timeout(DRAIN_S):
+                    await self._changed.wait_for(lambda: worker.num_running == 0)
+            except TimeoutError:
+                logger.info("%s gives %d groups back", worker.name, worker.num_running)
+        await self._dismiss(worker)
+        return worker
+
+    @property
+    def staying(self) -> list[Worker]:
+        return [w for w in self.workers if not w.is_leaving]
 
     async def serve_as_loaded(self) -> None:
         """Let engines serve the weights that they loaded, as version 0: no learner will follow."""
@@ -117,7 +131,7 @@ class RolloutFleet:
                 if num_hangs == MAX_HANGS:
                     raise
             except StageError:
-                if await self._serves(worker):
+                if not worker.is_leaving and await self._serves(worker):
                     raise  # the task's or the program's fault, which another engine would repeat
                 self.bury(worker, handle)
             except asyncio.CancelledError:
@@ -136,23 +150,16 @@ class RolloutFleet:
     @property
     def serving(self) -> list[Worker]:
         """Workers that take part in a weight sync."""
-        return [w for w in self.workers if w.state in (WorkerState.HEALTHY, WorkerState.STALE)]
+        return [w for w in self.staying if w.state in (WorkerState.HEALTHY, WorkerState.STALE)]
 
     def statuses(self) -> list[ActorStatus]:
-        return [
-            ActorStatus(name=w.name, state=w.state, policy_version=w.policy_version, pid=w.pid)
-            for w in self.workers
-        ]
+        return [w.status() for w in self.workers]
 
     async def stop(self) -> None:
-        for repair in self._repairs:
-            repair.cancel()
-        alive = [w.handle for w in self.workers if w.handle is not None]
-        await asyncio.wait(
-            [asyncio.ensure_future(_quietly(handle.stop.remote())) for handle in alive], timeout=5.0
-        )
-        for handle in alive:
-            ray.kill(handle)
+        for worker in self.workers:
+            if worker.repair is not None:
+                worker.repair.cancel()
+        await end([w.handle for w in self.workers if w.handle is not None])
 
     async def wait_for_healthy(self) -> None:
         """Wait for a worker that can serve, within the start deadline."""
@@ -168,11 +175,11 @@ class RolloutFleet:
     @property
     def has_hope(self) -> bool:
         """Some worker serves, or is being replaced."""
-        return bool(self._healthy or self._repairs)
+        return bool(self._healthy) or any(w.is_in_repair for w in self.staying)
 
     @property
     def _healthy(self) -> list[Worker]:
-        return [w for w in self.workers if w.state is WorkerState.HEALTHY]
+        return [w for w in self.staying if w.state is WorkerState.HEALTHY]
 
     async def _pick(self) -> Worker:
         """The healthy worker with the fewest running groups."""
@@ -200,7 +207,7 @@ class RolloutFleet:
         if worker.handle is not None:
             ray.kill(worker.handle)  # what is left of the one it replaces
         actor = ray.remote(RolloutWorker)
-        options = self._placement.rollout_options(worker.index)
+        options = self._placement.rollout_options(worker.index, worker.place)
         generation = f"{os.getpid()}.{worker.num_restarts}"  # the last controller's may linger
         worker.handle = actor.options(
             name=f"hone/{self._run_id}/rollout/{worker.index}/{generation}",
@@ -224,11 +231,22 @@ class RolloutFleet:
         """Declare the actor `handle` of a worker lost and start its replacement, once."""
         if worker.handle is not handle or worker.state in (WorkerState.DEAD, WorkerState.STARTING):
             return
+        if worker.is_leaving:
+            return
         worker.state = WorkerState.DEAD
         self._on_event("worker_died", actor=worker.name, pid=worker.pid, cause=cause)
-        repair = asyncio.create_task(self._replace(worker))
-        self._repairs.add(repair)
-        repair.add_done_callback(self._repairs.discard)
+        worker.repair = asyncio.create_task(self._replace(worker))
+
+    async def _dismiss(self, worker: Worker) -> None:
+        """End a worker for good."""
+        worker.is_leaving = True
+        if worker.repair is not None:
+            worker.repair.cancel()
+        await end([worker.handle] if worker.handle is not None else [])
+        worker.state = WorkerState.DEAD
+        if worker in self.workers:
+            self.workers.remove(worker)
+        await self.notify()
 
     async def _replace(self, worker: Worker) -> None:
         """Start a dead worker again, bring it to the current weights, then let it serve."""
@@ -248,10 +266,3 @@ class RolloutFleet:
                 await asyncio.sleep(5.0 * (worker.num_in_vain - 1))
         worker.state = WorkerState.DEAD
         self._on_event("worker_retired", actor=worker.name)
-
-
-async def _quietly(reference: Any) -> None:
-    try:
-        await reference
-    except Exception:
-        logger.debug("an actor was gone before it could stop", exc_info=True)

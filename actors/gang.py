@@ -1,19 +1,25 @@
 """The reserved places of a run: one placement group per role, all of them or none.
 
-Invariant: when `reserve` raises or is cancelled, nothing stays reserved. Groups are asked for one
-after the other in a fixed order, so two runs that wait for the same cluster never hold half of it
-each. A bundle whose node dies is rescheduled by Ray once a node has room; the actor that is started
-again then waits for it. Called by `actors.bring_up`.
+Invariant: what raises or is cancelled leaves nothing reserved that was not before. Groups are asked
+for one after the other in a fixed order, so two runs that wait for the same cluster never hold half
+of it each. A bundle whose node dies is rescheduled by Ray once a node has room; the actor that is
+started again then waits for it. Called by `actors.bring_up` and `actors.scaling`.
 """
 
 import asyncio
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.capacity import cluster_nodes, shortages
@@ -40,14 +46,31 @@ class Gang:
         Raises `DeadlineError` naming what is missing when `resources.start_timeout_s` runs out.
         """
         gang = cls()
-        deadline = time.monotonic() + deadline_s
+        wait = _Wait(deadline_s, "resources.start_timeout_s")
         try:
             for request in requests:
-                await gang._add(run_id, request, deadline, deadline_s, report)
+                await gang._add(run_id, request, wait, report)
         except BaseException:
             gang.release()
             raise
         return gang
+
+    async def extend(
+        self, run_id: str, request: BundleRequest, deadline_s: float, report: Report
+    ) -> None:
+        """Wait for one more place while the run trains; raises `DeadlineError` as `reserve` does,
+        and then only this place is given back.
+        """
+        try:
+            await self._add(run_id, request, _Wait(deadline_s, request.knobs), report)
+        except BaseException:
+            self.give_back(request.role)
+            raise
+
+    def give_back(self, role: str) -> None:
+        """Actors that still run there are ended by Ray."""
+        if role in self._groups:
+            remove_placement_group(self._groups.pop(role))
 
     def strategy(self, role: str, index: int = -1) -> PlacementGroupSchedulingStrategy:
         """Where an actor of `role` goes: bundle `index`, or any with room (-1)."""
@@ -68,17 +91,15 @@ class Gang:
         }
 
     def release(self) -> None:
-        """Give everything back; actors that still run there are ended by Ray."""
-        for group in self._groups.values():
-            remove_placement_group(group)
-        self._groups.clear()
+        """Give everything back."""
+        for role in list(self._groups):
+            self.give_back(role)
 
     async def _add(
         self,
         run_id: str,
         request: BundleRequest,
-        deadline: float,
-        deadline_s: float,
+        wait: "_Wait",
         report: Report,
     ) -> None:
         name = f"hone/{run_id}/{request.role}"
@@ -94,17 +115,34 @@ class Gang:
         while not await asyncio.to_thread(group.wait, POLL_S):
             missing = shortages([request], cluster_nodes())
             wanted = missing[0] if missing else f"resources: {request.role} waits for {request}"
-            if time.monotonic() > deadline:
+            if wait.is_over:
                 raise DeadlineError(
-                    "resources",
-                    f"{wanted}; waited {deadline_s:.0f} s (resources.start_timeout_s)",
+                    "resources", f"{wanted}; waited {wait.seconds:.0f} s ({wait.knob})"
                 )
             if not has_reported:
                 report(wanted)
                 has_reported = True
 
 
+@dataclass
+class _Wait:
+    seconds: float
+    knob: str
+
+    def __post_init__(self) -> None:
+        self._end = time.monotonic() + self.seconds
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() > self._end
+
+
 def _remove_left_over(name: str) -> None:
-    """The group of a controller that died: Ray keeps it, and its resources, until the job ends."""
-    with suppress(ValueError):
-        remove_placement_group(ray.util.get_placement_group(name))
+    """The group of a controller that died, and those by which it was extended: Ray keeps them, and
+    their resources, until the job ends.
+    """
+    names = [t["name"] for t in placement_group_table().values() if t["state"] != "REMOVED"]
+    for left_over in names:
+        if left_over == name or left_over.startswith(f"{name}/"):
+            with suppress(ValueError):
+                remove_placement_group(ray.util.get_placement_group(left_over))

@@ -14,6 +14,7 @@ from actors.intake import InDrawOrder, Intake, WithinAge
 from actors.stages import Stages
 from cluster.config import Config
 from cluster.errors import WireError
+from cluster.replay_policy import Fifo, policy_of
 from cluster.replay_records import DeadLetter
 from cluster.types import GroupHeader
 from learners.group import LearnerGroup
@@ -35,6 +36,7 @@ class Gathering:
     ) -> None:
         self._num_groups = config.rollout.groups_per_step
         self._max_policy_age = config.rollout.max_policy_age
+        self._is_fifo = isinstance(policy_of(config), Fifo)
         self._left_over: list[GroupHeader] = []
         self._books = books
         self._stages = stages
@@ -52,7 +54,7 @@ class Gathering:
             for batch in batches:
                 num_taken += await self._take_in(learner, intake, batch)
             if num_taken >= self._num_groups:
-                self._left_over = intake.waiting
+                await self._leave(intake.waiting)
                 return intake.claimed
             if self._stopping.is_set():
                 return [*intake.claimed, *intake.waiting]
@@ -60,6 +62,15 @@ class Gathering:
             await self._drop(claim.too_old, TOO_OLD, "")
             await self._bury(claim.dead, intake)
             batches = intake.offer(claim.headers)
+
+    async def _leave(self, headers: list[GroupHeader]) -> None:
+        """Claimed, but without a seat in this step. First come, they are the first of the next one;
+        otherwise they go back, so that it chooses among all that are ready by then.
+        """
+        if self._is_fifo:
+            self._left_over = headers
+        else:
+            await self._books.release(headers)
 
     async def _claim(self, num_groups: int) -> Claim:
         """What the buffer has next; nothing when the run is stopping. One wait, however long: the

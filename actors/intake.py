@@ -37,7 +37,8 @@ class Intake(Protocol):
 
 
 class WithinAge:
-    """As they come, oldest first, with seats kept so that no group will ever be too old.
+    """As they come, by priority (`buffer.policy`) and then oldest first, with seats kept so that no
+    group will ever be too old.
 
     Groups drawn at version `due` must be used in this step, at `due + 1` in the next at the latest,
     and so on: a younger one is taken in only if the seats left suffice for what that leaves to this
@@ -66,7 +67,7 @@ class WithinAge:
     def offer(self, headers: list[GroupHeader]) -> list[list[GroupHeader]]:
         self._waiting |= {h.group_id: h for h in headers if h.group_id not in self._claimed}
         batch: list[GroupHeader] = []
-        for header in sorted(self._waiting.values(), key=self._drawn_at):
+        for header in sorted(self._waiting.values(), key=self._rank):
             if self._has_seat(self._drawn_at(header)):
                 self._claimed[header.group_id] = self._waiting.pop(header.group_id)
                 batch.append(header)
@@ -76,6 +77,9 @@ class WithinAge:
         for group_id in group_ids:
             self._claimed.pop(group_id, None)
             self._waiting.pop(group_id, None)
+
+    def _rank(self, header: GroupHeader) -> tuple[float, int]:
+        return -header.priority, self._drawn_at(header)
 
     def _drawn_at(self, header: GroupHeader) -> int:
         drawn_at = self._curriculum.drawn_at(header.group_id)

@@ -199,8 +199,8 @@ class Placement:
         cores = self.config.resources.cpus or os.cpu_count() or 1
         return max(1, cores // self.total_cpus)
 
-    def rollout_options(self, index: int = 0) -> dict[str, Any]:
-        """Ray options of rollout worker `index`."""
+    def rollout_options(self, index: int = 0, place: str = "rollout") -> dict[str, Any]:
+        """Ray options of rollout worker `index`, in the reserved bundles `place`."""
         env = QUIET_ENV | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
         if self.config.rollout.tensor_parallel_size == 1:
             env |= ALONE_ENV
@@ -215,7 +215,7 @@ class Placement:
             "num_gpus": self.rollout_gpus,
             "runtime_env": {"env_vars": env},
             "max_restarts": 0,  # the fleet re-creates it: Ray's restart would skip the sync
-        } | self._place("rollout", index if self.is_colocated else -1)
+        } | self._place(place, index if self.is_colocated else -1)
 
     def learner_options(self) -> dict[str, Any]:
         env = QUIET_ENV if self.is_gpu else QUIET_ENV | {"OMP_NUM_THREADS": "1"}

@@ -3,7 +3,7 @@
 Invariant: a version goes live only after the workers that will be live have paid gold answers and
 golden sets in full, a rollback's too, and after `rewards.json` names it; whatever fails before that
 changes nothing but a line `reward_refused` in events.jsonl. One change at a time. Requests come
-through `cluster.control`. Owned by the controller's parts.
+through `actors.door`. Owned by the controller's parts.
 """
 
 import asyncio
@@ -15,20 +15,20 @@ from typing import Any
 import msgspec
 from pydantic import ValidationError
 
+from actors.door import Door
 from actors.reward_buffered import BufferedGroups
 from actors.reward_candidate import Candidate
 from actors.reward_pool import RewardPool
 from actors.reward_trial import trial
 from cluster import reward_state
 from cluster.config import RewardsSection, VerifierConfig
-from cluster.control import ControlServer, Reply, Request
-from cluster.errors import ConfigError, DeadlineError, HoneError, StageError, boundary
+from cluster.control import ControlServer, Request
+from cluster.errors import ConfigError, HoneError, StageError, boundary
 from cluster.redis_client import connect
 from cluster.reward_state import RewardState, RubricVersion
 from cluster.types import Task
 
 REPORT_EVERY_GROUPS = 20
-POLL_S = 0.5
 log = logging.getLogger(__name__)
 
 
@@ -44,13 +44,13 @@ class RewardAdmin:
         self._on_event = home.on_event
         self._origin = _plain(home.placement.config.rewards.verifiers)
         self._state = RewardState(origin=self._origin)
-        self._server = ControlServer(connect(home.buffer_url), home.run.name)
-        self._door: asyncio.Task[None] | None = None
+        self.door = Door(ControlServer(connect(home.buffer_url), home.run.name), home.on_event)
+        self.door.serve("rewards", self._carry_out, refusal="reward_refused")
+        self.door.on_poll = self._watch_shadow
         self._change = asyncio.Lock()
         self._trial = (
             asyncio.Lock()
         )  # of its own: a trial changes nothing, and a rollback is urgent
-        self._answering: set[asyncio.Task[None]] = set()
         self._shadowed: RubricVersion | None = None
         self._num_reported = 0
         self._commands: dict[str, Callable[[dict[str, Any]], Awaitable[Any]]] = {
@@ -77,8 +77,7 @@ class RewardAdmin:
         await self._save(self._state.activate(version.label))
         if last is not None and last.label != version.label:
             self._tell("resume", last.label, version, "its code has changed since")
-        await asyncio.to_thread(self._server.open)
-        self._door = asyncio.create_task(self._serve())
+        await self.door.open()
 
     @property
     def versions(self) -> dict[str, str]:
@@ -88,40 +87,8 @@ class RewardAdmin:
 
     async def stop(self) -> None:
         """Close the door; the pool is stopped by its owner."""
-        for task in (self._door, *self._answering):
-            if task is not None:
-                task.cancel()
         self._buffered.stop()
-        try:
-            await asyncio.to_thread(self._server.close)
-        except HoneError as error:
-            log.warning("%s", error)
-
-    async def _serve(self) -> None:
-        while True:
-            try:
-                request = await asyncio.to_thread(self._server.next, POLL_S)
-            except HoneError as error:
-                log.warning("requests cannot be read: %s", error)
-                await asyncio.sleep(POLL_S)
-                continue
-            self._watch_shadow()
-            if request is not None:
-                task = asyncio.create_task(self._answer(request))
-                self._answering.add(task)
-                task.add_done_callback(self._answering.discard)
-
-    async def _answer(self, request: Request) -> None:
-        try:
-            with boundary("rewards"):
-                reply = Reply(body=await self._carry_out(request))
-        except HoneError as error:
-            reply = Reply(error=str(error))
-            self._on_event("reward_refused", command=request.command, reason=str(error)[:1000])
-        try:
-            await asyncio.to_thread(self._server.answer, request, reply)
-        except HoneError as error:
-            log.warning("%s was not told of %s: %s", request.id, request.command, error)
+        await self.door.close()
 
     async def _carry_out(self, request: Request) -> Any:
         if request.command == "rewards.list":
@@ -130,11 +97,7 @@ class RewardAdmin:
         if command is None:
             raise ConfigError(f"unknown request {request.command!r}")
         async with self._trial if command == self._try else self._change:
-            if await asyncio.to_thread(self._server.is_late, request):
-                raise DeadlineError(
-                    "control", f"{request.command} came to its turn after its deadline, behind "
-                    "another request: nothing was changed"
-                )  # fmt: skip
+            await self.door.require_in_time(request)
             return await command(request.arguments)
 
     def _listing(self) -> dict[str, Any]:

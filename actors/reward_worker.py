@@ -18,6 +18,7 @@ from cluster.config import BufferSection, VerifierConfig
 from cluster.errors import BufferFullError, ConfigError, StageError, boundary
 from cluster.redis_client import OUTAGE_S, connect
 from cluster.replay_buffer import ReplayBuffer
+from cluster.replay_policy import build_policy
 from cluster.reward_state import RUBRIC
 from cluster.types import Task, Trajectory, TrajectoryGroup, TrajectoryStatus
 from rewards.golden import golden_check
@@ -85,6 +86,7 @@ class RewardWorker:
                 f"rubric {label}: its code or settings have changed on disk, they are now "
                 f"{self._rubric.version}: swap to the new version, or put the old code back"
             )
+        self._policy = build_policy(buffer)
         self._buffer = ReplayBuffer(
             connect(buffer_url, retry_s=OUTAGE_S),
             run_id,
@@ -153,7 +155,9 @@ class RewardWorker:
             group = await self._mixed(given, wire.decode(failed, TrajectoryGroup))
         label = self._label or self._rubric.version
         return msgspec.structs.replace(
-            group, reward_versions={RUBRIC: label, **group.reward_versions}
+            group,
+            reward_versions={RUBRIC: label, **group.reward_versions},
+            priority=self._policy.priority(group),
         )
 
     async def _mixed(self, given: TrajectoryGroup, failed: TrajectoryGroup) -> TrajectoryGroup:

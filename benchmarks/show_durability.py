@@ -26,6 +26,7 @@ TARGETS_S = {
     "hang": 240,
 }
 FAULTS = "tests/e2e/test_faults.py"
+SYNC = "tests/integration/test_weight_sync.py"
 ELSEWHERE = "the throughput harness is not part of this tree yet"
 
 
@@ -67,6 +68,22 @@ def held_by_tests() -> Iterator[Row]:
     yield proven(
         "a group is taken in once; long rollouts are used as often as short ones, none is too old",
         ["tests/unit/test_intake.py", "tests/unit/test_curriculum.py"],
+        "all pass",
+    )
+    yield proven(
+        "replay policies fifo, freshest, prioritised: order, leases, age bound; two learners"
+        " beside a producer, undone steps",
+        ["tests/integration/test_replay_policies.py"],
+        "nothing lost, nothing twice, nothing too old",
+    )
+    yield proven(
+        "elastic: a rollout worker is added, proven by the probe, and removed while groups are"
+        " sampled; what it gives back is sampled elsewhere",
+        [
+            "tests/integration/test_scaling.py",
+            "tests/integration/test_gang.py",
+            f"{SYNC}::test_a_worker_is_added_proven_and_removed_while_groups_are_sampled",
+        ],
         "all pass",
     )
     yield proven(

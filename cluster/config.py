@@ -168,6 +168,7 @@ class BufferSection(Section):
     capacity_groups: Positive = 1024
     lease_s: PositiveFloat = 120.0
     max_deliveries: Positive = 3
+    policy: dict[str, Any] = {"use": "fifo"}  # use, settings; see cluster.replay_policy
 
 
 class LearnerSection(Section):

@@ -29,7 +29,7 @@ BOOKKEEPING: dict[str, Any] = {
         "trackers",
     },
     "resources": True,
-    "buffer": True,
+    "buffer": {"url", "capacity_groups", "lease_s", "max_deliveries"},
     "eval": True,
     "learner": {"world_size", "timeout_s", "activation_checkpointing"},
     "rollout": {

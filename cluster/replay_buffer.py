@@ -77,12 +77,10 @@ class ReplayBuffer(BufferReader):
 
         Raises `BufferFullError` at capacity, and `WireError` when the priority is not finite.
         """
-        if not math.isfinite(group.priority):
-            raise WireError(f"priority of {group.group_id} must be finite, got {group.priority}")
         answer = self._run(
             Script.ADD,
             group.group_id,
-            repr(-group.priority),
+            _score(group),
             group.min_policy_version,
             wire.encode(GroupHeader.of(group)),
             wire.encode(group),
@@ -143,9 +141,13 @@ class ReplayBuffer(BufferReader):
         return [group_id.decode() for group_id in taken]
 
     def replace(self, group: TrajectoryGroup, owner: str) -> bool:
-        """New contents for a group that `owner` holds a lease on; False when it holds none."""
+        """New contents and priority for a group that `owner` holds a lease on; False when it holds
+        none.
+        """
         header, payload = wire.encode(GroupHeader.of(group)), wire.encode(group)
-        return bool(self._run(Script.REPLACE, owner, group.group_id, header, payload))
+        return bool(
+            self._run(Script.REPLACE, owner, group.group_id, header, payload, _score(group))
+        )
 
     def renew(self, owner: str) -> int:
         """Extend all leases of `owner` to `lease_s` from now; returns how many there are."""
@@ -256,3 +258,9 @@ class ReplayBuffer(BufferReader):
         keys = [*self._keys.state, extra_key] if extra_key else self._keys.state
         with translated_errors(script.name.lower()):
             return self._scripts[script](keys=keys, args=[writer, *arguments])
+
+
+def _score(group: TrajectoryGroup) -> str:
+    if not math.isfinite(group.priority):
+        raise WireError(f"priority of {group.group_id} must be finite, got {group.priority}")
+    return repr(-group.priority)

@@ -8,6 +8,7 @@ Invariant: reading changes nothing, so it is safe beside a run that trains. The 
 
 from typing import cast
 
+import msgspec
 import redis
 
 from cluster import wire
@@ -44,6 +45,15 @@ class BufferReader:
             ids = [member[16:].decode() for member in members]
             found = cast(list[bytes | None], self._client.hmget(keys.headers, ids) if ids else [])
         return [wire.decode(header, GroupHeader) for header in found if header is not None]
+
+    def versions(self) -> dict[str, int]:
+        """The lowest policy version that sampled each group that the buffer holds."""
+        with translated_errors("versions"):
+            packed = cast(dict[bytes, bytes], self._client.hgetall(self._keys.entries))
+        return {
+            group_id.decode(): int(msgspec.msgpack.decode(entry)["version"])
+            for group_id, entry in packed.items()
+        }
 
     def holds(self, group_id: str) -> bool:
         with translated_errors("holds"):

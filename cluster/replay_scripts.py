@@ -114,7 +114,7 @@ return taken
 """
     )
 
-    # ARGV: owner, group_id, header, payload. Returns 1, or 0 where the owner has no lease.
+    # ARGV: owner, group_id, header, payload, score. Returns 1, or 0 where the owner has no lease.
     REPLACE = (
         SHRINKS
         + """
@@ -125,6 +125,7 @@ redis.call('HSET', headers, id, ARGV[3])
 redis.call('HSET', payloads, id, ARGV[4])
 count('payload_bytes', #ARGV[4] - entry.size)
 entry.size = #ARGV[4]
+entry.score = ARGV[5]
 save(id, entry)
 return 1
 """

@@ -16,6 +16,7 @@ from cluster import metrics, plugins, redis_client
 from cluster.config import Config
 from cluster.embedded_redis import server_program
 from cluster.errors import ConfigError, HoneError, boundary
+from cluster.replay_policy import policy_of
 from cluster.types import Task
 from serve import plan
 
@@ -98,6 +99,8 @@ def _build_plugins(config: Config, report: CheckReport) -> None:
     program = config.rollout.program
     with report.collect("rollout.program"):
         plugins.build(program.use, program.settings, PROGRAMS, "rollout.program")
+    with report.collect("buffer.policy"):
+        policy_of(config)
     with report.collect("objective.credit"):
         check_critic(config.critic, build_credit(config.objective.credit))
     if config.critic is not None:

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.errors import ConfigError, HoneError, StageError, boundary
-from serve import endpoint_cli, eval_cli, plan_cli, replay_cli, rewards_cli, submit_cli
+from serve import (
+    endpoint_cli,
+    eval_cli,
+    plan_cli,
+    replay_cli,
+    rewards_cli,
+    scale_cli,
+    submit_cli,
+)
 
 if TYPE_CHECKING:
     from cluster.config import Config
@@ -32,6 +40,7 @@ app = typer.Typer(
 )
 endpoint_cli.register(app)
 submit_cli.register(app)
+scale_cli.register(app)
 app.add_typer(rewards_cli.app, name="rewards")
 app.add_typer(replay_cli.app, name="replay")
 app.command("eval")(eval_cli.evaluate)

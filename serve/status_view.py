@@ -18,7 +18,13 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 SILENT_AFTER_S = 30.0
 ENDED = ("finished", "failed")
 _PACE_STEPS = 20
-_STATE_STYLES = {"healthy": "green", "quarantined": "yellow", "dead": "red", "starting": "cyan"}
+_STATE_STYLES = {
+    "healthy": "green",
+    "quarantined": "yellow",
+    "leaving": "yellow",
+    "dead": "red",
+    "starting": "cyan",
+}
 
 
 def render(status: RunStatus, *, now: float, step_s: float | None) -> RenderableType:

@@ -78,6 +78,24 @@ async def test_a_wait_for_a_busy_cluster_ends_when_it_is_free_or_cancelled() -> 
     await until(lambda: not reserved())
 
 
+async def test_a_gang_is_extended_by_what_fits_and_keeps_what_it_has() -> None:
+    gang = await Gang.reserve("g", [cpus("learner", 4), cpus("rollout", 2)], 20, ignore)
+    await gang.extend("g", cpus("rollout/1", 1), 20, ignore)
+    with pytest.raises(DeadlineError, match=r"rollout/2 waits for 1 x 2 CPU; waited 1 s .*count"):
+        await gang.extend("g", cpus("rollout/2", 1, 2), 1, ignore)
+    whole = ["hone/g/learner", "hone/g/rollout", "hone/g/rollout/1"]
+    await until(lambda: reserved() == whole)
+    gang.give_back("rollout/1")
+    gang.give_back("rollout/1")
+    await until(lambda: reserved() == ["hone/g/learner", "hone/g/rollout"])
+    await gang.extend("g", cpus("rollout/3", 1, 2), 20, ignore)
+    successor = asyncio.create_task(Gang.reserve("g", [cpus("rollout", 4)], 30, ignore))
+    await until(lambda: reserved() == ["hone/g/learner", "hone/g/rollout"])
+    (await successor).release()
+    gang.release()
+    await until(lambda: not reserved())
+
+
 async def test_labels_are_asked_of_ray() -> None:
     with pytest.raises(DeadlineError, match="on pool=nowhere; no node has these labels"):
         await Gang.reserve("f", [cpus("learner", 1, pool="nowhere")], 1, ignore)

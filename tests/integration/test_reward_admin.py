@@ -523,11 +523,13 @@ async def test_changed_code_is_another_version_and_a_killed_worker_is_replaced(
 async def test_a_request_past_its_deadline_is_not_carried_out(tmp_path: Path, url: str):
     async with house(tmp_path, url) as home:
         client = ControlClient(home.run)
-        home.admin._door.cancel()  # nobody answers
+        listener = home.admin.door._listener
+        assert listener is not None
+        listener.cancel()  # nobody answers
         await asyncio.sleep(1.0)
         with pytest.raises(DeadlineError, match="not answered in 1 s"):
             await asyncio.to_thread(client.ask, "rewards.rollback", {}, 1.0)
-        assert home.admin._server.next(0.1) is None
+        assert home.admin.door._server.next(0.1) is None
 
 
 @pytest.mark.timeout(200)

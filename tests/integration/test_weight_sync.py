@@ -291,6 +291,45 @@ async def test_a_trajectory_as_long_as_the_context_is_a_probe_like_any_other(
     assert parts.fleet.workers[0].state is WorkerState.HEALTHY
 
 
+async def test_a_worker_is_added_proven_and_removed_while_groups_are_sampled(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It serves what the other serves, takes part in a sync, and the groups that it gives back are
+    sampled elsewhere, with the same bits.
+    """
+    [first] = parts.fleet.workers
+    await parts.sync.sync(8)
+    added = await parts.fleet.add("rollout")
+    assert (added.name, added.state) == ("rollout/1", WorkerState.HEALTHY)
+    assert added.policy_version == first.policy_version == 8
+    asked = request("on both", max_new_tokens=24, seed=21)
+    one, other = await asyncio.gather(rollout(parts, asked), rollout(parts, asked))
+    for left, right in zip(one.trajectories, other.trajectories, strict=True):
+        assert left.token_ids.tolist() == right.token_ids.tolist()
+    await move_weights(parts, 9)
+    report = await parts.sync.sync(9)
+    assert report.num_engines == 2
+    assert report.probe_error is not None
+    assert report.probe_error <= 1e-4
+
+    monkeypatch.setattr("actors.fleet.DRAIN_S", 0.05)
+    long = [RolloutRequest(f"long-{i}", TASK, 4, Sampling(100, 1.0, [], i)) for i in range(4)]
+    running = [asyncio.create_task(rollout(parts, each)) for each in long]
+    await asyncio.sleep(0.1)
+    assert first.num_running == added.num_running == 2
+    process = psutil.Process(added.pid)
+    removed = await parts.fleet.remove()
+    assert removed is added
+    assert parts.fleet.workers == [first]
+    groups = await asyncio.wait_for(asyncio.gather(*running), 60)
+    assert [group.group_id for group in groups] == [each.group_id for each in long]
+    psutil.wait_procs([process], timeout=20)
+    assert not process.is_running()
+    assert (first.state, first.num_restarts) == (WorkerState.HEALTHY, 0)
+    kinds = [kind for kind, _ in parts.events]
+    assert "worker_died" not in kinds
+
+
 async def test_requests_in_flight_survive_a_sync_and_report_both_versions(parts: Parts) -> None:
     asked = RolloutRequest("long", TASK, 4, Sampling(100, 1.0, [], 3))
     before = parts.fleet.workers[0].policy_version

@@ -68,11 +68,11 @@ def test_a_group_held_by_the_buffer_and_settled_before_its_draw_is_not_drawn() -
     whole = curriculum()
     expected = [whole.next().group_id for _ in range(6)]
     draws = curriculum()
-    draws.restore(draws.state(), held={expected[0], expected[2]})
+    draws.restore(draws.state(), held={expected[0]: 0, expected[2]: 0})
     assert draws.is_held(expected[2])
     assert draws.settle([expected[2]]) == 0, "it had no slot"
     resumed = curriculum()
-    resumed.restore(draws.state(), held={expected[0]})
+    resumed.restore(draws.state(), held={expected[0]: 0})
     for each in (draws, resumed):
         drawn = [each.next().group_id for _ in range(5)]
         assert drawn == [g for g in expected if g != expected[2]]

@@ -1,0 +1,74 @@
+"""One rollout actor as the controller knows it, and how such actors end.
+
+Invariant: `num_running` counts the groups that the actor has in hand; one that is leaving gets no
+more. Owned by `actors.fleet`; `actors.weight_sync` moves the state and the version.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import ray
+
+from cluster.status import ActorStatus
+
+END_S = 5.0
+logger = logging.getLogger(__name__)
+
+
+class WorkerState(StrEnum):
+    STARTING = "starting"
+    STALE = "stale"  # engine up, weights unproven
+    HEALTHY = "healthy"
+    QUARANTINED = "quarantined"  # failed the probe: serves nothing
+    DEAD = "dead"
+
+
+@dataclass
+class Worker:
+    """One rollout actor and what the controller knows of it."""
+
+    index: int
+    handle: Any
+    state: WorkerState = WorkerState.STARTING
+    policy_version: int = -1
+    pid: int = 0
+    num_running: int = 0
+    num_restarts: int = 0
+    num_in_vain: int = 0  # restarts since the last finished group
+    place: str = "rollout"  # the reserved group of bundles that it lives in
+    is_leaving: bool = False
+    repair: asyncio.Task[None] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"rollout/{self.index}"
+
+    @property
+    def is_in_repair(self) -> bool:
+        return self.repair is not None and not self.repair.done()
+
+    def status(self) -> ActorStatus:
+        state = "leaving" if self.is_leaving else str(self.state)
+        return ActorStatus(
+            name=self.name, state=state, policy_version=self.policy_version, pid=self.pid
+        )
+
+
+async def end(handles: Sequence[Any]) -> None:
+    """Let engines shut down, then end their actors."""
+    if handles:
+        stopping = [asyncio.ensure_future(_quietly(handle.stop.remote())) for handle in handles]
+        await asyncio.wait(stopping, timeout=END_S)
+    for handle in handles:
+        ray.kill(handle)
+
+
+async def _quietly(reference: Any) -> None:
+    try:
+        await reference
+    except Exception:
+        logger.debug("an actor was gone before it could stop", exc_info=True)
