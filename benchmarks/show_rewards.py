@@ -51,7 +51,7 @@ NOT_SHOWN = (
 LIVE = f"{TESTS}reward_admin.py"
 LONG = (
     ("20 swaps, promotes, rollbacks under load: no group lost, doubled or mixed; cut-over < 1 s",
-     [LIVE, "-k", "twenty"]),
+     [LIVE, "-k", "under_load"]),
     ("a candidate that fails or dies in any phase changes nothing",
      [LIVE, "-k", "bad_candidate or shadow"]),
     ("verifiers in pools of their own: bounds, queue, deaths, environments, swaps",

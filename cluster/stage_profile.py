@@ -184,12 +184,12 @@ class _Rates:
 
     def __init__(self, samples: Sequence[tuple[float, float, float]]) -> None:
         x, y, z = np.array(samples, dtype=np.float64).T
-        first, second = np.linalg.lstsq(np.stack([x, y], axis=1), z, rcond=None)[0]
-        if first < 0:
-            first, second = 0.0, y @ z / (y @ y)
-        elif second < 0:
-            first, second = x @ z / (x @ x), 0.0
-        self.first, self.second = float(first), float(second)
+        solution: np.ndarray = np.linalg.lstsq(np.stack([x, y], axis=1), z, rcond=None)[0]
+        self.first, self.second = (float(rate) for rate in solution)
+        if self.first < 0:
+            self.first, self.second = 0.0, float(y @ z / (y @ y))
+        elif self.second < 0:
+            self.first, self.second = float(x @ z / (x @ x)), 0.0
 
     def expect(self, x: float, y: float) -> float:
         return x * self.first + y * self.second

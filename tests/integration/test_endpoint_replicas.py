@@ -30,6 +30,7 @@ def _certificate(folder: Path) -> tuple[str, str]:
     return key, certificate
 
 
+@pytest.mark.slow  # a row of `make show AREA=serve`
 @pytest.mark.timeout(280)
 def test_two_replicas_share_a_tls_port(
     tiny_config: Config, tiny_policy_dir: Path, tmp_path: Path

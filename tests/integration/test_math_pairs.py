@@ -1,6 +1,7 @@
 """The table of `tests/data/math_pairs.yaml` through the real verifier and its worker processes."""
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,16 @@ def task(reference: str) -> Task:
                 messages=[Message(role="user", content="?")])  # fmt: skip
 
 
-async def wrong_verdicts(entry: dict[str, Any]) -> list[str]:
+def rubric_of(settings: dict[str, Any]) -> Rubric:
+    return Rubric({"m": VerifierConfig(use="math", settings=settings, timeout_s=60.0)})
+
+
+async def wrong_verdicts(rubric: Rubric, entry: dict[str, Any]) -> list[str]:
     """One line for each answer of an entry whose score is not the one that the table states."""
     settings = entry.get("settings", {})
-    rubric = Rubric({"m": VerifierConfig(use="math", settings=settings, timeout_s=60.0)})
     expected = dict.fromkeys(entry["equal"], 1.0) | dict.fromkeys(entry["unequal"], 0.0)
     texts = [text if entry.get("completions") else rf"\boxed{{{text}}}" for text in expected]
-    try:
-        scored = await rubric.score(group_of(task(entry["reference"]), texts))
-    finally:
-        await rubric.close()
+    scored = await rubric.score(group_of(task(entry["reference"]), texts))
     return [
         f"{entry['reference']} {settings} | {text}: {t.reward} ({t.verdicts[0].evidence}"
         f"{t.verdicts[0].error}), not {score}"
@@ -44,9 +45,16 @@ async def wrong_verdicts(entry: dict[str, Any]) -> list[str]:
 @pytest.mark.timeout(240)
 async def test_every_pair_is_decided_as_the_table_says(record_property: Any) -> None:
     wrong: list[str] = []
-    for start in range(0, len(TABLE), 2):
-        rows = await asyncio.gather(*(wrong_verdicts(e) for e in TABLE[start : start + 2]))
-        wrong += [line for row in rows for line in row]
+    by_settings: dict[str, list[dict[str, Any]]] = {}
+    for entry in TABLE:
+        by_settings.setdefault(json.dumps(entry.get("settings", {})), []).append(entry)
+    for settings, entries in by_settings.items():
+        rubric = rubric_of(json.loads(settings))
+        for start in range(0, len(entries), 2):
+            some = entries[start : start + 2]
+            rows = await asyncio.gather(*(wrong_verdicts(rubric, entry) for entry in some))
+            wrong += [line for row in rows for line in row]
+        await rubric.close()
     num_pairs = sum(len(entry["equal"]) + len(entry["unequal"]) for entry in TABLE)
     record_property("pairs", num_pairs)
     assert not wrong, "\n".join(wrong)

@@ -189,7 +189,10 @@ def verifiers(use: str = "Answer", **settings: object) -> dict[str, object]:
 
 
 @pytest.mark.timeout(280)
-async def test_twenty_changes_under_load_lose_nothing_and_mix_nothing(tmp_path: Path, url: str):
+@pytest.mark.parametrize("rounds", [2, pytest.param(7, marks=pytest.mark.slow)])
+async def test_changes_under_load_lose_nothing_and_mix_nothing(
+    tmp_path: Path, url: str, rounds: int
+):
     async with house(tmp_path, url) as home:
         summaries: list[GroupSummary] = []
         is_over = asyncio.Event()
@@ -200,7 +203,7 @@ async def test_twenty_changes_under_load_lose_nothing_and_mix_nothing(tmp_path: 
                 await asyncio.sleep(0.05)
 
         loads = asyncio.create_task(load())
-        for i in range(7):
+        for i in range(rounds):
             await home.ask("swap", verifiers=verifiers(bonus=float(i + 1)))
             summaries.append(await home.score())
             await home.ask("rollback")
@@ -210,7 +213,9 @@ async def test_twenty_changes_under_load_lose_nothing_and_mix_nothing(tmp_path: 
         is_over.set()
         await loads
         swaps = [fields for kind, fields in home.events if kind == "reward_swapped"]
-        assert Counter(s["action"] for s in swaps) == {"swap": 7, "rollback": 7, "promote": 7}
+        assert Counter(s["action"] for s in swaps) == dict.fromkeys(
+            ("swap", "rollback", "promote"), rounds
+        )
         assert max(float(str(s["cutover_ms"])) for s in swaps) < 1000
         ids = [f"live-{i + 1}" for i in range(home.num_groups)]
         assert sorted(s.group_id for s in summaries) == sorted(ids)
@@ -225,7 +230,7 @@ async def test_twenty_changes_under_load_lose_nothing_and_mix_nothing(tmp_path: 
             assert group.rewards == [1 + bonus, bonus, bonus, 1 + bonus]
             stamps = {t.verdicts[0].reward_version for t in group.trajectories}
             assert stamps == {version.signals["answer"]}
-        assert len({s.reward_versions["rubric"] for s in summaries}) == 15
+        assert len({s.reward_versions["rubric"] for s in summaries}) == 2 * rounds + 1
 
 
 @pytest.mark.timeout(200)

@@ -33,7 +33,12 @@ def checkout(tmp_path: Path) -> Path:
 
 def make_setup(checkout: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["make", "setup"], cwd=checkout, capture_output=True, text=True, timeout=60, check=False
+        ["make", "--no-print-directory", "setup"],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 
