@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -184,8 +185,9 @@ class _Rates:
 
     def __init__(self, samples: Sequence[tuple[float, float, float]]) -> None:
         x, y, z = np.array(samples, dtype=np.float64).T
-        solution: np.ndarray = np.linalg.lstsq(np.stack([x, y], axis=1), z, rcond=None)[0]
-        self.first, self.second = (float(rate) for rate in solution)
+        linalg: Any = np.linalg  # its stubs leave the result unknown
+        solution = linalg.lstsq(np.stack([x, y], axis=1), z, rcond=None)[0]
+        self.first, self.second = float(solution[0]), float(solution[1])
         if self.first < 0:
             self.first, self.second = 0.0, float(y @ z / (y @ y))
         elif self.second < 0:
