@@ -8,6 +8,7 @@ collective: all ranks call it with the same arguments. A plain class; Ray lives 
 `learners.group`.
 """
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -236,6 +237,7 @@ class Learner:
             max_grad_norm=self._config.learner.max_grad_norm,
             seed=self._config.run.seed,
             device=self._device,
+            num_cores=int(self._config.resources.cpus or os.cpu_count() or 1),
         )
         if self._reference is not None:
             self._reference.copy_from(self._policy)

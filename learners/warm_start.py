@@ -41,8 +41,12 @@ def warm_start(
     max_grad_norm: float,
     seed: int,
     device: torch.device,
+    num_cores: int = 1,
 ) -> Iterator[WarmStartProgress]:
-    """Train step by step; the rate follows a cosine from `section.lr` to a tenth of it."""
+    """Train step by step; the rate follows a cosine from `section.lr` to a tenth of it.
+
+    On CPU the ranks share `num_cores` math threads: engines have nothing to do yet.
+    """
     rows = [
         Row.plain(np.asarray(context, dtype=np.int32), np.asarray(completion, dtype=np.int32))
         for context, completion in examples
@@ -54,6 +58,8 @@ def warm_start(
     optimizer = ShardedAdamW(policy, weight_decay=0.0)
     sums = StepSums(device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before, num_cores // world_size))
     for step, batch in enumerate(_batches(len(rows), section, seed)):
         lengths = [len(rows[i].context) + len(rows[i].completion) for i in batch]
         for part in assign(lengths, world_size, microbatch_tokens)[rank]:
@@ -78,6 +84,7 @@ def warm_start(
         )
         optimizer.step(rate, scale * clip_factor(grad_norm, max_grad_norm))
         yield WarmStartProgress(step + 1, section.steps, totals["loss"] / totals["tokens"])
+    torch.set_num_threads(before)
 
 
 def _batches(num_rows: int, section: WarmStartSection, seed: int) -> Iterator[list[int]]:
