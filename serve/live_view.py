@@ -85,7 +85,7 @@ class LiveView:
             if status := self._status():
                 phase = status_view.phase_name(status)
                 if phase != last_phase:
-                    lines.append(phase + _expectation(status))
+                    lines.append(status_view.phase_line(status, time.time()))
                 elif time.monotonic() - said_at > STILL_HERE_S and not lines:
                     lines.append(status_view.phase_line(status, time.time()))
                 last_phase = phase
@@ -103,11 +103,6 @@ class LiveView:
         known = [{k: v for k, v in row.items() if v is not None} for row in rows]
         self._metrics = [*self._metrics, *known][-100:]
         return known
-
-
-def _expectation(status: run_status.RunStatus) -> str:
-    seconds = status.phase_expected_s
-    return f" (about {status_view.duration(seconds)})" if seconds >= 1 else ""
 
 
 def _plain(row: dict[str, float]) -> str:
