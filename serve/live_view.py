@@ -84,9 +84,8 @@ class LiveView:
             lines = [_plain(row) for row in self._new_rows()]
             if status := self._status():
                 phase = status_view.phase_name(status)
-                if phase != last_phase:
-                    lines.append(status_view.phase_line(status, time.time()))
-                elif time.monotonic() - said_at > STILL_HERE_S and not lines:
+                is_silent = time.monotonic() - said_at > STILL_HERE_S and not lines
+                if phase != last_phase or is_silent:
                     lines.append(status_view.phase_line(status, time.time()))
                 last_phase = phase
             for line in lines:
