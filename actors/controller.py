@@ -199,7 +199,8 @@ class Controller:
         known = [reward for reward in summary.rewards if reward is not None]
         if known:
             self._supervisor.group_scored()
-            parts.curriculum.observe(summary.is_uniform, sum(known) / len(known))
+            is_idle = summary.is_uniform and self._config.tasks.skip_uniform
+            parts.curriculum.observe(is_idle, sum(known) / len(known))
         else:
             await asyncio.sleep(self._supervisor.group_unscored())
         is_known = summary.outcome == "duplicate" and await self._books.is_stored(group_id)

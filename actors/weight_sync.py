@@ -80,7 +80,6 @@ class WeightSync:
         self._lock = asyncio.Lock()
         self._probe_with([np.asarray(prompt) for prompt in prompts])
         fleet.catch_up = self.catch_up
-        directory.mkdir(parents=True, exist_ok=True)
 
     def choose_probes(self, groups: list[TrajectoryGroup]) -> None:
         """Take sequences of real trajectories as the next probes, in place of those before, which
@@ -102,6 +101,7 @@ class WeightSync:
         started = time.monotonic()
         async with self._lock:
             path = self._directory / f"policy_{policy_version:08d}.safetensors"
+            self._directory.mkdir(parents=True, exist_ok=True)  # whoever may have removed it
             await self._learner.export_weights(path)
             if self._probes:
                 requests = [ScoreRequest(probe.tolist(), num_context=1) for probe in self._probes]

@@ -57,13 +57,14 @@ def run_tests(nodes: Sequence[str], timeout_s: float = TESTS_S) -> Tested:
     for case in ElementTree.fromstring(text).iter("testcase"):
         is_passed = not {child.tag for child in case} & {"failure", "error", "skipped"}
         num_passed += is_passed
+        why = why or next((c.get("message", "") for c in case if c.tag in ("failure", "error")), "")
         num_not_passed += not is_passed
         for prop in case.iter("property"):
             value = float(prop.attrib["value"])
             figures[prop.attrib["name"]] = max(value, figures.get(prop.attrib["name"], value))
     if (is_late or process.returncode != 0) and num_not_passed == 0:
         num_not_passed = 1  # one that was broken off, or could not be collected
-    return Tested(num_passed, num_not_passed, figures, why)
+    return Tested(num_passed, num_not_passed, figures, " ".join(why.split())[:300])
 
 
 def proven(

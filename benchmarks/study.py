@@ -51,10 +51,16 @@ class Run:
 def train(config: Path, folder: Path, name: str, changes: Sequence[str] = ()) -> Run:
     """Train to the end as `folder`/`name`, or read what a run of that name left there."""
     run_dir = RunDir(folder / name)
-    if not run_dir.report.is_file():
+    if not is_done(run_dir):
         shutil.rmtree(run_dir, ignore_errors=True)  # of an interrupted study
         _hone("train", str(config), *changes, f"run.dir={folder}", "--run", name)
     return Run(run_dir.read_metrics())
+
+
+def is_done(run_dir: RunDir) -> bool:
+    """Whether the run came to its end: a report is written of failed and interrupted ones, too."""
+    ends = [event for event in run_dir.read_events() if event.kind == "run_finished"]
+    return bool(ends) and ends[-1].fields["outcome"] == "done"
 
 
 def warm_started(config: Path, folder: Path, seed: int) -> list[str]:

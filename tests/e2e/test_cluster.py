@@ -23,7 +23,7 @@ from tests.cluster_cases import (
 from tests.doors import doors
 from tests.monitoring_cases import Scrape, alert_rules, panels, prometheus
 
-pytestmark = [pytest.mark.timeout(500), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(1500), pytest.mark.slow]
 
 
 class LiveRun:
@@ -47,7 +47,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveRun]:
         job = submit(nodes, place / "runs", "run.steps=100000")
         try:
             run = LiveRun(nodes, place / "runs" / "demo", job)
-            wait_for(lambda: run.step >= 1 or job.poll() is not None, "a first step", 240)
+            wait_for(lambda: run.step >= 1 or job.poll() is not None, "a first step", 600)
             assert job.poll() is None, (place / "runs" / "submit.log").read_text()
             yield run
         finally:
