@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from benchmarks.endpoint_load import Load, Side, compare, free_port, plain_vllm, until
 from benchmarks.endpoint_traffic import PROMPT
 from benchmarks.proofs import proven
-from benchmarks.show import Row, judged
+from benchmarks.show import Part, Row, judged
 from benchmarks.show_serve_live import live_rows
 from cluster import config_file
 from cluster.run_dir import RunDir
@@ -49,10 +49,14 @@ class Published:
     flood: str
 
 
-def rows(quick: bool) -> Iterator[Row]:
+def rows(quick: bool) -> Iterator[Row | Part]:
     """All rows; `quick` sends fewer requests."""
-    yield from live_rows(quick)
-    yield from published_rows(quick)
+    yield Part("the endpoint of a run that trains", lambda: live_rows(quick))
+    yield Part("the endpoint of published weights", lambda: published_rows(quick))
+    yield proven(
+        "asked, followed, swapped from the page, rolled back from the terminal, ended",
+        ["tests/e2e/test_live_run.py"], "the tests pass",
+    )  # fmt: skip
     yield proven(
         "two replicas behind one TLS port answer and follow",
         ["tests/integration/test_endpoint_replicas.py"], "the test passes",

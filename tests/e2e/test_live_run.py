@@ -14,7 +14,7 @@ from benchmarks.endpoint_traffic import send
 from tests import browser
 from tests.live_run import LiveRun, live_run
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]  # rows of `make show AREA=serve`
 
 
 @pytest.fixture(scope="module")
