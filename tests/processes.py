@@ -4,6 +4,7 @@ in its environment.
 """
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,14 @@ def processes_of(place: Path) -> dict[int, str]:
     """Process id -> command line of every living process at, below or told of `place`."""
     others = (found for found in _command_lines() if found[0] != os.getpid())
     return {pid: line for pid, line in others if _is_of(pid, place)}
+
+
+def left_of(place: Path, within_s: float = 5.0) -> dict[int, str]:
+    """What lives on after `within_s`: Ray's helpers take a moment after their session is over."""
+    deadline = time.monotonic() + within_s
+    while (left := processes_of(place)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
 
 
 def kinds(processes: dict[int, str]) -> set[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from cluster.run_dir import RunDir
-from tests.processes import KINDS, kinds, processes_of
+from tests.processes import KINDS, kinds, left_of, processes_of
 
 pytestmark = pytest.mark.timeout(400)
 ROOT = Path(__file__).parents[2]
@@ -72,7 +72,7 @@ def test_an_interrupt_saves_the_state_and_leaves_no_process(
     assert interrupted.exit_code == 130, interrupted.output
     assert interrupted.seconds_to_exit < 15
     assert interrupted.kinds_before == KINDS.keys()
-    assert processes_of(interrupted.place) == {}
+    assert left_of(interrupted.place) == {}
     assert (interrupted.run / "checkpoints" / f"step_{num_steps:06d}" / "COMPLETE").is_file()
     assert f"state saved at step {num_steps}\n" in interrupted.output
 
@@ -103,7 +103,7 @@ def test_it_goes_on_at_once_and_leaves_a_whole_run_directory(interrupted: Interr
     }
     assert (run / "checkpoints" / f"step_{num_steps:06d}" / "COMPLETE").is_file()
     assert "<svg" in (run / "report.html").read_text()
-    assert processes_of(interrupted.place) == {}
+    assert left_of(interrupted.place) == {}
     assert not RunDir(run).weights.exists()
 
 
