@@ -15,7 +15,7 @@ import ray
 
 from cluster.status import ActorStatus
 
-END_S = 5.0
+END_S = 2.0
 logger = logging.getLogger(__name__)
 
 
