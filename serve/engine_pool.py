@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cluster.errors import DeadlineError, StageError
+from cluster.errors import DeadlineError, StageError, boundary
 from serve.api_errors import ApiError
 from serve.kept_versions import Weights
 from serve.weight_check import check_file
@@ -171,7 +171,8 @@ class EnginePool:
                 ) from error  # fmt: skip
             if problem:
                 raise StageError("endpoint", f"policy@{weights.policy_version} refused: {problem}")
-            slot.pause_s = await self._swap(slot, weights)
+            with boundary("endpoint"):
+                slot.pause_s = await self._swap(slot, weights)
         slot.weights = weights
 
     async def _swap(self, slot: Slot, weights: Weights) -> float:

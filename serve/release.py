@@ -55,7 +55,7 @@ class Release:
 
     def __init__(self, directory: Path, on_event: EventSink) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._path = directory / FILE_NAME
+        self.path = directory / FILE_NAME
         self._on_event = on_event
         self._stamp: tuple[int, int] | None = None
         self._state = ReleaseState()
@@ -65,12 +65,12 @@ class Release:
     def state(self) -> ReleaseState:
         """The state on disk; read again only when it changed."""
         try:
-            status = self._path.stat()
+            status = self.path.stat()
         except FileNotFoundError:
             return self._state
         stamp = (status.st_mtime_ns, status.st_ino)
         if stamp != self._stamp:
-            self._state = msgspec.json.decode(self._path.read_bytes(), type=ReleaseState)
+            self._state = msgspec.json.decode(self.path.read_bytes(), type=ReleaseState)
             self._stamp = stamp
         return self._state
 
@@ -127,7 +127,7 @@ class Release:
         """
         with self._changing(seen) as change:
             state = self._state
-            refused = {"refused": sorted({*state.refused, bad}), "refused_stamp": stamp}
+            refused = self._with_refused(bad, stamp)
             if bad == state.canary:
                 change(canary=None, canary_share=0.0, **refused)
             else:
@@ -142,7 +142,7 @@ class Release:
         with self._changing() as change:
             if bad in self._state.refused:
                 return  # by another replica
-            change(refused=sorted({*self._state.refused, bad}), refused_stamp=stamp)
+            change(**self._with_refused(bad, stamp))
         self._on_event("release_refused", version=bad, reason=reason, author="guard")
 
     def note_stable(self, version: int, stamp: float, *, is_first: bool = False) -> None:
@@ -171,6 +171,13 @@ class Release:
         state = self.state
         return stamp > state.refused_stamp and any(v >= version for v in state.refused)
 
+    def _with_refused(self, bad: int, stamp: float) -> dict[str, object]:
+        state = self._state
+        return {
+            "refused": sorted({*state.refused, bad}),
+            "refused_stamp": max(state.refused_stamp, stamp),
+        }
+
     def _with_stable(self, version: int) -> list[int]:
         stable = self._state.stable
         if stable is None or stable == version:
@@ -181,7 +188,7 @@ class Release:
     @contextmanager
     def _changing(self, seen: ReleaseState | None = None) -> Generator[Callable[..., None]]:
         """One change at a time, over all replicas; `seen` None is a note, not a decision."""
-        with self._path.with_suffix(".lock").open("w") as lock:
+        with self.path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             before = self.state
             if seen is not None and seen.revision != before.revision:
@@ -193,8 +200,8 @@ class Release:
 
             def change(**fields: object) -> None:
                 after = msgspec.structs.replace(before, revision=revision, **fields)
-                temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
+                temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
                 temporary.write_bytes(msgspec.json.encode(after))
-                temporary.replace(self._path)
+                temporary.replace(self.path)
 
             yield change
