@@ -116,6 +116,8 @@ def standing(rows: Iterable[Mapping[str, float | None]]) -> list[dict[str, float
             continue
         while steps and next(reversed(steps)) > step:
             steps.popitem()
+            if next(reversed(steps), None) == step:
+                steps.popitem()
         known = {key: value for key, value in row.items() if value is not None}
         steps.setdefault(step, {}).update(known)
     return list(steps.values())
