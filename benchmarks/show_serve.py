@@ -58,7 +58,7 @@ def rows(quick: bool) -> Iterator[Row | Part]:
         ["tests/e2e/test_live_run.py"], "the tests pass",
     )  # fmt: skip
     yield proven(
-        "two replicas behind one TLS port answer and follow",
+        "two replicas behind one TLS port follow, hold a promotion and keep it over a restart",
         ["tests/integration/test_endpoint_replicas.py"], "the test passes",
     )  # fmt: skip
     yield proven(

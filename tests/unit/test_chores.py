@@ -1,6 +1,7 @@
 """Chores beside the requests: one that fails stops no other, and is told once."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,7 @@ async def test_a_failing_chore_stops_no_other_and_is_told_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(chores.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(chores, "time", SimpleNamespace(monotonic=lambda: now[0]))
     caplog.set_level(logging.WARNING, logger=chores.__name__)
     done: list[str] = []
     reason = ["disk full"]

@@ -26,7 +26,7 @@ async def test_a_client_that_reads_slowly_adds_nothing() -> None:
         read.append(event)
         await asyncio.sleep(10 * WAIT_S)
     assert read == ["0", "1", "2"]
-    assert 4 * WAIT_S <= clock.total_s + 0.01 < 14 * WAIT_S
+    assert 4 * WAIT_S <= clock.total_s + 0.01 < 20 * WAIT_S
     assert not clock.is_waiting
 
 
@@ -39,7 +39,7 @@ async def test_an_engine_that_hangs_is_told_from_a_client_that_does_not_read() -
 
     for clock, events, pause_s in ((hung, engine(2, is_hung=True), 0), (slow, engine(9), 60)):
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(8 * WAIT_S):
+            async with asyncio.timeout(30 * WAIT_S):
                 await consume(clock, events, pause_s)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(WAIT_S):
