@@ -9,6 +9,9 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from cluster.errors import HoneError
+from serve.api_errors import ApiError
+
 FIRST_PAUSE_S = 0.2
 MAX_PAUSE_S = 5.0
 logger = logging.getLogger(__name__)
@@ -42,7 +45,8 @@ class Chores:
             pause_s = min(MAX_PAUSE_S, FIRST_PAUSE_S * 2 ** min(count, 10))
             self._failures[name] = Failure(reason, count, time.monotonic() + pause_s)
             if before is None or before.reason != reason:
-                logger.warning("%s: %s", name, reason, exc_info=error)
+                is_ours = isinstance(error, HoneError | ApiError)
+                logger.warning("%s: %s", name, reason, exc_info=None if is_ours else error)
         else:
             self._failures.pop(name, None)
 

@@ -11,6 +11,8 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cluster.errors import StageError
+
 SUFFIX = ".safetensors"
 
 
@@ -46,7 +48,7 @@ class KeptVersions:
 
     def store(self, weights: Weights) -> None:
         """Keep `weights`, in place of others of the same number. Copies where it cannot link: use a
-        thread. Raises `OSError`.
+        thread. Raises as `place`.
         """
         if weights.path is None:
             return
@@ -67,6 +69,8 @@ class KeptVersions:
 def place(source: Path, target: Path) -> None:
     """`target` becomes a hard link to `source`, or a copy on another file system; whole or not at
     all.
+
+    Raises `FileNotFoundError` when `source` is gone, `StageError` when there is no room.
     """
     temporary = target.with_suffix(f".{uuid.uuid4().hex}.tmp")
     try:
@@ -77,6 +81,11 @@ def place(source: Path, target: Path) -> None:
         except OSError:
             shutil.copyfile(source, temporary)
         temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except FileNotFoundError:
         raise
+    except OSError as error:
+        raise StageError(
+            "endpoint", f"cannot put weights into {target.parent}: {error.strerror}"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
