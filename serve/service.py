@@ -1,4 +1,4 @@
-"""What one replica of the policy endpoint does: resolve a model name, answer, follow, guard.
+"""What one replica of the policy endpoint does with a request: model name to engine to answer.
 
 Invariant: a request runs on a slot that stays its slot until it ends, and its answer names the
 versions that sampled it. What an engine owes is 503 with Retry-After or 504, never 500. Which
