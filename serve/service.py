@@ -1,8 +1,9 @@
 """What one replica of the policy endpoint does with a request: model name to engine to answer.
 
 Invariant: a request runs on a slot that stays its slot until it ends, and its answer names the
-versions that sampled it. What an engine owes is 503 with Retry-After or 504, never 500. Which
-version `policy` means is in `serve.release_control`, the HTTP shape in `serve.http_api`.
+versions that sampled it. A version or an engine that cannot be had is 503 with Retry-After, one
+that hangs 504. Which version `policy` means is in `serve.release_control`, the HTTP shape in
+`serve.http_api`.
 """
 
 import asyncio
