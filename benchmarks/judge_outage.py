@@ -50,7 +50,8 @@ SMALL = [
     "warm_start.direct_fraction=0.85",  # the rest is worked, and goes to the judge
     *(f"tasks.{split}.settings.config.{side}_terms=3"
       for split in ("train", "eval") for side in ("min", "max")),
-    "rollout.groups_per_step=4", "rollout.group_size=4", "rollout.max_policy_age=1",
+    "tasks.train.settings.size=12000", "rollout.groups_per_step=4", "rollout.group_size=4",
+    "rollout.max_policy_age=1",
     "tasks.skip_uniform=false", "run.steps=100000", "run.checkpoint_every=100000",
     "eval.tasks=4", "eval.samples_per_task=1", "eval.every=100000",
     f"rewards.verifiers.correct={{use: '{RULE}', weight: 0}}",
@@ -96,7 +97,7 @@ class Judge(NamedTuple):
     process: "subprocess.Popen[bytes]"
     port: int
 
-    def signal(self, number: signal.Signals) -> None:
+    def send(self, number: signal.Signals) -> None:
         """To the server and its engine, which are one process group."""
         os.killpg(self.process.pid, number)
 
@@ -125,7 +126,7 @@ def served_judge(folder: Path) -> Generator[Judge]:
         yield judge
     finally:
         if process.poll() is None:
-            judge.signal(signal.SIGCONT)
+            judge.send(signal.SIGCONT)
         end(process)
 
 
@@ -147,10 +148,10 @@ def _train(folder: Path, judge: Judge, relay: Relay) -> Outage:
     try:
         until(lambda: len(steps(run)) > FIRST_STEPS and phase(run).scored >= FIRST_SCORES, START_S)
         started = time.time()
-        judge.signal(signal.SIGSTOP)
+        judge.send(signal.SIGSTOP)
         time.sleep(OUTAGE_S / 2)
         relay.shut()
-        judge.signal(signal.SIGCONT)
+        judge.send(signal.SIGCONT)
         time.sleep(OUTAGE_S / 2)
         ended = time.time()
         relay.open()

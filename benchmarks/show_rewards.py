@@ -97,7 +97,7 @@ def _live(quick: bool) -> Iterator[Row]:
         for one in (claim, waits, crashes):
             yield Row(one, "-", "all of it", "not shown here", "takes minutes: leave QUICK out")
         return
-    run = measure(20, 360.0)
+    run = measure(20, 600.0)
     num_changes = run.actions.total()
     dropped = ", ".join(f"{count} {why}" for why, count in sorted(run.dropped.items())) or "none"
     measured = (
