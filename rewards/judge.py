@@ -18,7 +18,7 @@ from cluster.config import VerifierConfig
 from cluster.errors import ConfigError, HoneError
 from cluster.types import TrajectoryGroup, Verdict
 from rewards.answers import after_thinking, extract_answer
-from rewards.base import Verifier, VerifierIO
+from rewards.base import Verifier, VerifierIO, abstention
 from rewards.endpoint import Answer, Breaker, Endpoint, EndpointError
 from rewards.registry import build_verifier
 from rewards.versions import nested_version
@@ -165,8 +165,8 @@ class JudgeVerifier:
                 raise vote
         scores = [vote for vote in votes if isinstance(vote, float)]
         if 2 * len(scores) <= self._votes:
-            problems = [str(vote) for vote in votes if isinstance(vote, HoneError)]
-            return Verdict(score=None, error=f"no verdict: {problems[0]}")
+            problems = [vote for vote in votes if isinstance(vote, HoneError)]
+            return abstention(problems[0], "no verdict: ")
         return Verdict(
             score=math.fsum(scores) / len(scores),
             breakdown={"votes": float(len(scores)), "cost": self._endpoint.usage.cost},

@@ -14,6 +14,7 @@ from cluster.config import VerifierConfig
 from cluster.errors import ConfigError
 from cluster.types import Message, Task, TrajectoryGroup
 from rewards import self_check
+from rewards.base import TIMED_OUT
 from rewards.isolation import IsolatedPool
 from rewards.judge import JudgeVerifier, fence_off
 from rewards.rubric import GroupIO, Rubric
@@ -185,6 +186,7 @@ async def test_what_cannot_be_judged_abstains(server: Server, mode: str, words: 
     got, [verdict] = await rewards(server, "it is 42", call_timeout_s=0.3, retries=1)
     assert got == [None]
     assert words in verdict.error
+    assert (TIMED_OUT in verdict.breakdown) == (mode == "slow")
 
 
 async def test_the_breaker_spares_a_dead_endpoint_and_it_recovers_by_itself(server: Server):
