@@ -1,4 +1,4 @@
-"""A judge served by vLLM that fails for a minute while a run trains.
+"""`python -m benchmarks.judge_outage`: a judge served by vLLM fails for a minute while a run trains.
 
 Invariant: the judge is a real model behind plain `vllm serve`, the run is `hone train`, and every
 figure is read from the run's own files (`benchmarks.outage_figures`). A rule decides bare answers
@@ -198,3 +198,7 @@ def _answers(port: int) -> bool:
         return httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).status_code == 200
     except httpx.HTTPError:
         return False
+
+
+if __name__ == "__main__":
+    print(*rows(quick=False), sep="\n")
