@@ -1,4 +1,4 @@
-"""`python -m benchmarks.judge_outage`: a judge served by vLLM fails for a minute while a run trains.
+"""`python -m benchmarks.judge_outage`: a judge served by vLLM fails for a minute during a run.
 
 Invariant: the judge is a real model behind plain `vllm serve`, the run is `hone train`, and every
 figure is read from the run's own files (`benchmarks.outage_figures`). A rule decides bare answers
