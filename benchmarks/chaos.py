@@ -83,8 +83,17 @@ class LiveRun:
         self._sessions.add(self._process.pid)
 
     def finish(self, timeout_s: float) -> int:
+        """Its exit code; raises `TimeoutError` for a run that goes on for longer."""
         assert self._process is not None
-        return self._process.wait(timeout_s)
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"no end in {timeout_s:g} s: {self.tail()}") from None
+
+    def interrupt(self) -> None:
+        """Ctrl-C, once."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGINT)
 
     @property
     def num_steps(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median, stdev
 
-from benchmarks import simulation
+from benchmarks import simulation, throughput
 from benchmarks.chaos import KINDS, LiveRun, Recovery
 from benchmarks.proofs import proven
 from benchmarks.show import Part, Row, judged
@@ -17,24 +17,19 @@ STEPS, QUICK_STEPS = 200, 40
 PAUSE_S = (1.0, 4.0)  # between a recovery and the next kill
 END_S = 3600.0
 NOISE = 3.0  # standard errors
-TARGETS_S = {
-    "rollout": 180,
-    "reward": 5,
-    "learner": 300,
-    "redis": 30,
-    "controller": 300,
-    "hang": 240,
-}
+# Seconds until work goes on, of a tiny policy on CPU (docs/durability.md).
+TARGETS_S = {"rollout": 15, "reward": 5, "learner": 20, "redis": 30, "controller": 30, "hang": 60}
 FAULTS = "tests/e2e/test_faults.py"
 SYNC = "tests/integration/test_weight_sync.py"
-ELSEWHERE = "the throughput harness is not part of this tree yet"
 
 
 def rows(quick: bool) -> Iterator[Row | Part]:
     """Cheap rows first; QUICK shortens the chaos run and says so, and the simulated runs."""
     yield from held_by_tests()
     yield Part("the simulator against runs", lambda: simulated(quick))
-    yield from chaos(QUICK_STEPS if quick else STEPS)
+    yield Part("throughput", lambda: compared(quick))
+    steps = QUICK_STEPS if quick else STEPS
+    yield Part(f"kill -9 of random processes through {steps} steps", lambda: chaos(steps))
     yield from not_shown()
 
 
@@ -116,27 +111,30 @@ def simulated(quick: bool) -> Iterator[Row]:
         yield from simulation.rows(quick, Path(name))
 
 
+def compared(quick: bool) -> Iterator[Row | Part]:
+    """With TRL, and with the stages alone."""
+    with tempfile.TemporaryDirectory(prefix="hone-throughput-") as name:
+        yield from throughput.rows(quick, Path(name))
+
+
 def chaos(steps: int) -> Iterator[Row]:
     """Kill -9 of a random process again and again, rollouts one step ahead of the learner."""
     options = [
         f"run.steps={steps}", "run.checkpoint_every=5", "rollout.max_policy_age=1",
-        "buffer.max_deliveries=100", "rollout.timeout_s=60", "sync.timeout_s=60",
+        "buffer.max_deliveries=100", "rollout.timeout_s=30", "sync.timeout_s=30",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="hone-chaos-") as name:
         folder = Path(name)
-        calm = LiveRun(folder, "calm", options)
-        calm.start()
-        calm_code = calm.finish(END_S)
-        hurt = LiveRun(folder, "hurt", options)
-        hurt.start()
+        calm, hurt = (LiveRun(folder, kind, options) for kind in ("calm", "hurt"))
         try:
+            calm.start()
+            calm_code = calm.finish(END_S)
+            hurt.start()
             hurt.wait_for_steps(1)
             recoveries = kill_until_done(hurt, steps)
             code = hurt.finish(END_S)
-        except (TimeoutError, RuntimeError) as error:
-            yield judged("chaos", "no end", "finishes", False, str(error)[-300:])
-            return
         finally:
+            calm.kill_everything()
             hurt.kill_everything()
         if calm_code or code:
             yield judged("chaos", f"exit codes {calm_code} and {code}", "0", False, hurt.tail())
@@ -183,7 +181,7 @@ def within_noise(calm: LiveRun, hurt: LiveRun) -> Row:
 
 
 def recovery_table(recoveries: list[Recovery]) -> Row:
-    """Median seconds by kind: replaced, and working again."""
+    """Median seconds by kind: replaced, and working again, which the targets are of."""
     by_kind: dict[str, list[Recovery]] = {}
     for recovery in recoveries:
         by_kind.setdefault(recovery.kind, []).append(recovery)
@@ -192,27 +190,46 @@ def recovery_table(recoveries: list[Recovery]) -> Row:
     for kind, found in sorted(by_kind.items()):
         replaced, working = (median(values) for values in zip(*[r[1:] for r in found], strict=True))
         lines.append(f"{kind} x{len(found)}: replaced {replaced:.1f} s, working {working:.1f} s")
-        if replaced > TARGETS_S[kind]:
+        if working > TARGETS_S[kind]:
             late.append(kind)
     targets = ", ".join(f"{kind} {seconds}" for kind, seconds in TARGETS_S.items())
     unkilled = sorted(set(KINDS) - by_kind.keys())
     return judged(
         "recovery after kill -9, medians",
         "; ".join(lines),
-        f"replaced within (s): {targets}",
+        f"working within (s): {targets}",
         not late and not unkilled,
         f"late: {late}, never killed: {unkilled}" if late or unkilled else "",
     )
 
 
 def not_shown() -> Iterator[Row]:
-    claims: list[tuple[str, str]] = [
-        ("4x TRL's samples/s on long-tailed completions, 0.9x on short ones", ">= 4x; >= 0.9x"),
-        ("time to the same held-out accuracy, overlap efficiency", "a third; >= 0.85"),
-        ("weight sync: pause; cost of the probe", "< 0.2 s; < 2 % of a step"),
-        ("buffer with AOF everysec", "3,000 groups/s at 20 kB; 200 MB/s"),
-    ]
-    for claim, bound in claims:
-        yield Row(claim, "not measured", bound, "not shown here", ELSEWHERE)
-    soak = "two hours on a quiet machine; no script yet"
-    yield Row("2-hour soak: memory, keys, processes", "not run", "flat", "not shown here", soak)
+    yield Row(
+        "time to the same held-out accuracy on a reasoning_gym task, against TRL",
+        "not measured",
+        "at most a third",
+        "not shown here",
+        "the two are compared at equal work, not yet at equal accuracy",
+    )
+    elsewhere = "not measured by a row yet"
+    yield Row(
+        "weight sync: pause; cost of the probe",
+        "not measured",
+        "< 0.2 s; < 2 % of a step",
+        "not shown here",
+        elsewhere,
+    )
+    yield Row(
+        "buffer with AOF everysec",
+        "not measured",
+        "3,000 groups/s at 20 kB; 200 MB/s",
+        "not shown here",
+        f"{elsewhere}; python -m benchmarks.replay_buffer",
+    )
+    yield Row(
+        "2-hour soak: memory, keys, processes, files",
+        "not run",
+        "flat",
+        "not shown here",
+        "two hours on a quiet machine: python -m benchmarks.soak --minutes 120",
+    )

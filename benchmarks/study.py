@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.proofs import ROOT, run_timed
+from cluster import config_file
 from cluster.errors import StageError
 from cluster.run_dir import RunDir
 from serve.charts import Chart, Point, svg
@@ -68,6 +69,7 @@ def warm_started(config: Path, folder: Path, seed: int) -> list[str]:
     step at a rate too small to move a weight.
     """
     policy = folder / f"policy-{seed}"
+    length = config_file.load(config).policy.context_length
     if not policy.is_dir():
         still = [f"run.seed={seed}", "run.steps=1", "learner.lr=1e-30", "eval.tasks=1"]
         train(config, folder, f"warm-{seed}", still)
@@ -75,7 +77,7 @@ def warm_started(config: Path, folder: Path, seed: int) -> list[str]:
     return [
         f"run.seed={seed}",
         "warm_start=null",
-        f"policy={{type: pretrained, model: {policy}, context_length: 24}}",
+        f"policy={{type: pretrained, model: {policy}, context_length: {length}}}",
     ]
 
 

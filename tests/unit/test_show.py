@@ -1,5 +1,6 @@
 """Demonstrations end, whatever a row or a process that it waits for does."""
 
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks import judge_outage, live_swaps, process_reward, proofs, show
+from benchmarks import chaos, judge_outage, live_swaps, process_reward, proofs, show
 from benchmarks.show import Part, Row, judged
 from cluster import config_file
 from cluster.run_dir import Event
@@ -131,3 +132,18 @@ def test_a_sample_whose_check_could_not_be_made_is_left_out_of_the_accuracies():
     figures = process_reward._figures([scored], [[[True], [False], [True]]], [given])
     assert figures["best_of_n"] == 1.0
     assert figures["auc"] == 1.0
+
+
+def test_a_run_that_does_not_end_is_a_timeout_that_a_row_can_tell(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    run = chaos.LiveRun(tmp_path, "late", [])
+    run.output.write_text("step 3 of 200")
+    sleeper = subprocess.Popen(["sleep", "60"])
+    monkeypatch.setattr(run, "_process", sleeper)
+    try:
+        with pytest.raises(TimeoutError, match=r"no end in 0\.1 s: step 3 of 200"):
+            run.finish(0.1)
+    finally:
+        sleeper.kill()
+        sleeper.wait()

@@ -1,0 +1,232 @@
+"""Hone beside TRL's GRPOTrainer, and beside its own stages alone: samples/s of one machine.
+
+Both systems start from the same warmed-up weights and train on the same tasks by the same rule, 128
+samples a step, in float32 with AdamW. Hone is `hone train`, a step is the time between two weight
+syncs; TRL runs in an environment of its own with the faster of two micro-batch sizes. They take
+turns (Hone, TRL, TRL, Hone), and medians are over the steps of both turns. Run one part with
+`python -m benchmarks.throughput FOLDER long|short|stages`; finished runs in FOLDER count again.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, median
+
+from rich.console import Console
+
+from benchmarks import stage_ceilings, trl_environment
+from benchmarks.proofs import ROOT
+from benchmarks.show import Part, Row, judged, measured
+from benchmarks.study import train, warm_started
+from cluster import config_file
+from cluster.config import Config
+from cluster.run_dir import RunDir
+from rewards.tasksets import load_tasks
+
+CONFIG = ROOT / "benchmarks" / "tailed.yaml"
+MICRO_BATCHES = (128, 32)  # of the peer, in samples
+CALIBRATION_STEPS = 2
+SAME_LENGTH = 0.1  # difference in mean tokens that still counts as the same work
+EFFICIENCY, WAIT = 0.85, 0.1
+ASYNC_AGE = 4
+NUM_STAGE_STEPS = 12
+
+
+@dataclass(frozen=True)
+class Case:
+    """Lengths to compare at; steps are those that count, of one turn."""
+
+    key: str
+    name: str
+    max_new_tokens: int
+    num_steps: int
+    num_peer_steps: int
+    at_least: float  # samples/s of Hone over those of the peer
+
+
+LONG = Case("long", "long-tailed completions (geometric, cut at 256 tokens)", 256, 8, 3, 4.0)
+SHORT = Case("short", "short completions (at most 16 tokens)", 16, 40, 20, 0.9)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Steps of one run: seconds of each, mean tokens of a completion, share the learner waits."""
+
+    step_s: Sequence[float]
+    tokens: float
+    waits: float = 0.0
+
+
+class Bench:
+    """Runs in one folder, all from the policy that is warmed up there first."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.absolute()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._start = warm_started(CONFIG, self._folder, 0)
+
+    def config(self, changes: Sequence[str]) -> Config:
+        return config_file.load(CONFIG, [*self._start, *changes])
+
+    def hone(self, name: str, max_new_tokens: int, num_steps: int, max_policy_age: int) -> Turn:
+        """A run of `num_steps` after those in which the pipeline fills."""
+        num_first = max_policy_age + 2
+        changes = [
+            f"rollout.max_new_tokens={max_new_tokens}",
+            f"rollout.max_policy_age={max_policy_age}",
+            f"run.steps={num_first + num_steps}",
+        ]
+        train(CONFIG, self._folder, name, [*self._start, *changes])
+        return turn_of(RunDir(self._folder / name), num_first)
+
+    def default_age(self) -> int:
+        return self.config([]).rollout.max_policy_age
+
+    def peer(self, case: Case, micro_batch: int, num_steps: int) -> trl_environment.PeerRun:
+        config = self.config([f"rollout.max_new_tokens={case.max_new_tokens}"])
+        tasks = self._folder / "tasks.jsonl"
+        if not tasks.exists():
+            write_tasks(config, tasks)
+        return trl_environment.measure(config, tasks, micro_batch, num_steps)
+
+    def ceilings(self) -> stage_ceilings.Ceilings:
+        """At the lengths and slots of the config as it is."""
+        return stage_ceilings.measure(self._folder / "stages", CONFIG, self._start)
+
+
+def turn_of(run: RunDir, num_first: int) -> Turn:
+    """Steps after the first `num_first`, from sync to sync; a row with an evaluation says nothing
+    of what the learner waits for.
+    """
+    synced_at = {
+        int(str(event.fields["policy_version"])): event.time
+        for event in run.read_events()
+        if event.kind == "sync"
+    }
+    versions = sorted(version for version in synced_at if version >= num_first)
+    later = [row for row in run.read_metrics() if row["step"] > num_first]
+    rows = [row for row in later if "eval/pass@1" not in row]
+    return Turn(
+        step_s=[synced_at[after] - synced_at[before] for before, after in pairwise(versions)],
+        tokens=fmean(
+            row["rollout/completion_tokens_mean"]
+            for row in rows
+            if "rollout/completion_tokens_mean" in row
+        ),
+        waits=fmean(1.0 - row["learner/busy_fraction"] for row in rows),
+    )
+
+
+def write_tasks(config: Config, path: Path) -> None:
+    """The training tasks, one JSON object with `prompt` and `reference` a line."""
+    lines = [
+        json.dumps(
+            {
+                "prompt": [{"role": m.role, "content": m.content} for m in task.messages],
+                "reference": task.reference,
+            }
+        )
+        for task in load_tasks(config.tasks, "train")
+    ]
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def against_trl(bench: Bench, case: Case, quick: bool) -> Iterator[Row]:
+    age, num_samples = bench.default_age(), _samples_per_step(bench.config([]))
+    tried = [bench.peer(case, size, CALIBRATION_STEPS) for size in MICRO_BATCHES]
+    micro_batch = min(tried, key=lambda run: run.median_step_s).micro_batch
+    ours: list[Turn] = []
+    theirs: list[trl_environment.PeerRun] = []
+    order = ("hone", "trl") if quick else ("hone", "trl", "trl", "hone")
+    for place, system in enumerate(order):
+        if system == "trl":
+            theirs.append(bench.peer(case, micro_batch, case.num_peer_steps))
+        else:
+            name = f"{case.key}-{place}"
+            ours.append(bench.hone(name, case.max_new_tokens, case.num_steps, age))
+    our_s = median(s for turn in ours for s in turn.step_s)
+    their_s = median(s for run in theirs for s in run.step_s)
+    our_tokens = fmean(turn.tokens for turn in ours)
+    their_tokens = fmean(n / num_samples for run in theirs for n in run.tokens)
+    is_same_work = abs(our_tokens / their_tokens - 1.0) <= SAME_LENGTH
+    ratio = their_s / our_s
+    turns = ", ".join(f"{median(turn.step_s):.2f}" for turn in ours)
+    peer_turns = ", ".join(f"{run.median_step_s:.2f}" for run in theirs)
+    peer = theirs[0]
+    yield judged(
+        f"samples/s against TRL {peer.version}'s GRPOTrainer, {case.name}, {num_samples} a step"
+        + (" (QUICK: one order)" if quick else ""),
+        f"{ratio:.2f}x: Hone {num_samples / our_s:.1f}/s (turns of {turns} s a step, mean "
+        f"{our_tokens:.0f} tokens), TRL {num_samples / their_s:.1f}/s ({peer_turns} s, "
+        f"{their_tokens:.0f} tokens; micro-batches of {micro_batch}, the faster of "
+        f"{' and '.join(map(str, MICRO_BATCHES))}, {peer.threads} threads); "
+        f"{peer.num_parameters / 1e6:.1f} M parameters",
+        f"at least {case.at_least:g}x; lengths within {SAME_LENGTH:.0%}",
+        ratio >= case.at_least and is_same_work,
+        "" if is_same_work else "the two did not sample the same lengths",
+    )
+
+
+def stages(bench: Bench, num_steps: int = NUM_STAGE_STEPS) -> Iterator[Row]:
+    """Overlap, and what the learner waits for: the long tail in all three modes."""
+    alone = bench.ceilings()
+    modes = {"sync": 0, "by default": bench.default_age(), "async": ASYNC_AGE}
+    turns = {
+        mode: bench.hone(f"age-{age}", LONG.max_new_tokens, num_steps, age)
+        for mode, age in modes.items()
+    }
+    efficiency = {mode: alone.bound_s / median(turn.step_s) for mode, turn in turns.items()}
+    shown = "; ".join(
+        f"{mode} (age {age}): {median(turns[mode].step_s):.2f} s a step, {efficiency[mode]:.2f}"
+        for mode, age in modes.items()
+    )
+    yield judged(
+        "overlap efficiency: the slower stage alone over the step, long-tailed lengths",
+        f"generate alone {alone.generate_s:.2f} s, learn alone {alone.learn_s:.2f} s; {shown}",
+        f"at least {EFFICIENCY:g} by default",
+        efficiency["by default"] >= EFFICIENCY,
+    )
+    waits = ", ".join(f"{mode} {turn.waits:.0%}" for mode, turn in turns.items())
+    yield judged(
+        "share of the time that the learner waits, long-tailed lengths",
+        waits,
+        f"async below {WAIT:.0%}",
+        turns["async"].waits < WAIT,
+    )
+
+
+def _samples_per_step(config: Config) -> int:
+    return config.rollout.groups_per_step * config.rollout.group_size
+
+
+def parts(folder: Path, quick: bool) -> dict[str, Callable[[], Iterator[Row]]]:
+    """Each may be measured alone; the warm policy is made by the first."""
+    return {
+        LONG.key: lambda: against_trl(Bench(folder), LONG, quick),
+        SHORT.key: lambda: against_trl(Bench(folder), SHORT, quick),
+        "stages": lambda: stages(Bench(folder)),
+    }
+
+
+def rows(quick: bool, folder: Path) -> Iterator[Row | Part]:
+    for key, measure in parts(folder, quick).items():
+        yield Part(f"throughput: {key}", measure)
+
+
+def main(arguments: Sequence[str]) -> int:
+    if len(arguments) != 2 or arguments[1] not in parts(Path(), quick=False):
+        print(__doc__, file=sys.stderr)
+        return 2
+    folder, key = Path(arguments[0]), arguments[1]
+    console = Console(highlight=False, markup=False)
+    shown = list(measured(Part(key, parts(folder, quick=False)[key])))
+    for row in shown:
+        console.print(f"{row.claim}: {row.measured}\n  {row.bound}: {row.verdict}. {row.why}")
+    return int(any(row.verdict == "falls short" for row in shown))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,132 @@
+"""What the throughput harness and the soak are made of, on files and figures without an engine."""
+
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from benchmarks import soak, throughput, trl_environment, trl_peer
+from benchmarks.stage_ceilings import Ceilings
+from benchmarks.tailed import Tailed
+from cluster import config_file
+from cluster.errors import StageError
+from cluster.run_dir import RunDir
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_peer_runs_without_hone() -> None:
+    module = ast.parse((ROOT / "benchmarks" / "trl_peer.py").read_text())
+    imported = {
+        name.name.partition(".")[0]
+        for node in module.body
+        if isinstance(node, ast.Import)
+        for name in node.names
+    } | {
+        (node.module or "").partition(".")[0]
+        for node in module.body
+        if isinstance(node, ast.ImportFrom)
+    }
+    assert imported <= sys.stdlib_module_names
+
+
+def test_the_peers_own_packages_are_pinned_and_the_others_are_in_the_lock() -> None:
+    lines = (ROOT / "requirements" / "trl.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+", pin) for pin in pins)
+    lock = (ROOT / "requirements" / "cpu.txt").read_text()
+    for name in ("torch", "transformers", "datasets", "jinja2", "packaging", "psutil"):
+        assert re.search(rf"^{name}==", lock, re.MULTILINE), name
+
+
+@pytest.mark.parametrize(("text", "reward"), [("17", 0.0), ("18", 1.0), ("8x", 0.0), ("", 0.0)])
+def test_the_rule_pays_for_an_even_last_digit(text: str, reward: float) -> None:
+    assert trl_peer.ends_even("", text, "2") == reward
+
+
+def test_worked_answers_have_a_long_tail() -> None:
+    lengths = [len(task.solution) for task in Tailed(size=4000, seed=3).load()]
+    assert max(lengths) == 256
+    cut = fmean(length == 256 for length in lengths)
+    assert cut == pytest.approx((1 - 1 / 128) ** 256, abs=0.02)
+    assert fmean(length < 14 for length in lengths) == pytest.approx(0.1, abs=0.02)
+    assert fmean(lengths) == pytest.approx(111, abs=5)
+
+
+def test_the_config_is_whole_and_compares_128_samples() -> None:
+    config = config_file.load(throughput.CONFIG)
+    assert config.rollout.groups_per_step * config.rollout.group_size == 128
+    assert config.rollout.max_policy_age > 0, "Hone is measured as it runs by default"
+    assert config.policy.dtype == "float32"
+    for size in throughput.MICRO_BATCHES:
+        assert 128 % size == 0
+
+
+def test_a_turn_is_of_the_steps_after_the_first_and_without_the_evaluation(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "run", "", exist_ok=False)
+    for step, when in enumerate([0, 100, 110, 113, 117]):
+        event = {"time": float(when), "kind": "sync", "policy_version": step}
+        with run.events.open("a") as file:
+            file.write(json.dumps(event) + "\n")
+        row = {"rollout/completion_tokens_mean": 10.0 * step, "learner/busy_fraction": 0.9}
+        run.append_metrics(step, row | ({"eval/pass@1": 0.5} if step in (0, 4) else {}))
+    turn = throughput.turn_of(run, num_first=2)
+    assert turn.step_s == [3.0, 4.0]
+    assert turn.tokens == 30.0
+    assert turn.waits == pytest.approx(0.1)
+
+
+def test_the_slower_stage_bounds_a_step() -> None:
+    assert Ceilings(generate_s=3.5, learn_s=2.4).bound_s == 3.5
+
+
+def test_the_peer_is_given_the_tasks_of_the_run(tmp_path: Path) -> None:
+    config = config_file.load(throughput.CONFIG, ["tasks.train.settings.size=3"])
+    throughput.write_tasks(config, tmp_path / "tasks.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "tasks.jsonl").read_text().splitlines()]
+    tasks = Tailed(size=3, seed=1).load()
+    assert [row["prompt"][-1]["content"] for row in rows] == [t.messages[0].content for t in tasks]
+    assert all(row["prompt"][-1]["role"] == "user" for row in rows)
+
+
+def test_an_environment_that_cannot_be_made_says_so() -> None:
+    with pytest.raises(StageError, match="cannot be made"):
+        trl_environment._run(["/no/such/uv", "venv"])
+    with pytest.raises(StageError, match="no room"):
+        trl_environment._run(["sh", "-c", "echo no room >&2; exit 1"])
+
+
+def series(name: str, slope: float) -> list[tuple[float, soak.Sample]]:
+    """Sixty minutes, a sample a minute, noise of +-3."""
+    return [(60.0 * i, {name: 100.0 + slope * i + 3 * (-1) ** i}) for i in range(60)]
+
+
+@pytest.mark.parametrize(
+    ("name", "slope", "verdict"),
+    [
+        ("learner/0 MiB", 0.05, "holds"),
+        ("learner/0 MiB", 0.5, "falls short"),
+        ("learner/0 MiB", -0.5, "holds"),
+        ("processes number", 0.2, "falls short"),
+        ("Redis payloads KiB", 0.2, "holds"),
+        ("Redis payloads KiB", 3.0, "falls short"),
+    ],
+)
+def test_a_leak_is_a_slope_and_noise_is_none(name: str, slope: float, verdict: str) -> None:
+    [row] = soak.verdicts(series(name, slope))
+    assert row.verdict == verdict, row
+
+
+def test_what_grows_only_at_the_start_is_flat() -> None:
+    samples = [(60.0 * i, {"controller MiB": 100.0 + min(i, 10) * 10}) for i in range(60)]
+    [row] = soak.verdicts(samples)
+    assert row.verdict == "holds"
+
+
+def test_too_few_samples_are_no_proof() -> None:
+    with pytest.raises(ValueError, match="too few"):
+        list(soak.verdicts(series("learner/0 MiB", 0.0)[:5]))
