@@ -16,13 +16,15 @@ from torch import Tensor
 from learners.nucleus import Nucleus
 
 _CPU_CHUNK, _GPU_CHUNK = 2**20, 2**27  # logits held at once: 4 MiB near the caches, 512 MiB
+_ROUNDING = 1e-6  # nats; float32 makes up to 6e-8 of the 0 of a nucleus of one token
 
 
 class TokenOutputs(NamedTuple):
     """What the policy says of each loss token, in nats. A tuple, so that FSDP2 sees the tensors.
 
-    `nucleus_entropy` is the entropy of the distribution renormalised over its nucleus; zeros
-    without a graph where no nucleus was asked for.
+    `nucleus_entropy` is the entropy of the distribution renormalised over its nucleus; exactly 0,
+    with gradient 0, for a nucleus of one token or none; zeros without a graph where no nucleus was
+    asked for.
     """
 
     logprobs: Float[Tensor, " N"]
@@ -92,7 +94,8 @@ class _TokenOutputs(torch.autograd.Function):
             if nucleus is not None:
                 log_mass[rows] = p.mul_(is_kept).sum(-1).log()
                 inner = terms.mul_(is_kept).sum(-1) / log_mass[rows].exp()
-                nucleus_entropy[rows] = (log_mass[rows] - inner).nan_to_num_(0.0, neginf=0.0)
+                found = log_mass[rows] - inner  # no number where nothing is kept
+                nucleus_entropy[rows] = torch.where(found > _ROUNDING, found, 0.0)
         ctx.save_for_backward(
             hidden, head, labels, temperature, normalizer, entropy,
             threshold, log_mass, nucleus_entropy,
@@ -123,9 +126,8 @@ class _TokenOutputs(torch.autograd.Function):
             if of_nucleus is not None:
                 log_q = log_p.sub_(log_mass[rows, None].nan_to_num(neginf=0.0))
                 scale = of_nucleus[rows] * log_mass[rows].neg().exp()
-                q = p.mul_(p >= threshold[rows, None]).mul_(
-                    scale.nan_to_num(0.0, 0.0, 0.0)[:, None]
-                )
+                scale = torch.where(nucleus_entropy[rows] > 0, scale, 0.0)
+                q = p.mul_(p >= threshold[rows, None]).mul_(scale[:, None])
                 of_logits -= q * log_q.add_(nucleus_entropy[rows, None])
             of_logits = (of_logits / temperature[rows, None]).to(hidden.dtype)
             of_hidden[rows] = of_logits @ head
