@@ -46,9 +46,9 @@ def rows(quick: bool) -> Iterator[Row | Part]:
         ["tests/integration/test_critic.py"],
     )
     yield Part("memory and time of SIREN", lambda: _memory(quick))
-    yield Part("Guide in kind", lambda: guide_study.rows(quick))
     with tempfile.TemporaryDirectory(prefix="hone-show-") as folder:
         place = Path(folder)
+        yield Part("Guide in kind", lambda: guide_study.rows(quick, place))
         yield Part("staleness study", lambda: staleness_study.rows(quick, place))
         yield Part("SIREN in kind", lambda: entropy_study.rows(quick, place))
         yield Part("PPO on the quickstart", lambda: ppo_quickstart.rows(quick, place))
