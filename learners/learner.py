@@ -29,6 +29,7 @@ from learners.batch import MicroBatch, Row
 from learners.credit import ValueBased, build_credit, whitening_of
 from learners.critic import check_critic, open_critic
 from learners.guidance import annotate
+from learners.lora import Lora
 from learners.model import PolicyModel, layout_on, load_policy, shard
 from learners.objectives import WeightedLosses
 from learners.optimizer import ShardedAdamW, learning_rate
@@ -82,13 +83,13 @@ class Learner:
         mesh = init_device_mesh(self._device.type, (world_size,))
 
         def load() -> PolicyModel:
-            is_checkpointed = config.learner.activation_checkpointing
+            is_checkpointed = "activations" in config.learner.save_memory
             layout = layout_on(self._device, self._dtype)
-            return load_policy(policy_dir, self._device, is_checkpointed, layout)
+            return load_policy(policy_dir, self._device, is_checkpointed, layout, Lora.of(config))
 
         def open_policy(part: str) -> PolicyModel:
             policy = load()
-            shard(policy, mesh, self._dtype, part in config.learner.offload)
+            shard(policy, mesh, self._dtype, part in config.learner.save_memory)
             return policy
 
         self._policy = open_policy("policy")

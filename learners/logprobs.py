@@ -112,7 +112,9 @@ class _TokenOutputs(torch.autograd.Function):
         hidden, head, labels, temperature, normalizer, entropy = ctx.saved_tensors[:6]
         threshold, log_mass, nucleus_entropy = ctx.saved_tensors[6:]
         of_hidden = torch.zeros_like(hidden)
-        of_head = torch.zeros_like(head, dtype=normalizer.dtype)
+        of_head = None
+        if ctx.needs_input_grad[1]:  # not where LoRA leaves the head frozen
+            of_head = torch.zeros_like(head, dtype=normalizer.dtype)
         for start in range(0, len(hidden), ctx.chunk_rows):
             rows = slice(start, start + ctx.chunk_rows)
             log_p = _logits(hidden[rows], head, temperature[rows]) - normalizer[rows, None]
@@ -131,8 +133,11 @@ class _TokenOutputs(torch.autograd.Function):
                 of_logits -= q * log_q.add_(nucleus_entropy[rows, None])
             of_logits = (of_logits / temperature[rows, None]).to(hidden.dtype)
             of_hidden[rows] = of_logits @ head
+            if of_head is None:
+                continue
             if of_head.dtype == of_logits.dtype:
                 of_head.addmm_(of_logits.T, hidden[rows])  # without a second [V, D]
             else:
                 of_head += of_logits.T @ hidden[rows]
-        return of_hidden, of_head.to(head.dtype), None, None, None, None
+        of_weights = None if of_head is None else of_head.to(head.dtype)
+        return of_hidden, of_weights, None, None, None, None
