@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from actors.bring_up import prepare_policy
 from benchmarks.proofs import ROOT, run_timed
 from benchmarks.show import Row
 from cluster import config_file
@@ -22,7 +21,6 @@ from cluster.config import Config
 from cluster.errors import StageError
 from cluster.run_dir import RunDir
 from cluster.types import Task
-from learners.learner import Learner
 from rewards.tasksets import load_splits
 from serve.charts import Chart, Point, svg
 
@@ -95,6 +93,9 @@ def training_tasks(config: Config) -> list[Task]:
 
 
 def _warm_up(config: Config, place: Path, tasks: list[Task]) -> None:
+    from actors.bring_up import prepare_policy  # torch, which not every study needs here
+    from learners.learner import Learner
+
     making = place.with_name(f"{place.name}.making")
     shutil.rmtree(making, ignore_errors=True)
     policy = prepare_policy(config, tasks, making / "tiny", is_resumed=False)
@@ -140,5 +141,5 @@ def main(rows: Callable[[bool, Path], Iterable[Row]]) -> None:
     """Measure and print the rows of one study in the folder that the command names; QUICK=1 takes
     one seed, which a later call without it takes over.
     """
-    for row in rows(os.environ.get("QUICK", "0") not in ("", "0"), Path(sys.argv[1])):
+    for row in rows(os.environ.get("QUICK", "0") not in ("", "0"), Path(sys.argv[1]).absolute()):
         print(f"{row.verdict}: {row.claim}: {row.measured} (bound: {row.bound}) {row.why}")

@@ -3,12 +3,10 @@
 import json
 from fractions import Fraction
 
-import numpy as np
-
 from benchmarks.riddles import WAYS, Riddles, worked
 from cluster.config import VerifierConfig
-from cluster.types import Trajectory, TrajectoryGroup, TrajectoryStatus
 from rewards.rubric import Rubric
+from rewards.self_check import group_of
 
 
 def _shares(riddles: Riddles) -> dict[str, Fraction]:
@@ -34,24 +32,6 @@ def test_training_riddles_favour_the_most_frequent_way() -> None:
 async def test_only_what_a_riddle_accepts_is_rewarded() -> None:
     [task] = Riddles(1, seed=1, way="d").load()
     digits = [int(digit) for digit in task.messages[0].content]
-    group = TrajectoryGroup(
-        group_id="g",
-        task=task,
-        trajectories=[
-            Trajectory(
-                trajectory_id=way,
-                group_id="g",
-                task_id=task.task_id,
-                context_tokens=np.zeros(1, np.int32),
-                token_ids=np.zeros(1, np.int32),
-                loss_mask=np.ones(1, np.bool_),
-                rollout_logprobs=np.zeros(1, np.float32),
-                version_spans=[],
-                status=TrajectoryStatus.COMPLETED,
-                text=worked(way, digits),
-            )
-            for way in WAYS
-        ],
-    )
+    group = group_of(task, [worked(way, digits) for way in WAYS])
     rubric = Rubric({"accepted": VerifierConfig(use="benchmarks.riddles:Accepted")})
     assert (await rubric.score(group)).rewards == [0.0, 0.0, 0.0, 1.0]
