@@ -6,10 +6,13 @@ learner is merged (`learners.weight_source`): engines and exports know nothing o
 """
 
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from cluster.config import Config
 from cluster.errors import ConfigError
@@ -61,3 +64,17 @@ class Lora:
             raise ConfigError(
                 f"{KNOB}.targets: must name linear layers of the decoder's blocks, got {outside[0]}"
             )
+
+
+@contextmanager
+def without_adapters(module: nn.Module) -> Generator[None]:
+    """`module` as it was before its adapters learned, for as long as this lasts."""
+    layers: list[Any] = [layer for layer in module.modules() if hasattr(layer, "lora_A")]
+    scales: list[dict[str, float]] = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling.update(dict.fromkeys(layer.scaling, 0.0))
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling.update(scale)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from cluster.config import LossConfig, ObjectiveSection, WarmStartSection
 from cluster.errors import ConfigError
 from learners.batch import MicroBatch, Row
 from learners.learner import ScoreRequest
@@ -80,6 +81,27 @@ def test_an_update_adds_low_rank_matrices_and_is_exported_merged(
         logprobs = causal_lm(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
     expected = [logprobs[place - 1, tokens[place]].item() for place in range(1, len(tokens))]
     assert scores.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_reference_without_adapters_is_that_of_a_copy(policy_dir: Path) -> None:
+    """A run with a warm start keeps a copy, which here was never moved."""
+    losses = {
+        "policy": LossConfig(use="policy_gradient"),
+        "kl": LossConfig(use="kl", settings={"coefficient": 0.5}),
+    }
+    kept: list[dict[str, float]] = []
+    for section in (None, WarmStartSection()):
+        config = make_config(lora=LORA).model_copy(
+            update={"objective": ObjectiveSection(losses=losses), "warm_start": section}
+        )
+        with open_learner(config, policy_dir) as learner:
+            for step in range(3):
+                metrics = train_step(learner, step).metrics
+            kept.append(metrics)
+    own, copied = kept
+    assert own["policy/reference_kl"] > 0
+    for key in own.keys() - {"learner/tokens_per_s"}:
+        assert own[key] == pytest.approx(copied[key], rel=1e-6, abs=1e-9), key
 
 
 def test_a_checkpoint_holds_the_adapters_and_hone_exports_it_merged(tmp_path: Path) -> None:
