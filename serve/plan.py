@@ -15,7 +15,7 @@ from actors.placement import Placement
 from cluster.config import Config
 
 GIB = 1024**3
-# The learner keeps float32 weights, and of what learns gradients and two AdamW moments; ranks share.
+# The learner keeps float32 weights and, of what learns, gradients and two AdamW moments.
 LEARNER_BYTES_PER_PARAMETER, FROZEN_BYTES_PER_PARAMETER = 16, 4
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
