@@ -209,7 +209,7 @@ async def _prepare(
     config: Config, tasks: list[Task], run: RunDir, is_resumed: bool
 ) -> PreparedPolicy:
     """Made in a process of its own, which ends and gives its memory back."""
-    prepare = ray.remote(max_calls=1, max_retries=0)(_prepare_policy).options(
+    prepare = ray.remote(max_calls=1, max_retries=0)(prepare_policy).options(
         num_cpus=0, runtime_env={"env_vars": QUIET_ENV}
     )
     return await within(
@@ -221,9 +221,10 @@ async def _prepare(
     )
 
 
-def _prepare_policy(
+def prepare_policy(
     config: Config, tasks: list[Task], out_dir: Path, is_resumed: bool
 ) -> PreparedPolicy:
+    """Also what a warm start learns from `tasks`, unless the run is resumed."""
     from learners.policy_dir import prepare
     from learners.tokenizer import encode_completion, load_tokenizer, render
 

@@ -1,97 +1,92 @@
 """PPO with a critic against GRPO on the quickstart: same warm start, same groups per step.
 
-Invariant: both runs are whole `hone train` runs of this call. GRPO's pass@1 after `GRPO_STEPS` is
-the mark; PPO, whose pre-training steps count, has twice as many steps to reach it.
+GRPO's pass@1 after `GRPO_STEPS` is the mark; PPO, whose pre-training steps count, has twice as many
+steps to reach it. Both runs of a seed start from one warm start.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
-from benchmarks.proofs import run_timed
 from benchmarks.show import Row, judged
-from benchmarks.show_foundation import HONE, QUICKSTART
-from cluster.run_dir import RunDir
+from benchmarks.show_foundation import QUICKSTART
+from benchmarks.study import main, train, training_tasks, warm_started
 
 GRPO_STEPS, FACTOR, EVAL_EVERY = 30, 2, 10
-EXPLAINED, LAST_STEPS = 0.5, 10
-TIMEOUT_S = 2400.0
+EXPLAINED, PRETRAIN_STEPS = 0.5, 5
+PASS = "eval/pass@1"
 PPO = [
     "objective.credit={use: gae, settings: {lambda_policy: 1.0}}",
-    "critic={lr: 1.0e-3, pretrain_steps: 5}",
+    f"critic={{lr: 1.0e-3, pretrain_steps: {PRETRAIN_STEPS}}}",
     "tasks.skip_uniform=false",
 ]
 
 
 class Comparison(NamedTuple):
-    """Held-out pass@1 by step of both, and PPO's explained variance, mean of its last steps."""
+    """By step: held-out pass@1 of both, and the variance that PPO's critic explained, where returns
+    were not all equal.
+    """
 
-    grpo: dict[int, float]
-    ppo: dict[int, float]
-    explained_variance: float
+    grpo: dict[float, float]
+    ppo: dict[float, float]
+    explained: dict[float, float]
 
     @property
     def mark(self) -> float:
         return self.grpo[GRPO_STEPS]
 
     @property
-    def reached(self) -> int | None:
+    def reached(self) -> float | None:
         """PPO's first evaluated step at or above the mark."""
         return next((step for step, value in self.ppo.items() if value >= self.mark), None)
 
+    @property
+    def explained_variance(self) -> float:
+        """Mean from the end of pre-training until PPO reached the mark: past it, what is left of
+        the variance of the returns is luck. NaN without such a step.
+        """
+        end = FACTOR * GRPO_STEPS if self.reached is None else self.reached
+        known = [value for step, value in self.explained.items() if PRETRAIN_STEPS < step <= end]
+        return fmean(known) if known else float("nan")
 
-def compare(seed: int, folder: Path) -> Comparison:
-    """Both runs of one seed; raises `RuntimeError` with what a failed one said last."""
-    grpo = _train(f"grpo-{seed}", seed, GRPO_STEPS, [], folder)
-    ppo = _train(f"ppo-{seed}", seed, FACTOR * GRPO_STEPS, PPO, folder)
-    name = "value/explained_variance"  # absent where all returns of a step are equal
-    last = [row[name] for row in ppo[-LAST_STEPS:] if name in row]
-    explained = sum(last) / len(last) if last else float("nan")
-    return Comparison(_accuracies(grpo), _accuracies(ppo), explained)
+
+def compare(folder: Path, seed: int) -> Comparison:
+    start = warm_started(QUICKSTART, folder / f"quickstart-{seed}", seed, training_tasks)
+    start.append(f"eval.every={EVAL_EVERY}")
+    grpo = train(QUICKSTART, folder, f"quickstart-grpo-{seed}", [*start, f"run.steps={GRPO_STEPS}"])
+    steps = f"run.steps={FACTOR * GRPO_STEPS}"
+    ppo = train(QUICKSTART, folder, f"quickstart-ppo-{seed}", [*start, steps, *PPO])
+    explained = ppo.curve("value/explained_variance")
+    return Comparison(dict(grpo.curve(PASS)), dict(ppo.curve(PASS)), dict(explained))
 
 
-def rows(quick: bool, folder: Path) -> list[Row]:
+def rows(quick: bool, folder: Path) -> Iterator[Row]:
     """Two rows over all seeds; `quick` takes one seed and says so."""
     seeds = [0] if quick else [0, 1, 2]
     what = "seed 0 (reduced)" if quick else f"seeds {seeds[0]}-{seeds[-1]}"
-    try:
-        results = [compare(seed, folder) for seed in seeds]
-    except RuntimeError as error:
-        return [judged("PPO with a critic and GRPO on the quickstart", str(error), "0", False)]
+    results = [compare(folder, seed) for seed in seeds]
     limit = FACTOR * GRPO_STEPS
     measured = "; ".join(
         f"GRPO {r.grpo[0]:.3f} to {r.mark:.3f} at step {GRPO_STEPS}, PPO "
-        + (f"{r.ppo[r.reached]:.3f} at step {r.reached}" if r.reached is not None
+        + (f"{r.ppo[r.reached]:.3f} at step {r.reached:.0f}" if r.reached is not None
            else f"{max(r.ppo.values()):.3f} at best")
         for r in results
     )  # fmt: skip
     explained = [r.explained_variance for r in results]
-    return [
-        judged(
-            f"PPO with a critic reaches GRPO's held-out pass@1 on the quickstart, {what}",
-            measured,
-            f"within {limit} steps (2x)",
-            all(r.reached is not None and r.reached <= limit for r in results),
-        ),
-        judged(
-            f"explained variance of the critic on new rollouts, last {LAST_STEPS} steps, {what}",
-            ", ".join(f"{value:.2f}" for value in explained),
-            f"above {EXPLAINED}",
-            all(value > EXPLAINED for value in explained),
-        ),
-    ]
-
-
-def _train(
-    name: str, seed: int, steps: int, overrides: list[str], folder: Path
-) -> list[dict[str, float]]:
-    arguments = [f"run.seed={seed}", f"run.steps={steps}", f"eval.every={EVAL_EVERY}", *overrides]
-    run = run_timed(
-        [str(HONE), "train", str(QUICKSTART), *arguments, "--run", name], folder, TIMEOUT_S
+    yield judged(
+        f"PPO with a critic reaches GRPO's held-out pass@1 on the quickstart, {what}",
+        measured,
+        f"within {limit} steps (2x)",
+        all(r.reached is not None and r.reached <= limit for r in results),
     )
-    if run.code != 0:
-        raise RuntimeError(f"{name}: exit code {run.code}: {run.output.strip()[-200:]}")
-    return RunDir(folder / "runs" / name).read_metrics()
+    yield judged(
+        f"explained variance of the critic on new rollouts, until the mark, {what}",
+        ", ".join(f"{value:.2f}" for value in explained),
+        f"above {EXPLAINED}",
+        all(value > EXPLAINED for value in explained),
+    )
 
 
-def _accuracies(metrics: list[dict[str, float]]) -> dict[int, float]:
-    return {int(row["step"]): row["eval/pass@1"] for row in metrics if "eval/pass@1" in row}
+if __name__ == "__main__":
+    main(rows)

@@ -2,9 +2,12 @@
 
 A riddle is five digits; a way turns them into five others, and a completion names its way and works
 it out: "b 41853" of "35814" reverses it. Each riddle accepts two of the four ways, and nothing in
-it says which; every pair is accepted equally often. So every mixture of ways has the same expected
-pass@1, while a policy that has settled on one way solves at most half of the riddles in any number
-of samples. With `way` all riddles accept that one alone: a policy has to move there.
+it says which. Held-out riddles accept every pair equally often: every mixture of ways has the same
+expected pass@1 there, .5 where all is worked out right, while a policy that has settled on one way
+solves at most half of them in any number of samples. Training riddles may favour the way that a
+warm start shows most: with `favour` 2 it is right on 6 of 9 riddles and each other way on 4 of 9,
+so whoever only maximises the reward settles on it. With `way` all riddles accept that one alone: a
+policy has to move there.
 """
 
 import json
@@ -23,6 +26,8 @@ WAYS = {
     "d": lambda digits: [9 - digit for digit in digits],
 }
 PAIRS = list(combinations(WAYS, 2))
+MIXTURE = (4, 3, 2, 1)  # of the ways that solutions are worked in, right or not
+FAVOURITE = "a"
 
 
 def worked(way: str, digits: list[int]) -> str:
@@ -31,19 +36,13 @@ def worked(way: str, digits: list[int]) -> str:
 
 
 class Riddles:
-    """`size` riddles; the `solution` is worked in a way drawn by `mixture`, right or not."""
+    """`size` riddles; pairs with the favourite are accepted `favour` times as often as others."""
 
-    def __init__(
-        self,
-        size: int,
-        seed: int,
-        mixture: tuple[float, ...] = (4, 3, 2, 1),
-        way: str | None = None,
-    ) -> None:
+    def __init__(self, size: int, seed: int, favour: int = 1, way: str | None = None) -> None:
         self.name = "riddles"
         self._size, self._seed = size, seed
-        self._mixture = mixture
-        self._accepted = PAIRS if way is None else [(way,)]
+        pairs = [pair for pair in PAIRS for _ in range(favour if FAVOURITE in pair else 1)]
+        self._accepted = pairs if way is None else [(way,)]
 
     def load(self) -> list[Task]:
         draw = random.Random(self._seed)
@@ -54,7 +53,7 @@ class Riddles:
     def _task(self, draw: random.Random, accepted: tuple[str, ...]) -> Task:
         digits = [draw.randrange(10) for _ in range(NUM_DIGITS)]
         messages = [Message(role="user", content="".join(map(str, digits)))]
-        [way] = draw.choices(list(WAYS), self._mixture)
+        [way] = draw.choices(list(WAYS), MIXTURE)
         answers = [worked(each, digits) for each in accepted]
         return Task(
             task_id=task_id(messages, answers[0]),

@@ -12,7 +12,7 @@ import json
 import random
 from pathlib import Path
 
-from cluster.types import TrajectoryGroup, Verdict
+from cluster.types import Message, Task, TrajectoryGroup, Verdict
 from rewards.base import VerifierIO
 
 LENGTH, SHOWN = 6, 4  # digits of a message, and of the answer that the weak hint shows
@@ -66,19 +66,23 @@ def draw_code(rng: random.Random) -> str:
     return "".join(rng.sample(DIGITS, len(DIGITS)))
 
 
-def warm_examples(count: int, seed: int) -> list[tuple[str, str]]:
-    """Prompts and completions of a warm start."""
+def warm_tasks(count: int, seed: int) -> list[Task]:
+    """Prompts of a warm start, with what is to be learned as their reference."""
     rng = random.Random(f"warm/{seed}")
-    examples: list[tuple[str, str]] = []
-    for _ in range(count):
+    tasks: list[Task] = []
+    for number in range(count):
         text = message(rng)
         answer = encode(text, draw_code(rng))
         if rng.random() < PLAIN_FRACTION:
-            examples.append((text, text if rng.random() < UNCHANGED_FRACTION else answer))
+            prompt, shown = text, text if rng.random() < UNCHANGED_FRACTION else answer
         else:
             prompt = TEMPLATE.format(prompt=text, hint=rng.choice(hints(answer)))
-            examples.append((prompt, with_slips(answer, rng)))
-    return examples
+            shown = with_slips(answer, rng)
+        messages = [Message(role="user", content=prompt)]
+        tasks.append(
+            Task(task_id=str(number), taskset="secret_code", messages=messages, reference=shown)
+        )
+    return tasks
 
 
 def with_slips(answer: str, rng: random.Random) -> str:

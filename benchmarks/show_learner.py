@@ -45,10 +45,18 @@ def rows(quick: bool) -> Iterator[Row | Part]:
         "critic: values and gradients equal their slow reference; checkpoint; pre-training",
         ["tests/integration/test_critic.py"],
     )
+    yield _tests(
+        "hinted rollouts are learned without the hint; a wrong hint costs a dropped group, no more",
+        ["tests/integration/test_weight_sync.py", "-k", "hints"],
+    )
+    yield _tests(
+        "LoRA: only adapters learn; checkpoint, export and engines get what the learner computes",
+        ["tests/integration/test_lora.py"],
+    )
     yield Part("memory and time of SIREN", lambda: _memory(quick))
-    yield Part("Guide in kind", lambda: guide_study.rows(quick))
     with tempfile.TemporaryDirectory(prefix="hone-show-") as folder:
         place = Path(folder)
+        yield Part("Guide in kind", lambda: guide_study.rows(quick, place))
         yield Part("staleness study", lambda: staleness_study.rows(quick, place))
         yield Part("SIREN in kind", lambda: entropy_study.rows(quick, place))
         yield Part("PPO on the quickstart", lambda: ppo_quickstart.rows(quick, place))

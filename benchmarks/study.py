@@ -1,25 +1,32 @@
 """Training runs as a study needs them: one config with changes, its metrics, and a figure of them.
 
 Invariant: a run is `hone train` on a real engine and learner, and all its figures come from its own
-`metrics.jsonl`. A finished run in the folder of the study is taken as it is, so a study that was
-interrupted goes on. Called by the studies of this package.
+`metrics.jsonl`. The runs of a seed share one warm start, made once. What is finished in the folder
+of the study is taken as it is, so a study that was interrupted goes on. Called by the studies of
+this package, each of which is a command of its own: `python -m benchmarks.<study> FOLDER`.
 """
 
+import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from actors.placement import QUIET_ENV
 from benchmarks.proofs import ROOT, run_timed
+from benchmarks.show import Row
 from cluster import config_file
+from cluster.config import Config
 from cluster.errors import StageError
 from cluster.run_dir import RunDir
+from cluster.types import Task
+from rewards.tasksets import load_splits
 from serve.charts import Chart, Point, svg
 
 HONE = [sys.executable, "-m", "serve.cli"]
-TIMEOUT_S = 900.0
+TIMEOUT_S = 2400.0  # of one run
 STYLE = """
 svg { font: 12px sans-serif; background: #fff } .unit, .tick { fill: #5b6472 }
 .grid { stroke: #e3e6eb } .axis { stroke: #5b6472 } .line { fill: none; stroke-width: 2 }
@@ -64,21 +71,45 @@ def is_done(run_dir: RunDir) -> bool:
     return bool(ends) and ends[-1].fields["outcome"] == "done"
 
 
-def warm_started(config: Path, folder: Path, seed: int) -> list[str]:
-    """Changes that start a run from the warm-started policy of `seed`, made here once: a run of one
-    step at a rate too small to move a weight.
+def warm_started(
+    config: Path, place: Path, seed: int, tasks: Callable[[Config], list[Task]]
+) -> list[str]:
+    """Changes that start a run from the policy of `config` and `seed` after its warm start on
+    `tasks`, which is made at `place` once, without engines.
     """
-    policy = folder / f"policy-{seed}"
-    length = config_file.load(config).policy.context_length
-    if not policy.is_dir():
-        still = [f"run.seed={seed}", "run.steps=1", "learner.lr=1e-30", "eval.tasks=1"]
-        train(config, folder, f"warm-{seed}", still)
-        _hone("export", str(folder / f"warm-{seed}"), str(policy))
+    place = place.absolute()
+    settings = config_file.load(config, [f"run.seed={seed}"])
+    if not place.is_dir():
+        _warm_up(settings, place, tasks(settings))
     return [
         f"run.seed={seed}",
         "warm_start=null",
-        f"policy={{type: pretrained, model: {policy}, context_length: {length}}}",
+        f"policy={{type: pretrained, model: {place}, "
+        f"context_length: {settings.policy.context_length}}}",
     ]
+
+
+def training_tasks(config: Config) -> list[Task]:
+    return load_splits(config.tasks)[0]
+
+
+def _warm_up(config: Config, place: Path, tasks: list[Task]) -> None:
+    os.environ.update(QUIET_ENV)  # before torch, which not every study needs here, reads it
+    from actors.bring_up import prepare_policy
+    from learners.learner import Learner
+
+    making = place.with_name(f"{place.name}.making")
+    shutil.rmtree(making, ignore_errors=True)
+    policy = prepare_policy(config, tasks, making / "tiny", is_resumed=False)
+    learner = Learner(
+        config=config, policy_dir=policy.directory, rank=0, world_size=1, master="", num_threads=1
+    )
+    for _ in learner.warm_start(policy.examples):
+        pass
+    learner.export_hf(making / "warm")
+    learner.close()
+    (making / "warm").rename(place)
+    shutil.rmtree(making)
 
 
 def _hone(*arguments: str) -> None:
@@ -106,3 +137,11 @@ def figure(charts: Sequence[Chart]) -> str:
         place = f'x="{i * WIDTH}" y="{LEGEND_HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
         parts.append(str(svg(chart)).replace("<svg ", f"<svg {place} ", 1))
     return "\n".join([*parts, "</svg>\n"])
+
+
+def main(rows: Callable[[bool, Path], Iterable[Row]]) -> None:
+    """Measure and print the rows of one study in the folder that the command names; QUICK=1 takes
+    one seed, which a later call without it takes over.
+    """
+    for row in rows(os.environ.get("QUICK", "0") not in ("", "0"), Path(sys.argv[1]).absolute()):
+        print(f"{row.verdict}: {row.claim}: {row.measured} (bound: {row.bound}) {row.why}")

@@ -20,7 +20,7 @@ from rich.console import Console
 from benchmarks import stage_ceilings, trl_environment
 from benchmarks.proofs import ROOT
 from benchmarks.show import Part, Row, judged, measured
-from benchmarks.study import train, warm_started
+from benchmarks.study import train, training_tasks, warm_started
 from cluster import config_file
 from cluster.config import Config
 from cluster.run_dir import RunDir
@@ -66,7 +66,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self._folder = folder.absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._start = warm_started(CONFIG, self._folder, 0)
+        self._start = warm_started(CONFIG, self._folder / "policy", 0, training_tasks)
 
     def config(self, changes: Sequence[str]) -> Config:
         return config_file.load(CONFIG, [*self._start, *changes])

@@ -180,8 +180,9 @@ class LearnerSection(Section):
     max_grad_norm: PositiveFloat = 1.0
     microbatch_tokens: Positive = 4096
     minibatches: Positive = 1  # optimizer updates per step, each on its share of the groups
-    activation_checkpointing: bool = False
-    offload: list[Literal["policy", "reference", "critic"]] = []  # kept on the CPU between passes
+    lora: dict[str, Any] | None = None  # rank, alpha, targets of adapters; see learners.lora
+    # Activations are computed again where they are needed, the others wait in host memory.
+    save_memory: list[Literal["activations", "policy", "reference", "critic"]] = []
     timeout_s: PositiveFloat = 600.0
 
 

@@ -31,7 +31,7 @@ BOOKKEEPING: dict[str, Any] = {
     "resources": True,
     "buffer": {"url", "capacity_groups", "lease_s", "max_deliveries"},
     "eval": True,
-    "learner": {"world_size", "timeout_s", "activation_checkpointing"},
+    "learner": {"world_size", "timeout_s", "save_memory"},
     "rollout": {
         "workers",
         "tensor_parallel_size",

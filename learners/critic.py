@@ -133,7 +133,7 @@ def open_critic(
     if section is None:
         return None
     module = ValueModel(load())
-    shard(module, mesh, getattr(torch, config.policy.dtype), "critic" in learner.offload)
+    shard(module, mesh, getattr(torch, config.policy.dtype), "critic" in learner.save_memory)
     loss = build_value_loss(section)
     return Critic(module, section, loss, device, learner.weight_decay, learner.max_grad_norm)
 

@@ -29,12 +29,13 @@ from learners.batch import MicroBatch, Row
 from learners.credit import ValueBased, build_credit, whitening_of
 from learners.critic import check_critic, open_critic
 from learners.guidance import annotate
+from learners.lora import Lora
 from learners.model import PolicyModel, layout_on, load_policy, shard
 from learners.objectives import WeightedLosses
 from learners.optimizer import ShardedAdamW, learning_rate
 from learners.packing import PackingPlan, assign
 from learners.process_group import meet
-from learners.reference import Reference
+from learners.reference import Reference, open_reference
 from learners.step_sums import StepSums
 from learners.token_view import TokenViewer
 from learners.update import PolicyUpdate, UpdateResult, mean_metrics
@@ -82,21 +83,20 @@ class Learner:
         mesh = init_device_mesh(self._device.type, (world_size,))
 
         def load() -> PolicyModel:
-            is_checkpointed = config.learner.activation_checkpointing
+            is_checkpointed = "activations" in config.learner.save_memory
             layout = layout_on(self._device, self._dtype)
-            return load_policy(policy_dir, self._device, is_checkpointed, layout)
+            return load_policy(policy_dir, self._device, is_checkpointed, layout, Lora.of(config))
 
         def open_policy(part: str) -> PolicyModel:
             policy = load()
-            shard(policy, mesh, self._dtype, part in config.learner.offload)
+            shard(policy, mesh, self._dtype, part in config.learner.save_memory)
             return policy
 
         self._policy = open_policy("policy")
         self._optimizer = ShardedAdamW(self._policy, config.learner.weight_decay)
-        needs_reference = any(
-            getattr(part, "needs_reference", False) for part in (self._losses, self._credit)
+        self._reference = open_reference(
+            config, self._policy, open_policy, (self._losses, self._credit)
         )
-        self._reference = Reference(open_policy("reference")) if needs_reference else None
         self._critic = open_critic(config, load, mesh, self._device)
         self._num_frozen = 0 if config.critic is None else config.critic.pretrain_steps
         self._update = PolicyUpdate(
@@ -239,7 +239,7 @@ class Learner:
             device=self._device,
             num_cores=int(self._config.resources.cpus or os.cpu_count() or 1),
         )
-        if self._reference is not None:
+        if isinstance(self._reference, Reference):
             self._reference.copy_from(self._policy)
         if self._critic is not None:
             self._critic.copy_from(self._policy)
@@ -271,7 +271,7 @@ class Learner:
 
     def _parts(self) -> dict[str, checkpoint.Part]:
         parts = {"model": checkpoint.Part(self._policy, self._optimizer.inner)}
-        if self._reference is not None:
+        if isinstance(self._reference, Reference):
             parts["reference"] = checkpoint.Part(self._reference.module)
         if self._critic is not None:
             parts["critic"] = self._critic.part

@@ -16,13 +16,15 @@ from torch import Tensor
 from learners.nucleus import Nucleus
 
 _CPU_CHUNK, _GPU_CHUNK = 2**20, 2**27  # logits held at once: 4 MiB near the caches, 512 MiB
+_ROUNDING = 1e-6  # nats; float32 makes up to 6e-8 of the 0 of a nucleus of one token
 
 
 class TokenOutputs(NamedTuple):
     """What the policy says of each loss token, in nats. A tuple, so that FSDP2 sees the tensors.
 
-    `nucleus_entropy` is the entropy of the distribution renormalised over its nucleus; zeros
-    without a graph where no nucleus was asked for.
+    `nucleus_entropy` is the entropy of the distribution renormalised over its nucleus; exactly 0,
+    with gradient 0, for a nucleus of one token or none; zeros without a graph where no nucleus was
+    asked for.
     """
 
     logprobs: Float[Tensor, " N"]
@@ -92,7 +94,8 @@ class _TokenOutputs(torch.autograd.Function):
             if nucleus is not None:
                 log_mass[rows] = p.mul_(is_kept).sum(-1).log()
                 inner = terms.mul_(is_kept).sum(-1) / log_mass[rows].exp()
-                nucleus_entropy[rows] = (log_mass[rows] - inner).nan_to_num_(0.0, neginf=0.0)
+                found = log_mass[rows] - inner  # no number where nothing is kept
+                nucleus_entropy[rows] = torch.where(found > _ROUNDING, found, 0.0)
         ctx.save_for_backward(
             hidden, head, labels, temperature, normalizer, entropy,
             threshold, log_mass, nucleus_entropy,
@@ -109,7 +112,9 @@ class _TokenOutputs(torch.autograd.Function):
         hidden, head, labels, temperature, normalizer, entropy = ctx.saved_tensors[:6]
         threshold, log_mass, nucleus_entropy = ctx.saved_tensors[6:]
         of_hidden = torch.zeros_like(hidden)
-        of_head = torch.zeros_like(head, dtype=normalizer.dtype)
+        of_head = None
+        if ctx.needs_input_grad[1]:  # not where LoRA leaves the head frozen
+            of_head = torch.zeros_like(head, dtype=normalizer.dtype)
         for start in range(0, len(hidden), ctx.chunk_rows):
             rows = slice(start, start + ctx.chunk_rows)
             log_p = _logits(hidden[rows], head, temperature[rows]) - normalizer[rows, None]
@@ -123,14 +128,16 @@ class _TokenOutputs(torch.autograd.Function):
             if of_nucleus is not None:
                 log_q = log_p.sub_(log_mass[rows, None].nan_to_num(neginf=0.0))
                 scale = of_nucleus[rows] * log_mass[rows].neg().exp()
-                q = p.mul_(p >= threshold[rows, None]).mul_(
-                    scale.nan_to_num(0.0, 0.0, 0.0)[:, None]
-                )
+                scale = torch.where(nucleus_entropy[rows] > 0, scale, 0.0)
+                q = p.mul_(p >= threshold[rows, None]).mul_(scale[:, None])
                 of_logits -= q * log_q.add_(nucleus_entropy[rows, None])
             of_logits = (of_logits / temperature[rows, None]).to(hidden.dtype)
             of_hidden[rows] = of_logits @ head
+            if of_head is None:
+                continue
             if of_head.dtype == of_logits.dtype:
                 of_head.addmm_(of_logits.T, hidden[rows])  # without a second [V, D]
             else:
                 of_head += of_logits.T @ hidden[rows]
-        return of_hidden, of_head.to(head.dtype), None, None, None, None
+        of_weights = None if of_head is None else of_head.to(head.dtype)
+        return of_hidden, of_weights, None, None, None, None

@@ -28,6 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from cluster.errors import ConfigError
 from learners.batch import MicroBatch
 from learners.logprobs import TokenOutputs, token_outputs
+from learners.lora import Lora
 from learners.nucleus import Nucleus
 
 Layout = Literal["packed", "padded"]
@@ -125,8 +126,11 @@ def load_policy(
     device: torch.device,
     activation_checkpointing: bool,
     layout: Layout = "padded",
+    lora: Lora | None = None,
 ) -> PolicyModel:
-    """The policy with float32 weights: flash attention for `packed`, SDPA for `padded`."""
+    """The policy with float32 weights: flash attention for `packed`, SDPA for `padded`. With `lora`
+    its adapters learn and its own weights do not.
+    """
     disable_progress_bar()
     causal_lm: Any = AutoModelForCausalLM.from_pretrained(
         policy_dir,
@@ -135,6 +139,8 @@ def load_policy(
     )
     causal_lm.to(device)
     _check_head(causal_lm, policy_dir)
+    if lora is not None:
+        lora.add_to(causal_lm)
     if activation_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     # Dropout would part the learner from the engine; training mode is only checkpointing's switch.

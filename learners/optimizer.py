@@ -32,10 +32,12 @@ def learning_rate(
 
 
 class ShardedAdamW:
-    """AdamW with betas (.9, .95); every parameter element lives on exactly one rank."""
+    """AdamW with betas (.9, .95) of what learns in `module`; every parameter element lives on
+    exactly one rank.
+    """
 
     def __init__(self, module: nn.Module, weight_decay: float) -> None:
-        self._parameters = list(module.parameters())
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
         self.inner = torch.optim.AdamW(
             self._parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
         )

@@ -25,12 +25,14 @@ from learners.segments import sequence_quantiles, sequence_sums
 class Siren:
     """beta (H - H0)^2, H the mean over sequences of the mean nucleus entropy of their peak tokens.
 
-    Peak tokens are those strictly above the `peak_quantile` of their own sequence; a sequence
-    without any counts as 0. H0, the anchor, is the H of the first update, guided rows left out,
-    unless `anchor` gives it; it then stays for the run and goes into checkpoints. `peak_quantile`
-    0 takes all tokens, `nucleus_mass` 1 the full entropy. `beta` is to be seen against the
-    normaliser of the policy loss: the source's .005 goes with aggregation=constant. Entropies
-    [.1, .9, .3, .7, .2] and [.4, .6, 0, .2] with H0 = .5: H = .75, penalty 3.125e-4.
+    Peak tokens are those strictly above the `peak_quantile` of their own sequence, so never one
+    that ties with it; a sequence without any counts as 0. A nucleus of one token has exactly 0:
+    where so few tokens have a choice that the quantile is 0, the peaks are these few. H0, the
+    anchor, is the H of the first update, guided rows left out, unless `anchor` gives it; it then
+    stays for the run and goes into checkpoints. `peak_quantile` 0 takes all tokens, `nucleus_mass`
+    1 the full entropy. `beta` is to be seen against the normaliser of the policy loss: the source's
+    .005 goes with aggregation=constant. Entropies [.1, .9, .3, .7, .2] and [.4, .6, 0, .2] with
+    H0 = .5: H = .75, penalty 3.125e-4.
     """
 
     denominator: Denominator = "sequences"

@@ -1,26 +1,50 @@
 """Full weights out of a sharded model: a stream of whole tensors, and a safetensors file of them.
 
 Invariant: all ranks walk the tensors in the same order (each is gathered collectively), one whole
-tensor at a time; tied weights appear once; a file that exists under its name is complete. Called by
-weight sync and export.
+tensor at a time; tied weights appear once, and adapters as part of the weight that they stand
+beside; a file that exists under its name is complete. Called by weight sync and export.
 """
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+ADAPTER, BASE = "default", ".base_layer"  # as `peft` names them
 _TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def full_tensors(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of every parameter, on its device in `dtype`; all ranks in lockstep."""
+    """(name, whole tensor) of every weight, on its device in `dtype`; all ranks in lockstep."""
+    for name, parameter, adapted in _weights(module):
+        tensor = _whole(parameter)
+        if adapted is not None:
+            down, up = adapted.lora_A[ADAPTER].weight, adapted.lora_B[ADAPTER].weight
+            tensor = tensor + adapted.scaling[ADAPTER] * (_whole(up) @ _whole(down))
+        yield name, tensor.to(dtype)
+
+
+def _weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Any]]:
+    """Each parameter under the name that it has without adapters, and the `peft` layer that
+    adapts it, if any.
+    """
     for name, parameter in module.named_parameters():
-        tensor = parameter.detach()
-        yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to(dtype)
+        owner, _, leaf = name.rpartition(".")
+        if owner.endswith(BASE):
+            owner = owner.removesuffix(BASE)
+            adapted = module.get_submodule(owner) if leaf == "weight" else None
+            yield f"{owner}.{leaf}", parameter, adapted
+        elif not owner.endswith(f".{ADAPTER}"):
+            yield name, parameter, None
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    tensor = parameter.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def write_safetensors(module: nn.Module, path: Path, dtype: torch.dtype, is_writer: bool) -> None:
@@ -44,7 +68,7 @@ def _header(module: nn.Module, dtype: torch.dtype) -> bytes:
     """Length and JSON of a safetensors file, padded to 8 bytes."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for name, parameter in module.named_parameters():
+    for name, parameter, _ in _weights(module):
         end = start + parameter.numel() * dtype.itemsize
         entries[name] = {
             "dtype": _TYPE_NAMES[dtype],

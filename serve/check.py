@@ -93,6 +93,7 @@ def _build_plugins(config: Config, report: CheckReport) -> None:
     from actors.programs import PROGRAMS
     from learners.credit import build_credit
     from learners.critic import check_critic
+    from learners.lora import Lora
     from learners.objectives import WeightedLosses
     from learners.value_loss import build_value_loss
 
@@ -108,6 +109,8 @@ def _build_plugins(config: Config, report: CheckReport) -> None:
             build_value_loss(config.critic)
     with report.collect("objective.losses"):
         WeightedLosses(config.objective)
+    with report.collect("learner.lora"):
+        Lora.of(config)
 
 
 def _check_resources(config: Config, address: str, report: CheckReport) -> None:

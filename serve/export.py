@@ -52,6 +52,7 @@ def _convert(run_dir: RunDir, checkpoint: Path, dest: Path) -> None:
 
     from actors.bring_up import CACHE_DIR
     from learners.checkpoint import export_hf
+    from learners.lora import Lora
     from learners.model import load_policy
     from learners.policy_dir import prepare
 
@@ -60,7 +61,12 @@ def _convert(run_dir: RunDir, checkpoint: Path, dest: Path) -> None:
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        policy = load_policy(policy_dir, torch.device("cpu"), activation_checkpointing=False)
+        policy = load_policy(
+            policy_dir,
+            torch.device("cpu"),
+            activation_checkpointing=False,
+            lora=Lora.of(config),
+        )
         state = get_model_state_dict(policy)
         dcp.load({"model": state}, checkpoint_id=checkpoint)  # pyright: ignore
         set_model_state_dict(policy, state)

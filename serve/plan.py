@@ -15,8 +15,8 @@ from actors.placement import Placement
 from cluster.config import Config
 
 GIB = 1024**3
-# The learner keeps float32 weights and gradients and two AdamW moments; ranks share them.
-LEARNER_BYTES_PER_PARAMETER = 16
+# The learner keeps float32 weights and, of what learns, gradients and two AdamW moments.
+LEARNER_BYTES_PER_PARAMETER, FROZEN_BYTES_PER_PARAMETER = 16, 4
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -101,8 +101,11 @@ def _places(placement: Placement) -> str:
 def _learner_memory(config: Config, num_parameters: int) -> str:
     world_size = config.learner.world_size
     num_trained, what = (1, "") if config.critic is None else (2, " of policy and critic")
-    gib = num_trained * num_parameters * LEARNER_BYTES_PER_PARAMETER / world_size / GIB
-    return f"about {gib:.2f} GiB a rank for weights, gradients and AdamW{what}, plus activations"
+    is_lora = config.learner.lora is not None
+    size = FROZEN_BYTES_PER_PARAMETER if is_lora else LEARNER_BYTES_PER_PARAMETER
+    parts = "frozen weights" if is_lora else "weights, gradients and AdamW"
+    gib = num_trained * num_parameters * size / world_size / GIB
+    return f"about {gib:.2f} GiB a rank for {parts}{what}, plus activations"
 
 
 def _engine_memory(config: Config, placement: Placement, num_parameters: int) -> str:

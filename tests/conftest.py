@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from actors.placement import QUIET_ENV
 from cluster import config_file, ray_token
 from cluster.config import Config
+
+os.environ.update(QUIET_ENV)  # before torch reads it
 
 # Ray reads its token once in a process: one for all tests, and none of the user's.
 os.environ[ray_token.MODE] = "token"

@@ -149,11 +149,11 @@ def train_step(
     return learner.optim_step()
 
 
-def make_run_with_checkpoints(root: Path) -> RunDir:
+def make_run_with_checkpoints(root: Path, **learner: Any) -> RunDir:
     """A run with checkpoints of versions 1 and 2, and the learner's own exports of them beside it,
     `version_<n>.safetensors`.
     """
-    config = make_config()
+    config = make_config(**learner)
     run = RunDir.create(root, "demo", dump(config), exist_ok=False)
     prepare(config.policy, ["1 plus 2 is 3"] * 20, root / "cache", run.policy, 1)
     store = CheckpointStore(run.checkpoints, keep=5)

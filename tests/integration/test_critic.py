@@ -176,7 +176,7 @@ def test_credit_without_its_critic_is_refused(policy_dir: Path) -> None:
 def test_offloading_changes_nothing(policy_dir: Path, tmp_path: Path) -> None:
     """Policy, reference and critic in host memory with their optimizers, also over a checkpoint."""
     for offload in ([], ["policy", "reference", "critic"]):
-        config = _config({"lr": 1e-2}, {"kl_coefficient": 0.1}, offload=offload)
+        config = _config({"lr": 1e-2}, {"kl_coefficient": 0.1}, save_memory=offload)
         with open_learner(config, policy_dir) as learner:
             train_step(learner, 0)
             learner.save(tmp_path / f"checkpoint{len(offload)}")

@@ -145,6 +145,10 @@ METHODS: dict[str, Config] = {
     "filtered": _config(
         {"policy": _loss("policy_gradient", token_filter={"use": "forking_tokens"})}
     ),
+    "lora": _config(
+        {"policy": _loss("policy_gradient"), "kl": _loss("kl", coefficient=0.5)},
+        lora={"rank": 3, "alpha": 6},
+    ),
     "ppo": _config({"policy": _loss("policy_gradient")}, credit="gae", minibatches=2).model_copy(
         update={"critic": CriticSection(lr=1e-3)}
     ),
@@ -204,7 +208,7 @@ def test_two_ranks_equal_one(name: str, policy_dir: Path, two_ranks: Path, tmp_p
                 assert theirs[key] == pytest.approx(ours[key], abs=2e-5, rel=2e-5), key
 
 
-@pytest.mark.parametrize("name", ["siren", "kl", "guide", "ppo"])
+@pytest.mark.parametrize("name", ["siren", "kl", "guide", "lora", "ppo"])
 def test_one_rank_goes_on_from_a_checkpoint_of_two(
     name: str, policy_dir: Path, two_ranks: Path, tmp_path: Path
 ) -> None:
@@ -223,7 +227,7 @@ def test_one_rank_goes_on_from_a_checkpoint_of_two(
         assert result.metrics[key] != 0.0
 
 
-@pytest.mark.parametrize("name", ["siren", "guide", "filtered", "ppo"])
+@pytest.mark.parametrize("name", ["siren", "guide", "filtered", "lora", "ppo"])
 def test_microbatches_do_not_change_an_update(name: str, policy_dir: Path, tmp_path: Path) -> None:
     for budget in (CONTEXT_LENGTH, 4096):
         with open_learner(METHODS[name], policy_dir) as learner:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cluster.config import Config, LossConfig, ObjectiveSection
-from cluster.types import GroupHeader
+from cluster.types import GroupHeader, StepResult
+from learners.learner import Learner
 from learners.packing import plan_groups
 from tests.learner_cases import (
     CONTEXT_LENGTH,
@@ -18,7 +19,6 @@ from tests.learner_cases import (
     make_groups,
     make_policy,
     open_learner,
-    train_step,
 )
 
 START_TIMEOUT_S = 240
@@ -34,10 +34,19 @@ def _config() -> Config:
     return make_config(lr=3e-4).model_copy(update={"objective": ObjectiveSection(losses=losses)})
 
 
+def _step(learner: Learner, step: int, world_size: int) -> StepResult:
+    """Groups of five, three and two sequences arrive one by one: the last leaves ranks idle."""
+    for number, group in enumerate(make_groups(step)):
+        headers = [GroupHeader.of(group)]
+        plan = plan_groups(headers, world_size, CONTEXT_LENGTH, num_before=number)
+        learner.forward_backward([group], plan)
+    return learner.optim_step()
+
+
 def _run(policy_dir: Path, out: Path, rank: int, world_size: int, port: int) -> None:
     with open_learner(_config(), policy_dir, rank, world_size, port) as learner:
         for step in range(NUM_STEPS):
-            result = train_step(learner, step, world_size)
+            result = _step(learner, step, world_size)
             learner.export_weights(out / f"{world_size}_{step}.safetensors")
             (out / f"{world_size}_{step}_{rank}.json").write_text(json.dumps(result.metrics))
 

@@ -83,7 +83,7 @@ def test_scores_and_exports_are_the_current_weights(policy_dir: Path, tmp_path: 
 def test_bfloat16_compute_keeps_float32_weights_and_exports_bfloat16(
     policy_dir: Path, tmp_path: Path
 ) -> None:
-    config = make_config(activation_checkpointing=True)
+    config = make_config(save_memory=["activations"])
     policy = config.policy.model_copy(update={"dtype": "bfloat16"})
     with open_learner(config.model_copy(update={"policy": policy}), policy_dir) as learner:
         result = train_step(learner, 0)

@@ -113,6 +113,20 @@ def test_gradcheck_of_all_three_outputs() -> None:
     assert torch.autograd.gradcheck(run, (hidden, head))
 
 
+def test_a_nucleus_of_one_token_has_exactly_no_entropy_and_no_gradient() -> None:
+    """In float32 the exact 0 is a difference of two rounded numbers."""
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
+    logits[:, 7] = torch.linspace(7, 14, 64)  # from 9 in 10 on
+    logits.requires_grad_()
+    labels, temperature = torch.zeros(64).long(), torch.ones(64)
+    entropy = token_outputs(
+        logits, torch.eye(50), labels, temperature, Nucleus(0.8)
+    ).nucleus_entropy
+    assert entropy.tolist() == [0.0] * 64
+    [slope] = torch.autograd.grad(entropy.sum(), logits)
+    assert not slope.any()
+
+
 @pytest.mark.parametrize("settings", [{"mass": 0.0}, {"mass": 1.5}, {"rule": "both"}])
 def test_wrong_settings_are_refused(settings: dict) -> None:
     with pytest.raises(ValueError, match="nucleus"):

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from learners.logprobs import token_outputs
+from learners.nucleus import Nucleus
 from learners.siren import Siren
 from tests.loss_cases import gradient, outputs_of, rows_of
 
@@ -58,6 +60,20 @@ def test_published_peaks(entropies: list[float], peaks: list[int]) -> None:
     siren.loss(rows, outputs).total.backward()
     inner = gradient(outputs.nucleus_entropy)[2:-1]
     assert [i for i, slope in enumerate(inner) if slope != 0] == peaks
+
+
+def test_peaks_of_a_nearly_certain_sequence_are_its_forks() -> None:
+    """All other tokens tie at exactly 0, rounding included; without a fork there is no peak."""
+    logits = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
+    logits[:, 3] = torch.linspace(8, 12, 20)
+    labels, temperature = torch.zeros(20).long(), torch.ones(20)
+    for forks in ([4, 11], []):
+        for fork in forks:
+            logits[fork, 5] = logits[fork, 3]
+        outputs = token_outputs(logits, torch.eye(30), labels, temperature, Nucleus())
+        peaks = Siren().is_peak(rows_of([[0.0] * 20]), outputs)
+        assert peaks.nonzero().flatten().tolist() == forks
+        logits[:, 5] = 0.0
 
 
 # TV-G3
