@@ -189,14 +189,16 @@ def test_only_prometheus_reaches_the_exporters_from_outside() -> None:
             assert {"name": "metrics", "containerPort": 8080} in ports, group
 
 
-def test_each_new_cluster_starts_with_a_memory_of_its_own() -> None:
-    """The operator names what a head keeps in Redis after the cluster; a name of ours would give a
-    retried job, or an upgraded service, the dead actors of the one before.
+@pytest.mark.parametrize("name", RAY_FILES)
+def test_the_operator_alone_connects_the_head_to_its_redis(name: str) -> None:
+    """It refuses heads that bring these variables, and names what a head keeps after its cluster:
+    a name of ours would give a retried job, or an upgraded service, the dead actors of the last.
     """
-    for name in RAY_FILES:
-        assert set(cluster_spec(one(name))["gcsFaultToleranceOptions"]) == {
-            "redisAddress", "redisPassword",
-        }  # fmt: skip
+    spec = cluster_spec(one(name))
+    assert set(spec["gcsFaultToleranceOptions"]) == {"redisAddress", "redisPassword"}
+    [head] = spec["headGroupSpec"]["template"]["spec"]["containers"]
+    own = {"REDIS_PASSWORD", "REDIS_USERNAME", "RAY_REDIS_ADDRESS", "RAY_enable_autoscaler_v2"}
+    assert not own & {variable["name"] for variable in head["env"]}
 
 
 def selects(selector: Manifest, labels: dict[str, str]) -> bool:
