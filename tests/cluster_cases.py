@@ -41,23 +41,28 @@ LABELS = "resources.labels={" + ", ".join(
 START_S = 180.0  # a node, on two cores that others use, too
 STEP_S = 900.0  # from the submission to the first step
 POLL_S = 0.2
+PORTS = range(15_000, 22_000)
 HEAD = "127.0.0.2"  # each node has an address of its own, as hosts have
 # A dead node refuses the question and is noticed within seconds; one that is only slow, as all are
 # while an engine loads on the same cores, is given time.
 PATIENCE = {
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "30000",
-    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_timeout_ms": "10000",
+    "RAY_health_check_failure_threshold": "4",
     "RAY_agent_register_timeout_ms": "120000",
     "RAY_worker_register_timeout_seconds": "180",
     "RAY_gcs_server_port_wait_time_s": "120",
+    "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "180",
 }
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that is free at every address and stays so: the kernel hands out none of these."""
+    while True:
+        port = secrets.choice(PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 class Node:
