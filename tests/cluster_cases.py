@@ -109,16 +109,10 @@ class ThreeNodes:
     """
 
     def __init__(
-        self,
-        stack: ExitStack,
-        logs: Path,
-        temporary: str,
-        environment: dict[str, str],
-        redis_pid: int,
+        self, stack: ExitStack, logs: Path, environment: dict[str, str], redis_pid: int
     ) -> None:
         self._stack = stack
         self._logs = logs
-        self._temporary = temporary
         self.environment = environment
         self.redis_pid = redis_pid
         self.dashboard = f"http://127.0.0.1:{free_port()}"
@@ -126,10 +120,12 @@ class ThreeNodes:
         self._gcs_port = free_port()
         self.nodes: list[Node] = []
 
-    def start(self) -> None:
-        """One after the other: each node is alive before the next is started."""
+    def start(self, temporary: str) -> None:
+        """One after the other: each node is alive before the next is started. Sockets lie below
+        `temporary`, which must be short.
+        """
         self._start(
-            "learner", "--head", f"--port={self._gcs_port}", f"--temp-dir={self._temporary}/ray",
+            "learner", "--head", f"--port={self._gcs_port}", f"--temp-dir={temporary}/ray",
             "--include-dashboard=true", "--dashboard-host=127.0.0.1",
             f"--dashboard-port={self.dashboard.rpartition(':')[2]}",
             f"--ray-client-server-port={self.client_port}",
@@ -221,8 +217,8 @@ def three_nodes(place: Path) -> Iterator[ThreeNodes]:
         )
         for name in ("RAY_ADDRESS", ray_token.TOKEN):
             environment.pop(name, None)
-        nodes = ThreeNodes(stack, place, short, environment, server.pid)
-        nodes.start()
+        nodes = ThreeNodes(stack, place, environment, server.pid)
+        nodes.start(short)
         yield nodes
 
 
