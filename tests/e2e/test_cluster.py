@@ -1,4 +1,7 @@
-"""One short run on three real Ray nodes through `hone submit`: placement, doors, node loss."""
+"""One short run on three real Ray nodes through `hone submit`: placement, doors, node loss.
+
+A figure is recorded when what it stands for has held: rows of `make show` are judged by them.
+"""
 
 import shutil
 import subprocess
@@ -26,7 +29,7 @@ from tests.monitoring_cases import Scrape, alert_rules, panels, prometheus
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
 NOTICE_S = 60.0
 REPLACE_S = 300.0  # a node joins and an engine loads
-ROLES = ["controller", "learner", "reward", "rollout"]
+Record = Callable[[str, float], None]
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +44,16 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SubmittedRun]:
             run.close()
 
 
-def test_each_role_runs_on_its_node(live: SubmittedRun) -> None:
+def test_each_role_runs_on_its_node(live: SubmittedRun, record_property: Record) -> None:
     pools = {node["node_id"]: node["labels"]["pool"] for node in live.nodes.state("nodes")}
     alive = [actor for actor in live.nodes.state("actors") if actor["state"] == "ALIVE"]
     ours = [actor for actor in alive if (actor["name"] or "").startswith("hone/")]
     places = sorted((actor["name"].split("/")[2], pools[actor["node_id"]]) for actor in ours)
-    expected = dict(zip(ROLES, ["learner", "learner", "reward", "rollout"], strict=True))
-    assert places == list(expected.items())
+    assert places == [
+        ("controller", "learner"), ("learner", "learner"), ("reward", "reward"),
+        ("rollout", "rollout"),
+    ]  # fmt: skip
+    record_property("roles_on_their_nodes", len(places))
 
 
 def test_a_run_that_can_never_fit_is_refused_from_outside(live: SubmittedRun) -> None:
@@ -63,9 +69,7 @@ def test_a_run_that_can_never_fit_is_refused_from_outside(live: SubmittedRun) ->
     assert "Traceback" not in done.stderr
 
 
-def test_no_door_opens_without_the_token(
-    live: SubmittedRun, record_property: Callable[[str, float], None]
-) -> None:
+def test_no_door_opens_without_the_token(live: SubmittedRun, record_property: Record) -> None:
     """All but Ray's metrics exporters, which know no token and hand out numbers only. What speaks
     no protocol that is known here (gloo, between the ranks of one process) is on loopback.
     """
@@ -85,7 +89,7 @@ def test_no_door_opens_without_the_token(
     assert counts["metrics"] <= 2 * len(live.nodes.nodes), listing
 
 
-def test_exporters_give_no_secret_away(live: SubmittedRun) -> None:
+def test_exporters_give_no_secret_away(live: SubmittedRun, record_property: Record) -> None:
     environment = live.nodes.environment
     password = environment["HONE_BUFFER_URL"].split("@")[0].rpartition(":")[2]
     for url in live.nodes.exporters:
@@ -93,9 +97,12 @@ def test_exporters_give_no_secret_away(live: SubmittedRun) -> None:
         assert Path(environment[ray_token.TOKEN_PATH]).read_text() not in text
         assert len(password) > 8
         assert password not in text
+    record_property("exporters_without_secrets", len(live.nodes.exporters))
 
 
-def test_no_panel_and_no_alert_of_a_training_run_lacks_data(live: SubmittedRun) -> None:
+def test_no_panel_and_no_alert_of_a_training_run_lacks_data(
+    live: SubmittedRun, record_property: Record
+) -> None:
     """Scraped from the exporters of all three nodes, as Prometheus would."""
     wanted = [(f"{row}: {panel}", query) for row, panel, query in panels() if row != "Serve"]
     wanted += [
@@ -119,11 +126,12 @@ def test_no_panel_and_no_alert_of_a_training_run_lacks_data(live: SubmittedRun) 
         return "\n".join([*missing, live.story()])
 
     wait_for(is_answered, "data for every panel and alert", 120, story)
+    record_property("queries_with_data", len(wanted))
 
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="Debian: the package prometheus")
 def test_a_real_prometheus_answers_every_panel_and_evaluates_every_rule(
-    live: SubmittedRun, tmp_path: Path
+    live: SubmittedRun, tmp_path: Path, record_property: Record
 ) -> None:
     exporters = [url.split("/")[2] for url in live.nodes.exporters]
     with prometheus(tmp_path, exporters) as server:
@@ -141,10 +149,11 @@ def test_a_real_prometheus_answers_every_panel_and_evaluates_every_rule(
         )  # fmt: skip
         firing = {rule["name"] for rule in server.rules() if rule["state"] == "firing"}
         assert not firing, firing
+        record_property("rules_evaluated", len(rules))
 
 
 def test_a_lost_rollout_node_is_replaced_by_one_that_joins(
-    live: SubmittedRun, record_property: Callable[[str, float], None]
+    live: SubmittedRun, record_property: Record
 ) -> None:
     engine, before = "rollout/0", live.step
     num_died, num_restarted = (
@@ -161,10 +170,10 @@ def test_a_lost_rollout_node_is_replaced_by_one_that_joins(
     )
     lost_at = live.step
     live.wait_for(lambda: live.step > lost_at, "step after the loss", NOTICE_S)
-    record_property("seconds_to_notice", noticed_s)
-    record_property("seconds_to_recover_after_joining", restarted_s)
     assert live.step > before
     ledger = live.ledger
     used = [group for record in ledger for group in record["group_ids"]]
     assert len(used) == len(set(used))
     assert [record["step"] for record in ledger] == list(range(1, len(ledger) + 1))
+    record_property("seconds_to_notice", noticed_s)
+    record_property("seconds_to_recover_after_joining", restarted_s)
