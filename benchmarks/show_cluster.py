@@ -17,6 +17,7 @@ PROMTOOL = f"{MONITORING}::test_prometheus_own_checker_accepts_the_rules"
 EXPORTERS = f"{DEPLOY}::test_only_prometheus_reaches_the_exporters_from_outside"
 REAL_PROMETHEUS = "test_a_real_prometheus"
 RECOVER_S = 120.0
+STOP_S = 60.0  # serve.submit tells Ray to wait that long
 ROLES = ("controller", "learner", "rollout", "reward")
 MIN_PORTS = 10  # a cluster that opens fewer was not looked at
 
@@ -96,6 +97,14 @@ def live_cluster() -> Iterator[Row]:
         "node was started",
         f"recovers within {RECOVER_S:.0f} s of joining (an engine load included)",
         figure("roles_on_their_nodes") == len(ROLES) and recover_s <= RECOVER_S,
+        why,
+    )
+    stop_s = figure("seconds_to_stop_with_state_saved")
+    yield judged(
+        "`ray job stop` ends the submitted run, and the step it had reached is saved",
+        f"{stop_s:.1f} s",
+        f"state saved, before Ray kills the job after {STOP_S:.0f} s",
+        stop_s <= STOP_S,
         why,
     )
     yield judged(

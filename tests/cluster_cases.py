@@ -236,8 +236,8 @@ class SubmittedRun:
         runs.mkdir()
         self.nodes = nodes
         self.dir = RunDir(runs / "demo")
-        self._log = runs / "submit.log"
-        with self._log.open("wb") as output:
+        self.log = runs / "submit.log"
+        with self.log.open("wb") as output:
             self.job = subprocess.Popen(
                 [HONE, "submit", QUICKSTART, "--address", nodes.dashboard, "--run", "demo", *SMALL,
                  LABELS, f"run.dir={runs}", *overrides],
@@ -276,7 +276,7 @@ class SubmittedRun:
             known = f"{state.phase} {state.phase_detail}, step {state.step}; {state.error}"
             known += "".join(f"\n  {event}" for event in state.last_events)
             known += "".join(f"\n  {actor.name}: {actor.state}" for actor in state.actors)
-        return f"{known}\n`hone submit`:\n{tail(self._log)}\n{self.nodes.story()}"
+        return f"{known}\n`hone submit`:\n{tail(self.log)}\n{self.nodes.story()}"
 
     def close(self) -> None:
         self.job.kill()

@@ -1,10 +1,13 @@
-"""One short run on three real Ray nodes through `hone submit`: placement, doors, node loss.
+"""One short run on three real Ray nodes through `hone submit`: placement, doors, node loss, end.
 
 A figure is recorded when what it stands for has held: rows of `make show` are judged by them.
 """
 
+import re
+import shlex
 import shutil
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +16,12 @@ import httpx
 import pytest
 
 from cluster import ray_token
+from cluster.resume import saved_state
 from tests.cluster_cases import (
     HONE,
     LABELS,
     QUICKSTART,
+    RAY,
     ROOT,
     STEP_S,
     SubmittedRun,
@@ -177,3 +182,18 @@ def test_a_lost_rollout_node_is_replaced_by_one_that_joins(
     assert [record["step"] for record in ledger] == list(range(1, len(ledger) + 1))
     record_property("seconds_to_notice", noticed_s)
     record_property("seconds_to_recover_after_joining", restarted_s)
+
+
+def test_a_stopped_job_saves_its_state(live: SubmittedRun, record_property: Record) -> None:
+    """By the command that `hone submit` printed; last, because nothing runs afterwards."""
+    [command] = re.findall(r"end it with: ray (job stop .+)", live.log.read_text())
+    started = time.monotonic()
+    done = subprocess.run(
+        [RAY, *shlex.split(command)], env=live.nodes.environment, capture_output=True, text=True,
+        timeout=180, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    stopped_s = time.monotonic() - started
+    assert live.job.wait(60) == 130, live.story()
+    assert saved_state(live.dir).startswith("state saved at step"), live.story()
+    record_property("seconds_to_stop_with_state_saved", stopped_s)
