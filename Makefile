@@ -37,6 +37,6 @@ lock: setup
 	  --extra cpu --group dev --overrides requirements/overrides-cpu.txt --python-version 3.11 \
 	  --python-platform x86_64-manylinux_2_28 --no-header --no-annotate \
 	  --generate-hashes -q -o requirements/cpu.txt
-	UV_FIND_LINKS= .venv/bin/uv --no-config pip compile pyproject.toml --extra gpu --extra flash \
+	UV_FIND_LINKS= .venv/bin/uv --no-config pip compile pyproject.toml --extra gpu \
 	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate \
 	  --generate-hashes -q -o requirements/gpu.txt

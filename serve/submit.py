@@ -6,7 +6,6 @@ the cluster's image and are compared with the lock file when the job starts.
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
@@ -22,7 +21,9 @@ from cluster.errors import ConfigError, StageError
 
 START_S = 60.0  # how long a head that has just started may answer with errors
 PAUSE_S = 1.0
-POLL_S = 1.0
+# Read where the job's supervisor runs, which gets the job's environment. Ray's own 3 s would kill
+# a run that is saving its state.
+STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
 logger = logging.getLogger(__name__)
 EXIT_CODES = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": 130}
 
@@ -72,14 +73,9 @@ def submit(
 
 def follow(submission: Submission) -> int:
     """Print what the job prints until it ends; its exit code."""
-    with contextlib.suppress(StopIteration):
-        for text in _logs(submission):
-            print(text, end="", flush=True)
-    while True:
-        details = submission.client.get_job_info(submission.submission_id)
-        if str(details.status.value) in EXIT_CODES:
-            break
-        time.sleep(POLL_S)
+    for text in _logs(submission):
+        print(text, end="", flush=True)
+    details = _ended(submission)
     code = EXIT_CODES[str(details.status.value)]
     if code == 1 and details.driver_exit_code is None:
         raise StageError("job", f"{submission.submission_id}: {details.message}")
@@ -133,7 +129,11 @@ def _submit(client: Any, submission_id: str, arguments: list[str], name: str) ->
         client.submit_job(
             entrypoint=shlex.join(["python", *arguments]),
             submission_id=submission_id,
-            runtime_env={"working_dir": str(Path.cwd()), "excludes": NOT_SENT},
+            runtime_env={
+                "working_dir": str(Path.cwd()),
+                "excludes": NOT_SENT,
+                "env_vars": STOP_WAIT,
+            },
             metadata={"hone_run": name},
         )
     except RuntimeError as error:
@@ -141,8 +141,30 @@ def _submit(client: Any, submission_id: str, arguments: list[str], name: str) ->
             raise
 
 
+def _ended(submission: Submission) -> Any:
+    """What is known of the job once it has ended; a head that answers with errors is asked again.
+
+    Raises `StageError` when it does so for `START_S`.
+    """
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            details = submission.client.get_job_info(submission.submission_id)
+        except (OSError, RuntimeError) as error:
+            if time.monotonic() > deadline:
+                text = f"{submission.submission_id}: nobody says how it is: {_plain(error)}"
+                raise StageError("job", text) from error
+        else:
+            if str(details.status.value) in EXIT_CODES:
+                return details
+            deadline = time.monotonic() + START_S
+        time.sleep(PAUSE_S)
+
+
 def _logs(submission: Submission) -> Iterator[str]:
-    """Chunks of the job's output as they come."""
+    """Chunks of the job's output as they come, for as long as the head sends them."""
+    from aiohttp import ClientError
+
     stream = submission.client.tail_job_logs(submission.submission_id)
     loop = asyncio.new_event_loop()
     try:
@@ -150,6 +172,9 @@ def _logs(submission: Submission) -> Iterator[str]:
             try:
                 yield loop.run_until_complete(anext(stream))
             except StopAsyncIteration:
+                return
+            except (OSError, RuntimeError, ClientError) as error:
+                logger.warning("the output cannot be followed, the job goes on: %s", _plain(error))
                 return
     finally:
         loop.close()

@@ -1,6 +1,5 @@
 """Several real Ray nodes on this machine, with token authentication and a Redis that all reach."""
 
-import json
 import os
 import secrets
 import signal
@@ -17,9 +16,11 @@ from typing import Any
 import httpx
 import psutil
 
-from cluster import ray_token
+from cluster import ray_token, status
 from cluster.embedded_redis import EmbeddedRedis
 from cluster.redis_client import URL_VARIABLE
+from cluster.run_dir import JsonLines, RunDir
+from tests.processes import processes_of
 
 ROOT = Path(__file__).parents[1]
 HONE = Path(sys.executable).parent / "hone"
@@ -37,20 +38,31 @@ SMALL = [
 LABELS = "resources.labels={" + ", ".join(
     f"{role}: {{pool: {role}}}" for role in ("learner", "rollout", "reward")
 ) + "}"  # fmt: skip
-START_S = 120.0
+START_S = 180.0  # a node, on two cores that others use, too
+STEP_S = 900.0  # from the submission to the first step
+POLL_S = 0.2
+PORTS = range(15_000, 22_000)
 HEAD = "127.0.0.2"  # each node has an address of its own, as hosts have
-# A dead node is noticed within seconds; Ray's defaults suit clusters with slow networks.
-IMPATIENT = {
+# A dead node refuses the question and is noticed within seconds; one that is only slow, as all are
+# while an engine loads on the same cores, is given time.
+PATIENCE = {
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "5000",
-    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_timeout_ms": "10000",
+    "RAY_health_check_failure_threshold": "4",
+    "RAY_agent_register_timeout_ms": "120000",
+    "RAY_worker_register_timeout_seconds": "180",
+    "RAY_gcs_server_port_wait_time_s": "120",
+    "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "180",
 }
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that is free at every address and stays so: the kernel hands out none of these."""
+    while True:
+        port = secrets.choice(PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 class Node:
@@ -60,6 +72,7 @@ class Node:
         self, address: str, arguments: list[str], environment: dict[str, str], log: Path
     ) -> None:
         self.metrics_port = free_port()
+        self.log = log
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [RAY, "start", "--block", f"--node-ip-address={address}", "--num-cpus=1",
@@ -70,26 +83,35 @@ class Node:
             )  # fmt: skip
 
     @property
+    def is_up(self) -> bool:
+        return self.process.poll() is None
+
+    @property
     def pids(self) -> list[int]:
-        if self.process.poll() is not None:
+        """Of every process that the node has started, however deep."""
+        try:
+            children = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
             return []
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [self.process.pid, *[child.pid for child in children]]
+        return [self.process.pid, *[child.pid for child in children]] if self.is_up else []
 
     def kill(self) -> None:
         """As a host that loses power: every process at once, none asked."""
         for pid in self.pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.wait(10)
+        self.process.wait(30)
 
 
 class ThreeNodes:
-    """Head, rollout node and reward node; nodes can be killed and new ones join."""
+    """Head, rollout node and reward node; nodes can be killed and new ones join. `stack` ends each
+    node from the moment it is started.
+    """
 
     def __init__(
-        self, logs: Path, temporary: str, environment: dict[str, str], redis_pid: int
+        self, stack: ExitStack, logs: Path, environment: dict[str, str], redis_pid: int
     ) -> None:
+        self._stack = stack
         self._logs = logs
         self.environment = environment
         self.redis_pid = redis_pid
@@ -97,26 +119,32 @@ class ThreeNodes:
         self.client_port = free_port()
         self._gcs_port = free_port()
         self.nodes: list[Node] = []
-        self.head = self._start(
+
+    def start(self, temporary: str) -> None:
+        """One after the other: each node is alive before the next is started. Sockets lie below
+        `temporary`, which must be short.
+        """
+        self._start(
             "learner", "--head", f"--port={self._gcs_port}", f"--temp-dir={temporary}/ray",
             "--include-dashboard=true", "--dashboard-host=127.0.0.1",
             f"--dashboard-port={self.dashboard.rpartition(':')[2]}",
             f"--ray-client-server-port={self.client_port}",
         )  # fmt: skip
-        self._wait(1)
+        self.wait_for_alive(1)
         self.rollout_node = self.add("rollout")
-        self._wait(2)
+        self.wait_for_alive(2)
         self.reward_node = self.add("reward")
-        self._wait(3)
+        self.wait_for_alive(3)
 
-    def _wait(self, num_nodes: int) -> None:
-        """A busy machine takes its time; what the nodes said is shown when it fails."""
-        try:
-            wait_for(lambda: self._num_alive() == num_nodes, f"{num_nodes} nodes alive", START_S)
-        except AssertionError as error:
-            said = [f"{log.name}:\n{log.read_text()}" for log in self._logs.glob("*.log")]
-            self.close()
-            raise AssertionError("\n".join([str(error), *said])) from None
+    def wait_for_alive(self, num_nodes: int) -> float:
+        """Seconds until the head counts `num_nodes`; what the nodes said is shown when it fails."""
+
+        def is_settled() -> bool:
+            return self.num_alive() == num_nodes or not self.nodes[-1].is_up
+
+        waited_s = wait_for(is_settled, f"{num_nodes} nodes alive", START_S, self.story)
+        assert self.nodes[-1].is_up, f"a node ended while it started\n{self.story()}"
+        return waited_s
 
     def add(self, pool: str) -> Node:
         return self._start(pool, f"--address={HEAD}:{self._gcs_port}")
@@ -125,13 +153,15 @@ class ThreeNodes:
         log = self._logs / f"{pool}-{len(self.nodes)}.log"
         address = f"127.0.0.{2 + len(self.nodes)}"
         node = Node(address, [f"--labels=pool={pool}", *arguments], self.environment, log)
+        self._stack.callback(node.kill)
         self.nodes.append(node)
         return node
 
-    def _num_alive(self) -> int:
+    def num_alive(self) -> int:
+        """Nodes that the head holds to be alive; 0 while its dashboard does not answer."""
         try:
             return sum(node["state"] == "ALIVE" for node in self.state("nodes"))
-        except (httpx.HTTPError, KeyError):
+        except (httpx.HTTPError, ValueError, TypeError, KeyError):  # not up, or not ready to say
             return 0
 
     def state(self, what: str) -> list[dict[str, Any]]:
@@ -140,25 +170,25 @@ class ThreeNodes:
         reply = httpx.get(
             f"{self.dashboard}/api/v0/{what}",
             headers={"Authorization": f"Bearer {token}"},
-            timeout=10,
+            timeout=30,
         )
         reply.raise_for_status()
         return reply.json()["data"]["result"]["result"]
 
+    def story(self) -> str:
+        """How many nodes live, and the last that each has said."""
+        said = [f"{node.log.name}, up {node.is_up}:\n{tail(node.log)}" for node in self.nodes]
+        return "\n".join([f"{self.num_alive()} of {len(self.nodes)} nodes alive", *said])
+
     @property
     def exporters(self) -> list[str]:
         """URLs of the metrics of every living node."""
-        alive = [node for node in self.nodes if node.process.poll() is None]
-        return [f"http://127.0.0.1:{node.metrics_port}/metrics" for node in alive]
+        return [f"http://127.0.0.1:{n.metrics_port}/metrics" for n in self.nodes if n.is_up]
 
     @property
     def pids(self) -> list[int]:
-        """Every process that the nodes have started, however deep."""
-        return [pid for node in self.nodes for pid in node.pids]
-
-    def close(self) -> None:
-        for node in reversed(self.nodes):
-            node.kill()
+        """Of all nodes and of Redis."""
+        return [self.redis_pid, *[pid for node in self.nodes for pid in node.pids]]
 
 
 @contextmanager
@@ -168,11 +198,14 @@ def three_nodes(place: Path) -> Iterator[ThreeNodes]:
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
     with ExitStack() as stack:
-        short = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp"))
+        short = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
+        )
+        stack.callback(_end_all, place)
         server = stack.enter_context(EmbeddedRedis(place / "redis"))
         environment = (
             os.environ
-            | IMPATIENT
+            | PATIENCE
             | {
                 ray_token.MODE: "token",
                 ray_token.TOKEN_PATH: str(token),
@@ -184,33 +217,83 @@ def three_nodes(place: Path) -> Iterator[ThreeNodes]:
         )
         for name in ("RAY_ADDRESS", ray_token.TOKEN):
             environment.pop(name, None)
-        nodes = ThreeNodes(place, short, environment, server.pid)
-        stack.callback(nodes.close)
+        nodes = ThreeNodes(stack, place, environment, server.pid)
+        nodes.start(short)
         yield nodes
 
 
-def submit(nodes: ThreeNodes, run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
-    """`hone submit` of the quickstart, reduced, as a user types it."""
-    run_dir.mkdir()
-    with (run_dir / "submit.log").open("wb") as output:
-        return subprocess.Popen(
-        [HONE, "submit", QUICKSTART, "--address", nodes.dashboard, "--run", "demo", *SMALL, LABELS,
-         f"run.dir={run_dir}", *overrides],
-        cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
-        env=nodes.environment | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+def _end_all(place: Path) -> None:
+    """What the nodes left behind: all of it knows the token's place, or works below it."""
+    for pid in processes_of(place):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
-def rows(file: Path) -> list[dict[str, Any]]:
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text().splitlines()]
+class SubmittedRun:
+    """The quickstart, reduced, handed over by `hone submit` as a user types it."""
+
+    def __init__(self, nodes: ThreeNodes, runs: Path, *overrides: str) -> None:
+        runs.mkdir()
+        self.nodes = nodes
+        self.dir = RunDir(runs / "demo")
+        self.log = runs / "submit.log"
+        with self.log.open("wb") as output:
+            self.job = subprocess.Popen(
+                [HONE, "submit", QUICKSTART, "--address", nodes.dashboard, "--run", "demo", *SMALL,
+                 LABELS, f"run.dir={runs}", *overrides],
+                cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+                env=nodes.environment | {"PYTHONPATH": str(ROOT)},
+            )  # fmt: skip
+
+    @property
+    def step(self) -> int:
+        return max((int(row["step"]) for row in self.dir.read_metrics()), default=-1)
+
+    @property
+    def ledger(self) -> list[dict[str, Any]]:
+        return JsonLines(self.dir.ledger).read(dict[str, Any])
+
+    def count(self, kind: str, actor: str) -> int:
+        """Events of one kind about one actor."""
+        events = self.dir.read_events()
+        return sum(e.kind == kind and e.fields.get("actor") == actor for e in events)
+
+    def wait_for(self, done: Callable[[], bool], what: str, deadline_s: float) -> float:
+        """Seconds until `done`, which the run has to live to see."""
+        waited_s = wait_for(
+            lambda: done() or self.job.poll() is not None, what, deadline_s, self.story
+        )
+        assert self.job.poll() is None, (
+            f"`hone submit` ended with {self.job.returncode} before {what}\n{self.story()}"
+        )
+        return waited_s
+
+    def story(self) -> str:
+        """What a person would look at: the phase, the last events, what was printed."""
+        state = status.read(self.dir.path)
+        known = "no status yet"
+        if state is not None:
+            known = f"{state.phase} {state.phase_detail}, step {state.step}; {state.error}"
+            known += "".join(f"\n  {event}" for event in state.last_events)
+            known += "".join(f"\n  {actor.name}: {actor.state}" for actor in state.actors)
+        return f"{known}\n`hone submit`:\n{tail(self.log)}\n{self.nodes.story()}"
+
+    def close(self) -> None:
+        self.job.kill()
+        self.job.wait(30)
 
 
-def wait_for(done: Callable[[], bool], what: str, deadline_s: float) -> float:
-    """Seconds until `done`; fails naming `what` past the deadline."""
+def tail(file: Path, size: int = 3000) -> str:
+    return file.read_text(errors="replace")[-size:] if file.exists() else "nothing"
+
+
+def wait_for(
+    done: Callable[[], bool], what: str, deadline_s: float, story: Callable[[], str] = str
+) -> float:
+    """Seconds until `done`; past the deadline it fails with `what` and the `story` so far."""
     started = time.monotonic()
     while not done():
-        assert time.monotonic() - started < deadline_s, f"{what} did not happen in {deadline_s} s"
-        time.sleep(0.2)
+        if time.monotonic() - started > deadline_s:
+            raise AssertionError(f"no {what} in {deadline_s:.0f} s\n{story()}")
+        time.sleep(POLL_S)
     return time.monotonic() - started

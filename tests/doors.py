@@ -42,8 +42,10 @@ class Door:
 
 
 def doors(pids: Iterable[int]) -> list[Door]:
-    """One entry per listening TCP port of the processes."""
-    found: dict[int, tuple[str, str]] = {}
+    """One entry per address and TCP port that the processes listen on: the same port number may be
+    another service at another address.
+    """
+    found: dict[tuple[str, int], str] = {}
     for pid in pids:
         try:
             process = psutil.Process(pid)
@@ -53,15 +55,19 @@ def doors(pids: Iterable[int]) -> list[Door]:
             continue
         for connection in sockets:
             if connection.status == psutil.CONN_LISTEN:
-                found.setdefault(connection.laddr.port, (connection.laddr.ip, name))
+                found.setdefault((connection.laddr.ip, connection.laddr.port), name)
+    places = sorted(found, key=lambda place: (place[1], place[0]))
     with ThreadPoolExecutor(AT_ONCE) as knockers:
-        places = [("127.0.0.1" if ip in ANYWHERE else ip, port) for port, (ip, _) in found.items()]
-        answers = dict(zip(found, knockers.map(_knock, places), strict=True))
-    return [Door(found[port][0], port, found[port][1], *answers[port]) for port in sorted(found)]
+        answers = knockers.map(_knock, places)
+    return [
+        Door(ip, port, found[ip, port], *answer)
+        for (ip, port), answer in zip(places, answers, strict=True)
+    ]
 
 
 def _knock(place: tuple[str, int]) -> tuple[Outcome, str]:
     host, port = place[0].removeprefix("::ffff:"), place[1]
+    host = "127.0.0.1" if host in ANYWHERE else host
     for ask in (_ask_redis, _ask_http, _ask_grpc):
         answer = ask(host, port)
         if answer is not None:

@@ -39,7 +39,6 @@ CLUSTER = closed(
         redisAddress=TEXT,
         redisPassword=SECRET_VALUE,
         redisUsername=SECRET_VALUE,
-        externalStorageNamespace=TEXT,
     ),
     enableInTreeAutoscaling=FLAG,
     autoscalerOptions=closed(

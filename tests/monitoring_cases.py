@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 MONITORING = Path(__file__).parents[1] / "deploy" / "monitoring"
 DASHBOARD = MONITORING / "hone.json"
 ALERTS = MONITORING / "alerts.yml"
+ALERT_TESTS = MONITORING / "alerts_test.yml"
 Selector = Any
 
 

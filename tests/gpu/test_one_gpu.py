@@ -44,6 +44,11 @@ def test_four_steps_on_a_gpu_shared_by_engine_and_rank(run_path: Path) -> None:
     metrics = rows(run_path / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [0, 1, 2, 3, 4]
     assert all(row["grad/norm"] > 0 for row in metrics[1:])
+    for row in metrics[1:]:  # shown by benchmarks/gpu_smoke.sh
+        print(
+            f"step {row['step']}: {row['time/step_s']:.2f} s, {row['sync/total_s']:.2f} s of it a "
+            f"weight sync; {row['rollout/tokens_per_s']:.0f} sampled tokens/s"
+        )
 
 
 def test_engine_and_learner_agree_in_bf16(run_path: Path) -> None:

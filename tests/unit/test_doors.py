@@ -24,18 +24,23 @@ def test_open_refusing_and_unknown_doors_are_told_apart(tmp_path: Path) -> None:
     registry = CollectorRegistry()
     Gauge("anything", "so that there is a sample", registry=registry).set(1)
     exporter, _ = start_http_server(0, addr="127.0.0.1", registry=registry)
+    same_port, _ = start_http_server(web.server_port, addr="127.0.0.2", registry=registry)
     unknown = grpc.server(futures.ThreadPoolExecutor(1))
     unknown_port = unknown.add_insecure_port("127.0.0.1:0")
     unknown.start()
     try:
         with EmbeddedRedis(tmp_path) as redis:
-            found = {door.port: door for door in doors([os.getpid(), redis.pid])}
+            listed = doors([os.getpid(), redis.pid])
             redis_port = urlsplit(redis.url).port or 0
     finally:
         web.shutdown()
         exporter.shutdown()
+        same_port.shutdown()
         unknown.stop(None)
-    assert found[web.server_port].outcome == "open"
+    at = {(door.address, door.port): door.outcome for door in listed}
+    assert at["127.0.0.1", web.server_port] == "open"
+    assert at["127.0.0.2", web.server_port] == "metrics", "another address, another service"
+    found = {door.port: door for door in listed}
     assert found[exporter.server_port].outcome == "metrics"
     assert found[unknown_port].outcome == "silent"
     assert found[redis_port].outcome == "refused"

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import ConfigError
+from actors.train import STOP_DEADLINE_S
+from cluster.errors import ConfigError, StageError
 from serve import submit
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +26,8 @@ class Head(ThreadingHTTPServer):
         self.forgets_to_answer = False  # the job is taken, but the answer is lost once
         self.refusal = 0  # status of every request with a token
         self.is_locked = True
+        self.status = "RUNNING"  # of the job, until it is asked `num_polls` times
+        self.num_polls = 3
         self.jobs: list[dict[str, Any]] = []
 
     @property
@@ -38,6 +41,10 @@ class Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/api/version" and not self._fails():
             self._send(200, {"version": "4", "ray_version": "2.60.0", "ray_commit": "x"})
+        elif self.path.endswith("/logs/tail"):
+            self._send(500, {"error": "the stream broke"})
+        elif self.path.startswith("/api/jobs/hone-"):
+            self._tell_status()
         elif self.path == "/api/jobs/":
             self._send(401 if self.server.is_locked else 200, {})
         elif self.path.startswith("/api/packages"):
@@ -61,6 +68,17 @@ class Answers(BaseHTTPRequestHandler):
             self._send(200, {"job_id": "x", "submission_id": body["submission_id"]})
 
     def log_message(self, *_: object) -> None: ...
+
+    def _tell_status(self) -> None:
+        """RUNNING, then an error, then what the job came to."""
+        self.server.num_polls -= 1
+        if self.server.num_polls == 1:
+            self._send(500, {"error": "no answer in time"})
+            return
+        status = self.server.status if self.server.num_polls <= 0 else "RUNNING"
+        identity = self.path.rpartition("/")[2]
+        job = {"type": "SUBMISSION", "submission_id": identity, "status": status}
+        self._send(200, job | {"entrypoint": "python"})
 
     def _fails(self) -> bool:
         if self.server.refusal:
@@ -109,6 +127,8 @@ def test_the_job_is_the_same_command_with_the_current_directory(head: Head) -> N
     )
     assert body["runtime_env"]["working_dir"].startswith("gcs://")
     assert body["metadata"]["hone_run"] == "first"
+    wait_s = int(body["runtime_env"]["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"])
+    assert wait_s > STOP_DEADLINE_S, "a run that is stopped has the time to save its state"
 
 
 @pytest.mark.parametrize("num_failures", [1, 2, 5])
@@ -122,6 +142,26 @@ def test_a_lost_answer_does_not_start_the_run_twice(head: Head) -> None:
     head.forgets_to_answer = True
     send(head)
     assert len(head.jobs) == 1
+
+
+@pytest.mark.parametrize(("status", "code"), [("SUCCEEDED", 0), ("STOPPED", 130)])
+def test_a_job_is_followed_to_its_end_whatever_becomes_of_the_stream(
+    head: Head, status: str, code: int
+) -> None:
+    head.status = status
+    assert submit.follow(send(head)) == code
+    assert head.num_polls <= 0
+
+
+def test_a_head_that_no_longer_answers_is_given_up(
+    head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = send(head)
+    monkeypatch.setattr(submit, "START_S", 0.2)
+    head.shutdown()
+    head.server_close()
+    with pytest.raises(StageError, match="nobody says how it is"):
+        submit.follow(job)
 
 
 def test_a_wrong_token_is_refused_at_once(head: Head) -> None:
