@@ -35,6 +35,7 @@ from cluster.errors import ConfigError, HoneError, StageError
 from cluster.redis_client import OUTAGE_S, buffer_url
 from cluster.resume import refuse_changes, saved_state
 from cluster.run_dir import RunDir
+from cluster.run_lock import sole_launcher
 from cluster.status import RunStatus
 
 INTERRUPTED = 130
@@ -59,9 +60,9 @@ def run(config: Config, *, run_dir: RunDir, resume: bool, address: str) -> int:
     config = on_this_machine(config) if address == "local" else config
     with ExitStack() as stack:
         interrupt = stack.enter_context(_interrupts())
-        stack.callback(_remove_weights, run_dir)
         _announce(config, run_dir, "starting Redis", 0.5)
         server = None if url else stack.enter_context(EmbeddedRedis(run_dir.redis))
+        stack.callback(_remove_weights, run_dir)
         url = url or (server.url if server else "")
         _announce(config, run_dir, "starting Ray", 6.0)
         stack.enter_context(ray_session(config, run_dir, address))
@@ -258,10 +259,11 @@ def main(arguments: list[str]) -> int:
     place = RunDir.at(config.run.dir, config.run.name, exist_ok=True)
     if place.config.exists():
         refuse_changes(config, place)
-    run_dir = RunDir.create(
-        config.run.dir, config.run.name, config_file.dump(config), exist_ok=True
-    )
-    code = run(config, run_dir=run_dir, resume=True, address="auto")
+    with sole_launcher(place):
+        run_dir = RunDir.create(
+            config.run.dir, config.run.name, config_file.dump(config), exist_ok=True
+        )
+        code = run(config, run_dir=run_dir, resume=True, address="auto")
     print(saved_state(run_dir))
     return code
 

@@ -64,10 +64,15 @@ class ReplayBuffer(BufferReader):
 
     def take_over(self) -> int:
         """Become the newest writer of the run; whoever writes with an older epoch gets
-        `FencedError`.
+        `FencedError`, and so does this client when it was overtaken: it cannot take the run back.
         """
-        with translated_errors("take over"):
-            self.epoch = self._client.incr(self._keys.epoch)
+        self.epoch = self._run(
+            Script.TAKE_OVER,
+            self.epoch,
+            uuid.uuid4().hex,
+            extra_key=self._keys.last_take_over,
+            epoch=-1,
+        )
         return self.epoch
 
     def add(self, group: TrajectoryGroup, *, epoch: int | None = None) -> AddResult:

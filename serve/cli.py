@@ -121,15 +121,18 @@ def train(
     note = " (nothing to resume there, starting from the beginning)" if is_new else ""
     print(f"run {place.name}: {config} -> {place.path}{note}", flush=True)
     from cluster.resume import refuse_changes  # takes a second: the line above comes first
+    from cluster.run_lock import sole_launcher
 
     if place.config.exists():
         refuse_changes(settings, place)
     _refuse_problems(settings, address=address, show_plan=False)
-    run_dir = RunDir.create(
-        settings.run.dir, settings.run.name, config_file.dump(settings), exist_ok=resume
-    )
-    log.setup("launcher", run_dir)
-    raise typer.Exit(_run_to_the_end(settings, run_dir, resume=resume, address=address))
+    with sole_launcher(place):
+        run_dir = RunDir.create(
+            settings.run.dir, settings.run.name, config_file.dump(settings), exist_ok=resume
+        )
+        log.setup("launcher", run_dir)
+        code = _run_to_the_end(settings, run_dir, resume=resume, address=address)
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -39,6 +39,7 @@ WRITES: dict[str, Callable[[ReplayBuffer], object]] = {
     "expire": lambda old: old.expire(),
     "drop": lambda old: old.drop("b", "late"),
     "discard": lambda old: old.discard_newer(-1),
+    "take_over": lambda old: old.take_over(),
 }
 
 
