@@ -15,16 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
 
 from actors.fleet import EventSink
 from actors.placement import Placement
 from actors.reward_worker import RewardWorker
-from actors.stages import last_line, within
+from actors.stages import within
 from actors.verifier_pool import PoolStatus
 from actors.verifier_pools import PooledSignal, VerifierPools, longest_call_s
 from cluster.config import VerifierConfig
-from cluster.errors import DeadlineError, HoneError, StageError
+from cluster.errors import ActorLostError, DeadlineError, HoneError, StageError
 from cluster.reward_state import RubricVersion
 from cluster.run_dir import RunDir
 from cluster.status import ActorStatus
@@ -132,7 +131,7 @@ class WorkerSet:
                 deadline_s=self._start_s,
                 knob="resources.start_timeout_s",
             )
-        except (StageError, RayActorError) as error:
+        except StageError as error:
             raise StageError("score", f"rubric {self.version.label}: {error}") from error
         self._pids = [fact.pid for fact in facts]
         if self._pooled:
@@ -167,9 +166,11 @@ class WorkerSet:
             except DeadlineError:
                 self._replace(index, worker)  # it hangs; its verifiers have their own deadlines
                 raise
-            except RayActorError as error:
+            except ActorLostError as error:
                 if attempt == MAX_TRIES - 1:
-                    raise StageError("score", f"reward workers keep dying: {error}") from error
+                    raise StageError(
+                        "score", f"reward workers keep dying: {error.reason}"
+                    ) from error
                 self._replace(index, worker)
                 await asyncio.sleep(1.0)
         raise AssertionError("unreachable")
@@ -211,7 +212,7 @@ class WorkerSet:
                 deadline_s=self._start_s,
                 knob="resources.start_timeout_s",
             )
-        except (HoneError, RayActorError):
+        except HoneError:
             return  # the next call finds it dead or hanging
         self._pids[index] = facts.pid
         self._home.on_event("worker_restarted", actor=name, pid=self._pids[index])
@@ -271,8 +272,8 @@ async def health_check(worker: Any, tasks: list[Task], has_junk: bool) -> list[s
             deadline_s=CHECK_TIMEOUT_S,
             knob="rewards.verifiers.*.timeout_s",
         )
-    except RayActorError as error:
-        raise StageError("self-check", f"died in self_check: {last_line(error)}") from error
+    except ActorLostError as error:
+        raise StageError("self-check", f"died in self_check: {error.reason}") from error
     if rejected:
         shown = "; ".join(rejected[:2])
         raise StageError("self-check", f"{len(rejected)} gold answers fail: {shown}")

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from cluster import log
 from cluster.config import Config, LearnerSection
@@ -248,16 +248,16 @@ class LearnerGroup:
         calls = [getattr(rank, method).remote(*args) for rank in ranks]
         try:
             return await asyncio.wait_for(asyncio.gather(*calls), self.settings.timeout_s)
+        except RayTaskError as error:  # before TimeoutError, which it may also be
+            cause = error.cause
+            if isinstance(cause, HoneError):
+                raise cause from error
+            raise LearnerLostError("learn", f"{method}: {type(cause).__name__}: {cause}") from error
+        except RayError as error:
+            raise LearnerLostError("learn", f"a rank was lost in {method}: {error}") from error
         except TimeoutError as error:
             raise LearnerLostError(
                 "learn",
                 f"{method} must end within {self.settings.timeout_s:g} s on all {len(ranks)} ranks "
                 "(learner.timeout_s)",
             ) from error
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, HoneError):
-                raise cause from error
-            raise LearnerLostError("learn", f"{method}: {type(cause).__name__}: {cause}") from error
-        except RayActorError as error:
-            raise LearnerLostError("learn", f"a rank died during {method}: {error}") from error
