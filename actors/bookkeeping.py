@@ -38,6 +38,7 @@ TOO_OLD = "too_old"
 SKIPPED = "skipped_step"
 LOST_WEIGHTS = "lost_weights"
 DEAD_LETTER = "dead_letter"
+DROPPED_BEFORE = "dropped_before"  # it failed for the run, and came into the buffer all the same
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Bookkeeping:
         self._ledger = Ledger(run.ledger)
         self._groups = GroupLog(run)
         self._renewed_at = time.monotonic()
-        self._num_dead = 0
+        self._last_letter = "0-0"
         self.epoch = -1
         self.step = 0
         self.policy_version = 0
@@ -158,6 +159,11 @@ class Bookkeeping:
         """Give leased groups back: their gradients were never applied."""
         await asyncio.to_thread(self.buffer.release, [h.group_id for h in headers], self._owner)
 
+    async def discard(self, group_ids: list[str]) -> None:
+        """Take groups out of the buffer that the run has dropped already, with a reason."""
+        for group_id in group_ids:
+            await asyncio.to_thread(self.buffer.drop, group_id, DROPPED_BEFORE)
+
     async def commit(self, headers: list[GroupHeader], result: StepResult) -> list[TrajectoryGroup]:
         """Write down what this step consumed; returns a few of the groups to look at.
 
@@ -215,8 +221,9 @@ class Bookkeeping:
         self._groups.dropped(group_id, reason, detail)
 
     def _new_dead_letters(self) -> list[DeadLetter]:
-        seen, self._num_dead = self._num_dead, self.buffer.stats().dead_lettered
-        return self.buffer.dead_letters(self._num_dead - seen) if self._num_dead > seen else []
+        letters = self.buffer.dead_letters_after(self._last_letter)
+        self._last_letter = letters[-1].id if letters else self._last_letter
+        return letters
 
     async def _renew(self) -> None:
         now = time.monotonic()

@@ -53,6 +53,7 @@ class Gathering:
         while True:
             for batch in batches:
                 num_taken += await self._take_in(learner, intake, batch)
+            await self._discard(intake, intake.strays)
             if num_taken >= self._num_groups:
                 await self._leave(intake.waiting)
                 return intake.claimed
@@ -61,7 +62,16 @@ class Gathering:
             claim = await self._claim(self._num_groups - len(intake.claimed))
             await self._drop(claim.too_old, TOO_OLD, "")
             await self._bury(claim.dead, intake)
-            batches = intake.offer(claim.headers)
+            strays = [h.group_id for h in claim.headers if not curriculum.is_expected(h.group_id)]
+            await self._discard(intake, strays)
+            batches = intake.offer([h for h in claim.headers if h.group_id not in strays])
+
+    async def _discard(self, intake: Intake, strays: list[str]) -> None:
+        """Groups that were dropped before they came, as when a reward worker was given up after it
+        had added one: said to be dropped, they must not move the weights.
+        """
+        intake.forget(strays)
+        await self._books.discard(strays)
 
     async def _leave(self, headers: list[GroupHeader]) -> None:
         """Claimed, but without a seat in this step. First come, they are the first of the next one;
@@ -80,6 +90,9 @@ class Gathering:
             while True:
                 claim = await self._books.claim(num_groups, CLAIM_WAIT_S)
                 if claim.headers or claim.too_old or claim.dead or self._stopping.is_set():
+                    return claim
+                if num_groups <= 0:  # enough, but not all of them can be handed out yet
+                    await asyncio.sleep(CLAIM_WAIT_S)
                     return claim
 
     def forget(self) -> None:

@@ -66,14 +66,15 @@ async def failing(error: Exception) -> None:
 
 @pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
 async def test_whatever_ray_says_of_a_lost_actor_is_one_error(error: RayError) -> None:
-    with pytest.raises(ActorLostError, match="^score: a worker to score: ."):
+    with pytest.raises(ActorLostError, match=r"^score: a worker to score: ."):
         await within(
             failing(error), stage="score", what="a worker to score", deadline_s=5, knob="a knob"
         )
 
 
 async def test_a_timeout_that_an_actor_raised_is_not_ours() -> None:
-    error = RayTaskError("score", "traceback", TimeoutError("its own")).as_instanceof_cause()
+    error = RayTaskError("score", "trace", TimeoutError("its own"), ip="127.0.0.1")
+    error = error.as_instanceof_cause()
     assert isinstance(error, TimeoutError)
     with pytest.raises(StageError, match="a worker to score: its own") as raised:
         await within(
