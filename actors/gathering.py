@@ -6,6 +6,7 @@ step gets another. Owned by the controller.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
 from actors.bookkeeping import DEAD_LETTER, TOO_OLD, Bookkeeping, Claim
@@ -13,7 +14,8 @@ from actors.curriculum import Curriculum
 from actors.intake import InDrawOrder, Intake, WithinAge
 from actors.stages import Stages
 from cluster.config import Config
-from cluster.errors import WireError
+from cluster.errors import BufferUnavailableError, WireError
+from cluster.redis_client import OUTAGE_S
 from cluster.replay_policy import Fifo, policy_of
 from cluster.replay_records import DeadLetter
 from cluster.types import GroupHeader
@@ -111,10 +113,16 @@ class Gathering:
         """Gradients of a batch; returns of how many groups. What cannot be read is left out: the
         buffer has put it to the dead letters.
         """
+        started = time.monotonic()
         while batch:
             try:
                 await learner.forward_backward(batch)
                 break
+            except BufferUnavailableError:  # no gradient was added: once more when Redis is back
+                if time.monotonic() - started > OUTAGE_S:
+                    raise
+                await asyncio.sleep(CLAIM_WAIT_S)
+                await self._books.depth()
             except WireError:
                 lost = await self._bury((await self._books.claim(0, 0.0)).dead, intake)
                 if not lost & {header.group_id for header in batch}:

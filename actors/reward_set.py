@@ -2,6 +2,7 @@
 
 Invariant: a call either returns or raises a `StageError` that names the stage; a crashed worker is
 replaced and the call tried again elsewhere, which is safe because adding a group twice is a no-op.
+So is a call whose worker found Redis away, for `OUTAGE_S`.
 A set ends only after its last call has. Owned by `actors.reward_pool`.
 """
 
@@ -9,6 +10,7 @@ import asyncio
 import itertools
 import logging
 import os
+import time
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +25,14 @@ from actors.stages import within
 from actors.verifier_pool import PoolStatus
 from actors.verifier_pools import PooledSignal, VerifierPools, longest_call_s
 from cluster.config import VerifierConfig
-from cluster.errors import ActorLostError, DeadlineError, HoneError, StageError
+from cluster.errors import (
+    ActorLostError,
+    BufferUnavailableError,
+    DeadlineError,
+    HoneError,
+    StageError,
+)
+from cluster.redis_client import CALL_S, OUTAGE_S
 from cluster.reward_state import RubricVersion
 from cluster.run_dir import RunDir
 from cluster.status import ActorStatus
@@ -31,6 +40,7 @@ from cluster.types import Task
 
 MAX_TRIES = 3
 POOL_STATUS_S = 2.0
+AWAY_PAUSE_S = 5.0  # before a call is made again whose worker found Redis away
 CHECK_TIMEOUT_S = 120.0
 NUM_GOLD_TASKS = 8
 log = logging.getLogger(__name__)
@@ -96,7 +106,7 @@ class WorkerSet:
         verifiers = settings_of(version)
         self.version = version
         self._start_s = config.resources.start_timeout_s
-        self._call_s = 60.0 + config.rollout.timeout_s
+        self._call_s = CALL_S + config.rollout.timeout_s
         self._call_s += sum(longest_call_s(v, config) for v in verifiers.values())
         self._home = home
         self._verifiers = verifiers
@@ -152,7 +162,8 @@ class WorkerSet:
                 self._idle.set()
 
     async def _try(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        for attempt in range(MAX_TRIES):
+        started, num_deaths = time.monotonic(), 0
+        while True:
             index = next(self._turn)
             worker = self._workers[index]
             try:
@@ -166,14 +177,16 @@ class WorkerSet:
             except DeadlineError:
                 self._replace(index, worker)  # it hangs; its verifiers have their own deadlines
                 raise
+            except BufferUnavailableError:
+                if time.monotonic() - started > OUTAGE_S:
+                    raise
+                await asyncio.sleep(AWAY_PAUSE_S)
             except ActorLostError as error:
-                if attempt == MAX_TRIES - 1:
-                    raise StageError(
-                        "score", f"reward workers keep dying: {error.reason}"
-                    ) from error
+                num_deaths += 1
+                if num_deaths == MAX_TRIES:
+                    raise StageError("score", f"reward workers die: {error.reason}") from error
                 self._replace(index, worker)
                 await asyncio.sleep(1.0)
-        raise AssertionError("unreachable")
 
     def _create(self, index: int) -> Any:
         return self._home.worker(index, self.version.label, self._verifiers, self._pooled)

@@ -23,7 +23,7 @@ from ray.exceptions import RayError, RayTaskError
 from cluster import log
 from cluster.config import Config, LearnerSection
 from cluster.errors import HoneError, LearnerLostError
-from cluster.redis_client import OUTAGE_S, connect
+from cluster.redis_client import CALL_S, connect
 from cluster.replay_buffer import ReplayBuffer
 from cluster.run_dir import TokenColumns
 from cluster.types import GroupHeader, StepResult, TrajectoryGroup
@@ -54,7 +54,7 @@ class LearnerRank:
         self._rank = rank
         self._num_threads = num_threads
         self._buffer = ReplayBuffer(
-            connect(buffer_url, retry_s=OUTAGE_S),
+            connect(buffer_url, retry_s=CALL_S),
             run_id,
             capacity_groups=config.buffer.capacity_groups,
             lease_s=config.buffer.lease_s,

@@ -217,6 +217,10 @@ def test_damaged_payloads_become_dead_letters(
     assert {d.group_id: d.reason for d in buffer.dead_letters(10)} == reasons
     assert {d.group_id: d.payload for d in buffer.dead_letters(10)} == {**damaged, "missing": b""}
     assert [d.group_id for d in buffer.dead_letters(1)] == ["missing"]
+    letters = buffer.dead_letters_after("0-0")
+    assert letters == buffer.dead_letters(10)[::-1]
+    assert buffer.dead_letters_after(letters[0].id) == letters[1:]
+    assert buffer.dead_letters_after(letters[-1].id) == []
     assert [g.group_id for g in buffer.fetch(["good"])] == ["good"]
 
 
