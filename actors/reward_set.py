@@ -88,7 +88,7 @@ class RewardHome:
             ray.remote(RewardWorker)
             .options(**options)
             .remote(
-                index, label, verifiers, pooled, self.run.name, self.buffer_url, buffer,
+                index, label, verifiers, pooled, self.run.buffer_id, self.buffer_url, buffer,
                 str(self.run.path), self.policy_dir,
             )
         )  # fmt: skip

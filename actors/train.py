@@ -60,6 +60,7 @@ def run(config: Config, *, run_dir: RunDir, resume: bool, address: str) -> int:
     url = buffer_url(config.buffer, address)
     if url:
         connect(url).close()  # a server that is away is refused here, rather than waited for
+        run_dir.own_buffer()
     config = on_this_machine(config) if address == "local" else config
     with ExitStack() as stack:
         interrupt = stack.enter_context(_interrupts())

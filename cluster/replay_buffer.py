@@ -75,6 +75,13 @@ class ReplayBuffer(BufferReader):
         )
         return self.epoch
 
+    def let_expire(self, after_s: float) -> None:
+        """Have Redis delete all of it after `after_s`, unless a writer takes over before."""
+        with translated_errors("expire"), self._client.pipeline(transaction=True) as pipeline:
+            for key in (*self._keys.state, self._keys.last_take_over):
+                pipeline.expire(key, round(after_s))
+            pipeline.execute()
+
     def add(self, group: TrajectoryGroup, *, epoch: int | None = None) -> AddResult:
         """Make `group` ready, unless its id is in the buffer or left it in the last 24 hours.
 
