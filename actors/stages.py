@@ -14,7 +14,13 @@ from typing import TypeVar
 
 from ray.exceptions import RayError, RayTaskError
 
-from cluster.errors import ActorLostError, DeadlineError, HoneError, StageError
+from cluster.errors import (
+    ActorLostError,
+    DeadlineError,
+    HoneError,
+    InputLostError,
+    StageError,
+)
 from cluster.status import StageStatus
 
 Result = TypeVar("Result")
@@ -121,6 +127,8 @@ async def within(
     except RayTaskError as error:  # before TimeoutError, which it may also be
         if isinstance(error.cause, HoneError):
             raise error.cause from None
+        if isinstance(error.cause, RayError):  # of its arguments
+            raise InputLostError(stage, f"{what}: {last_line(error.cause)}") from error
         raise StageError(stage, f"{what}: {error.cause}") from error
     except RayError as error:
         raise ActorLostError(stage, f"{what}: {last_line(error)}") from error

@@ -40,6 +40,10 @@ class ActorLostError(StageError):
     """The actor that was asked, its node or its answer is gone: another one may be asked."""
 
 
+class InputLostError(StageError):
+    """What an actor was given was lost with its node: it has to be made again."""
+
+
 class HintError(HoneError):
     """No hint can be given for this task at this level; the task is not at fault, nor the run."""
 

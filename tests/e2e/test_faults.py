@@ -12,6 +12,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.chaos import KINDS, LiveRun, differing
+from cluster.embedded_redis import EmbeddedRedis
+from cluster.reconcile import reconcile
+from cluster.redis_client import CALL_S, URL_VARIABLE, connect
+from cluster.replay_keys import Keys
+from cluster.replay_reader import BufferReader
 
 pytestmark = pytest.mark.slow  # `make show AREA=durability` runs them
 STEPS = 40
@@ -108,3 +113,33 @@ def test_chaos_with_rollouts_ahead_of_the_learner_uses_each_group_once(
         assert 0 < max(ages) <= MAX_POLICY_AGE
     finally:
         run.kill_everything()
+
+
+@pytest.mark.timeout(1200)
+def test_a_run_outlasts_a_redis_that_is_away_for_longer_than_one_call(
+    calm: LiveRun, folder: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
+    """A server of one's own, which nobody but the test brings back."""
+    with EmbeddedRedis(folder / "shared") as server:
+        monkeypatch.setenv(URL_VARIABLE, server.url)
+        run = LiveRun(folder, "outage", OPTIONS)
+        run.start()
+        try:
+            run.wait_for_steps(5)
+            server.stop()
+            time.sleep(CALL_S + 15)
+            run.check()
+            server.start()
+            assert run.finish(END_S) == 0, run.tail()
+            kinds = [event.kind for event in run.run.read_events()]
+            assert {"redis_lost", "redis_back"} <= set(kinds)
+            assert run.run.buffer_id.startswith("outage-")
+            client = connect(server.url)
+            audit = reconcile(run.run, BufferReader(client, run.run.buffer_id))
+            assert audit.is_sound, audit.faults
+            differences = differing(calm.run, run.run)
+            record_property("differing_tensors", len(differences))
+            assert not differences
+            assert client.ttl(Keys(run.run.buffer_id).epoch) > 0, "the run is done"
+        finally:
+            run.kill_everything()

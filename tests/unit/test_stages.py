@@ -16,7 +16,7 @@ from ray.exceptions import (
 )
 
 from actors.stages import Stages, within
-from cluster.errors import ActorLostError, DeadlineError, StageError
+from cluster.errors import ActorLostError, DeadlineError, InputLostError, StageError
 
 
 async def test_waits_and_busy_time_add_up() -> None:
@@ -81,3 +81,12 @@ async def test_a_timeout_that_an_actor_raised_is_not_ours() -> None:
             failing(error), stage="score", what="a worker to score", deadline_s=5, knob="a knob"
         )
     assert not isinstance(raised.value, DeadlineError | ActorLostError)
+
+
+async def test_an_argument_that_was_lost_is_not_the_fault_of_who_got_it() -> None:
+    lost = ObjectLostError("00ff", None, "")
+    error = RayTaskError("score", "trace", lost, ip="127.0.0.1").as_instanceof_cause()
+    with pytest.raises(InputLostError, match=r"a worker to score: .*00ff have been lost"):
+        await within(
+            failing(error), stage="score", what="a worker to score", deadline_s=5, knob="a knob"
+        )
