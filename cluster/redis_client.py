@@ -41,7 +41,7 @@ def waited_s() -> float:
 
 
 class _BoundedRetry(Retry):
-    """Retries lost connections for `retry_s` with jittered pauses; never a bad password."""
+    """Retries for `retry_s`, with jittered pauses, what passes by itself."""
 
     def __init__(self, retry_s: float) -> None:
         super().__init__(ExponentialWithJitterBackoff(_LONGEST_PAUSE_S, _FIRST_PAUSE_S), retries=-1)
@@ -60,10 +60,8 @@ class _BoundedRetry(Retry):
             while True:
                 try:
                     return do()
-                except self._supported_errors as error:
-                    if isinstance(error, redis.AuthenticationError) or (
-                        is_retryable is not None and not is_retryable(error)
-                    ):
+                except (*self._supported_errors, redis.ResponseError) as error:
+                    if not _passes(error) or (is_retryable and not is_retryable(error)):
                         raise
                     failures += 1
                     fail(*((error, failures) if with_failure_count else (error,)))
@@ -74,6 +72,15 @@ class _BoundedRetry(Retry):
                     time.sleep(min(self._backoff.compute(failures), remaining_s))
         finally:
             _waits.pop(call, None)
+
+
+def _passes(error: Exception) -> bool:
+    """Whether the same call may succeed later: no answer, a full disk, a replica not yet promoted;
+    never a bad password.
+    """
+    if isinstance(error, redis.ResponseError):
+        return isinstance(error, redis.ReadOnlyError) or str(error).startswith("MISCONF")
+    return not isinstance(error, redis.AuthenticationError)
 
 
 def connect(url: str, *, retry_s: float = 10.0) -> redis.Redis:
