@@ -75,8 +75,6 @@ class Controller:
             self._observer.phase("finished", "", 0.0)
             outcome = "interrupted" if self._stopping.is_set() else "done"
             self._observer.event("run_finished", step=self._books.step, outcome=outcome)
-            if outcome == "done":
-                await self._books.let_buffer_expire()
         except Exception as error:
             self._observer.fail(error)
             raise (
@@ -88,6 +86,8 @@ class Controller:
             publisher.cancel()
             self._publish_once()
             self._observer.close()
+        if not self._stopping.is_set():
+            await self._books.let_buffer_expire()
         return self._books.step
 
     async def stop(self) -> None:
