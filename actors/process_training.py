@@ -25,14 +25,18 @@ from rewards.rubric import Rubric
 from rewards.step_format import DEFAULT_MARKER, StepFormat
 from rewards.steps import compile_separator
 
-GROUPS_IN_FLIGHT = 8
+GROUPS_IN_FLIGHT = 16
 HELD_OUT_EVERY = 10  # every tenth task is not trained on, its steps measure the model
 PROCESS = "process"
 
 
 @dataclass(frozen=True)
 class TraceSettings:
-    """`traces` completions of each of `tasks` tasks, each step continued `completions` times."""
+    """`traces` completions of each of `tasks` tasks, each step continued `completions` times.
+
+    With 0 a step is worth the mean outcome of the task's traces that begin with it: cheapest where
+    traces are short and much alike, as on toy tasks.
+    """
 
     tasks: int = 128
     traces: int = 8

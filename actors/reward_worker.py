@@ -8,6 +8,7 @@ version for life: another version is another process, with its own imports. Crea
 
 import asyncio
 import os
+from collections import Counter
 
 import msgspec
 import numpy as np
@@ -21,6 +22,7 @@ from cluster.replay_buffer import ReplayBuffer
 from cluster.replay_policy import build_policy
 from cluster.reward_state import RUBRIC
 from cluster.types import Task, Trajectory, TrajectoryGroup, TrajectoryStatus
+from rewards.base import TIMED_OUT
 from rewards.golden import golden_check
 from rewards.rubric import Rubric
 from rewards.self_check import gold_check, junk_probe
@@ -47,6 +49,7 @@ class GroupSummary(msgspec.Struct, frozen=True, kw_only=True):
     min_policy_version: int
     max_latency_s: float
     latency_s: dict[str, float] = {}  # by signal
+    num_timed_out: dict[str, int] = {}  # abstentions because time ran out, by signal
 
 
 class RubricFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -208,5 +211,8 @@ def summarize(group: TrajectoryGroup, outcome: str) -> GroupSummary:
         is_uniform=group.is_uniform,
         min_policy_version=group.min_policy_version,
         latency_s={v.name: v.latency_s for v in trajectories[0].verdicts},
+        num_timed_out=Counter(
+            v.name for t in trajectories for v in t.verdicts if TIMED_OUT in v.breakdown
+        ),
         max_latency_s=float(np.max([v.latency_s for t in trajectories for v in t.verdicts])),
     )

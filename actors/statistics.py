@@ -54,12 +54,16 @@ class RolloutStatistics:
 
 
 def _signals(summaries: list[GroupSummary]) -> dict[str, float]:
-    """Of each verifier: mean score, share of abstentions, mean seconds for a group."""
+    """Of each verifier: mean score, shares of abstentions and of those for lack of time, mean
+    seconds for a group.
+    """
     metrics: dict[str, float] = {}
     for name in dict.fromkeys(name for s in summaries for name in s.signals):
         scores = [score for s in summaries for score in s.signals.get(name, [])]
         known = [score for score in scores if score is not None]
         metrics[f"reward/{name}/abstain_fraction"] = 1.0 - len(known) / len(scores)
+        num_timed_out = sum(s.num_timed_out.get(name, 0) for s in summaries)
+        metrics[f"reward/{name}/timeout_fraction"] = num_timed_out / len(scores)
         if known:
             metrics[f"reward/{name}/mean"] = fmean(known)
         if latencies := [s.latency_s[name] for s in summaries if name in s.latency_s]:

@@ -1,10 +1,12 @@
 """Monte-Carlo step values: how often the policy gets to a right answer from the end of each step.
 
 Invariant: a prefix is continued from the trajectory's own tokens, never from text tokenized anew,
-and within the tokens that the trajectory had left; equal prefixes of a group are estimated once. A
-value is known only when at least one continuation has a reward (Math-Shepherd, arXiv 2312.08935,
-with its soft labels). A continuation is a trace of its own: its outcome is an estimate from one
-sample, unbiased if noisy, for each step that it added. Used by `actors.process_training`.
+and within the tokens that the trajectory had left; equal prefixes of a group are estimated once,
+from their continuations and from every trajectory of the group that begins with them, which are
+samples of the same policy from the same place. A value is known only when one of these has a reward
+(Math-Shepherd, arXiv 2312.08935, with its soft labels). A continuation is a trace of its own: its
+outcome is an estimate from one sample, unbiased if noisy, for each step that it added. Used by
+`actors.process_training`.
 """
 
 import asyncio
@@ -42,7 +44,9 @@ class StepValues(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepEstimator:
-    """Continues every step prefix `num_completions` times and has the rubric score the results."""
+    """Continues every step prefix `num_completions` times and has the rubric score the results;
+    with 0 the group's own outcomes are all there is.
+    """
 
     def __init__(
         self,
@@ -81,8 +85,10 @@ class StepEstimator:
         )
         known: dict[bytes, float | None] = {}
         added: list[StepValues] = []
-        for (start, prefix), going_on in zip(prefixes.values(), continued, strict=True):
-            known[prefix.tobytes()] = self._mean(going_on or [start])
+        for (_, prefix), going_on in zip(prefixes.values(), continued, strict=True):
+            key = prefix.tobytes()
+            own = [t for t in group.trajectories if t.token_ids.tobytes().startswith(key)]
+            known[key] = self._mean([*own, *going_on])
             added += [self._added(group.task, prefix, trajectory) for trajectory in going_on]
         return [
             StepValues(
@@ -97,11 +103,9 @@ class StepEstimator:
     async def _go_on(
         self, group: TrajectoryGroup, start: Trajectory, prefix: np.ndarray, index: int
     ) -> list[Trajectory]:
-        """Scored completions of a prefix, which they begin with; none where no token is left: then
-        the trajectory's own reward is the prefix's value.
-        """
+        """Scored completions of a prefix, which they begin with; none where no token is left."""
         left = self._sampling.max_new_tokens - len(prefix)
-        if left < 1:
+        if left < 1 or self._num_completions == 0:
             return []
         sampling = replace(self._sampling, max_new_tokens=left)
         context = np.concatenate([start.context_tokens, prefix])

@@ -114,7 +114,8 @@ class VerifierPool:
             except (ActorLostError, DeadlineError) as error:
                 self._bury(member, error)
                 if attempt == MAX_TRIES - 1:
-                    raise StageError(
+                    kind = DeadlineError if isinstance(error, DeadlineError) else StageError
+                    raise kind(
                         self._stage, f"the workers of {MAX_TRIES} tries died: {last_line(error)}"
                     ) from None
                 self._counts["retried"] += 1
@@ -151,7 +152,7 @@ class VerifierPool:
                 self._counts["in_flight"] = max(self._counts["in_flight"], member.in_flight)
                 return member
         except TimeoutError:
-            raise StageError(
+            raise DeadlineError(
                 self._stage, f"no worker was free in {self._queue_s:.0f} s ({self._stage}.pool)"
             ) from None
         finally:

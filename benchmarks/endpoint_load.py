@@ -5,6 +5,7 @@ arguments. Used by `benchmarks.show_serve`.
 """
 
 import asyncio
+import json
 import os
 import socket
 import subprocess
@@ -24,15 +25,45 @@ from actors.placement import QUIET_ENV
 PROMPT = "12 + 34 ="
 TOKENS = 64
 START_S = 240.0
+ROUNDS, QUICK_ROUNDS = 9, 3
 
 
 @dataclass(frozen=True)
 class Load:
-    """One load level: tokens per second, and percentiles of the time to first token in seconds."""
+    """One load level: tokens per second as the server counts them, and percentiles of the time to
+    first token in seconds.
+    """
 
     tokens_per_s: float
     p50_s: float
     p99_s: float
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Rounds in which both sides were asked, one right after the other.
+
+    A round's ratio and difference share whatever else the machine did then, so medians are taken
+    over these and not over each side by itself.
+    """
+
+    rounds: list[tuple[Load, Load]]  # ours, theirs
+
+    @property
+    def ours(self) -> Load:
+        return _median([ours for ours, _ in self.rounds])
+
+    @property
+    def theirs(self) -> Load:
+        return _median([theirs for _, theirs in self.rounds])
+
+    @property
+    def tokens_ratio(self) -> float:
+        return median(ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in self.rounds)
+
+    @property
+    def extra_p50_s(self) -> float:
+        return median(ours.p50_s - theirs.p50_s for ours, theirs in self.rounds)
 
 
 @dataclass(frozen=True)
@@ -44,23 +75,20 @@ class Side:
     model: str
 
 
-def compare(ours: Side, theirs: Side, quick: bool) -> dict[int, tuple[Load, Load]]:
-    """Both sides by number of clients, in turns, so that whatever else the machine does hits
-    both; each figure is the median of its rounds.
-    """
+def compare(ours: Side, theirs: Side, quick: bool) -> dict[int, Paired]:
+    """Both sides by number of clients, in turns; which one is first changes every round."""
     per_client = {1: 8, 8: 4, 64: 1} if quick else {1: 16, 8: 8, 64: 3}
-    rounds = 3 if quick else 5
-    found: dict[int, tuple[Load, Load]] = {}
+    rounds = QUICK_ROUNDS if quick else ROUNDS
     for side in (ours, theirs):
         asyncio.run(_load(side, 8, 2))  # the first batches pay for warming up
+    found: dict[int, Paired] = {}
     for clients, count in per_client.items():
         pairs: list[tuple[Load, Load]] = []
         for number in range(rounds):
             order = (ours, theirs) if number % 2 == 0 else (theirs, ours)
             loads = {side: asyncio.run(_load(side, clients, count)) for side in order}
             pairs.append((loads[ours], loads[theirs]))
-        mine, others = zip(*pairs, strict=True)
-        found[clients] = (_median(mine), _median(others))
+        found[clients] = Paired(pairs)
     return found
 
 
@@ -72,21 +100,29 @@ def _median(loads: Sequence[Load]) -> Load:
 
 
 async def _load(side: Side, clients: int, per_client: int) -> Load:
-    """`clients` at once, each asking `per_client` times for a streamed answer of 64 tokens."""
+    """`clients` at once, each asking `per_client` times for a streamed answer of 64 tokens.
+
+    Raises `RuntimeError` when a stream ends without its usage.
+    """
     firsts: list[float] = []
+    num_tokens = 0
     body = {"model": side.model, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 1.0,
-            "ignore_eos": True, "stream": True}  # fmt: skip
+            "ignore_eos": True, "stream": True,
+            "stream_options": {"include_usage": True}}  # fmt: skip
 
     async def client(session: aiohttp.ClientSession) -> None:
+        nonlocal num_tokens
         for _ in range(per_client):
             started = time.monotonic()
-            is_first = True
+            last = b""
             async with session.post(f"{side.url}/v1/completions", json=body) as answer:
                 answer.raise_for_status()
                 async for line in answer.content:
-                    if is_first and line.startswith(b"data: "):
-                        firsts.append(time.monotonic() - started)
-                        is_first = False
+                    if line.startswith(b"data: {"):
+                        if not last:
+                            firsts.append(time.monotonic() - started)
+                        last = line
+            num_tokens += _completion_tokens(last)
 
     headers = {"Authorization": f"Bearer {side.key}"}
     async with aiohttp.ClientSession(
@@ -97,8 +133,14 @@ async def _load(side: Side, clients: int, per_client: int) -> Load:
         elapsed = time.monotonic() - started
     firsts.sort()
     p99 = firsts[min(len(firsts) - 1, int(0.99 * len(firsts)))]
-    total = TOKENS * clients * per_client
-    return Load(total / elapsed, firsts[len(firsts) // 2], p99)
+    return Load(num_tokens / elapsed, firsts[len(firsts) // 2], p99)
+
+
+def _completion_tokens(last_event: bytes) -> int:
+    usage = json.loads(last_event.removeprefix(b"data: ") or b"{}").get("usage")
+    if not usage:
+        raise RuntimeError(f"a stream ended without its usage: {last_event[:200]!r}")
+    return int(usage["completion_tokens"])
 
 
 @contextmanager

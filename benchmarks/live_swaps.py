@@ -41,7 +41,7 @@ SMALL = [
     "tasks.skip_uniform=false", "run.steps=100000", "rollout.max_policy_age=1",
     f"rewards.verifiers.correct={{use: '{VERIFIERS}:Bonus', settings: {{bonus: 0}}}}",
 ]  # fmt: skip
-START_S = 240.0
+START_S = 400.0
 STEP_S = 60.0
 ASK_S = 120.0
 POLL_S = 0.05

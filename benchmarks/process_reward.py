@@ -2,10 +2,10 @@
 
 Without arguments a policy is warmed up briefly on sums of three numbers, so that it makes mistakes,
 and `hone rewards train-process` makes a process model of its rollouts, in a temporary place.
-Held-out tasks of the run are sampled by its newest checkpoint. A step is right when all lines up to
-it are those of the worked solution, or the bare answer. Printed as JSON: for each scorer the AUC
-over all steps and over those up to the first wrong one, and the accuracy of best-of-n beside that
-of the majority vote and of one sample.
+Tasks of the run's held-out set whose question no training trace had are sampled by its newest
+checkpoint. A step is right when all lines up to it are those of the worked solution, or the bare
+answer. Printed as JSON: for each scorer the AUC over all steps and over those up to the first wrong
+one, and the accuracy of best-of-n beside that of the majority vote and of one sample.
 """
 
 import asyncio
@@ -31,15 +31,17 @@ from rewards.rubric import Rubric
 from rewards.steps import compile_separator, split_steps
 from rewards.tasksets import load_tasks
 from serve import export
+from serve.process_training import TRACES
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "deploy" / "configs" / "quickstart.yaml"
-WARM_START = ("run.steps=1", "eval.every=1", "eval.tasks=8", "rollout.groups_per_step=4",
-              "policy.hidden_size=64", "policy.num_heads=2", "policy.context_length=96",
-              "warm_start.steps=500", "warm_start.lr=4.0e-3", "warm_start.direct_fraction=0.15",
+WARM_START = ("run.steps=1", "eval.every=1", "eval.tasks=8", "policy.hidden_size=64",
+              "policy.num_heads=2", "policy.context_length=96", "warm_start.steps=500",
+              "warm_start.lr=4.0e-3", "warm_start.direct_fraction=0.15",
               "rollout.max_new_tokens=48")  # fmt: skip
-TRAINING = ("--tasks", "1600", "--traces", "2", "--completions", "3",
-            "--epochs", "10", "--lr", "1e-3")  # fmt: skip
+EVAL_SIZE = 800  # of 4,000 questions; about half are left when those of the traces are taken out
+TRAINING = ("--tasks", "2000", "--traces", "12", "--completions", "0",
+            "--epochs", "10", "--lr", "2e-3")  # fmt: skip
 STAND_INS = ("arithmetic", "likelihood_answer", "likelihood_step")
 NUM_TASKS, NUM_SAMPLES = 200, 8
 LINES = compile_separator(r"\n+")
@@ -59,6 +61,7 @@ def make(place: Path) -> tuple[Path, Path]:
     run, model = place / "runs" / "sums", place / "process-model"
     settings = [f"tasks.{split}.settings.config.{side}_terms=3"
                 for split in ("train", "eval") for side in ("min", "max")]  # fmt: skip
+    settings.append(f"tasks.eval.settings.size={EVAL_SIZE}")
     _hone(place, "train", str(QUICKSTART), "--run", run.name, *settings, *WARM_START)
     _hone(place, "rewards", "train-process", str(run), str(model), *TRAINING)
     return run, model
@@ -81,7 +84,7 @@ def _hone(place: Path, *arguments: str) -> None:
 
 
 async def _measure(config: Config, policy_dir: Path, model: str) -> dict[str, Any]:
-    tasks = load_tasks(config.tasks, "eval")[:NUM_TASKS]
+    tasks = _unseen(load_tasks(config.tasks, "eval"), Path(model) / TRACES)[:NUM_TASKS]
     sampler = TraceSampler(config, policy_dir)
     try:
         await sampler.start()
@@ -107,6 +110,13 @@ async def _measure(config: Config, policy_dir: Path, model: str) -> dict[str, An
             await rubric.close()
         results[name] = _figures(scored, truths, groups) | {"s": time.perf_counter() - started}
     return results
+
+
+def _unseen(tasks: list[Task], traces: Path) -> list[Task]:
+    """The tasks of which there is no training trace; an id is a hash of question and answer."""
+    with traces.open() as lines:
+        seen = {json.loads(line)["task"]["task_id"] for line in lines}
+    return [task for task in tasks if task.task_id not in seen]
 
 
 def scorers(policy_dir: str, model: str) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks import process_reward
+from benchmarks import judge_outage, process_reward
 from benchmarks.live_swaps import CRASHES, measure
 from benchmarks.proofs import proven
 from benchmarks.show import Part, Row, judged
@@ -43,11 +43,6 @@ CHAMP = "champ"
 COLD = "print(1)"
 RATES: dict[Tier, int] = {"namespaces": 120, "landlock": 95}  # runs/s of one slot
 
-
-NOT_SHOWN = (
-    ("judge served by vLLM, down for 60 s during a run", "training goes on",
-     "the protocol is tested against a server process, no training run with it yet"),
-)  # fmt: skip
 LIVE = f"{TESTS}reward_admin.py"
 LONG = (
     ("20 swaps, promotes, rollbacks under load: no group lost, doubled or mixed; cut-over < 1 s",
@@ -83,6 +78,7 @@ def rows(quick: bool) -> Iterator[Row | Part]:
         else:
             yield proven(claim, arguments, "all tests")
     yield Part("20 changes of rewards in a training run", lambda: _live(quick))
+    yield Part("judge served by vLLM, down for 60 s in a run", lambda: judge_outage.rows(quick))
     for claim, arguments in SHORT:
         yield proven(claim, arguments, "all tests")
     yield _pairs()
@@ -90,8 +86,6 @@ def rows(quick: bool) -> Iterator[Row | Part]:
     yield Part("math verifier: bombs, rates", lambda: asyncio.run(_math(200 if quick else 1000)))
     yield Part("gold answers", lambda: [asyncio.run(_gold(1 if quick else 3))])
     yield Part("process model", lambda: _process_model(quick))
-    for claim, bound, why in NOT_SHOWN:
-        yield Row(claim, "-", bound, "not shown here", why)
 
 
 def _live(quick: bool) -> Iterator[Row]:
@@ -103,7 +97,7 @@ def _live(quick: bool) -> Iterator[Row]:
         for one in (claim, waits, crashes):
             yield Row(one, "-", "all of it", "not shown here", "takes minutes: leave QUICK out")
         return
-    run = measure(20, 360.0)
+    run = measure(20, 600.0)
     num_changes = run.actions.total()
     dropped = ", ".join(f"{count} {why}" for why, count in sorted(run.dropped.items())) or "none"
     measured = (

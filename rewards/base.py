@@ -11,7 +11,16 @@ from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
+from cluster.errors import DeadlineError, HoneError
 from cluster.types import TrajectoryGroup, Verdict
+
+TIMED_OUT = "timed_out"  # in the breakdown of an abstention because time ran out
+
+
+def abstention(error: HoneError, words: str = "") -> Verdict:
+    """The check could not be made; `words` come before the error's own."""
+    breakdown = {TIMED_OUT: 1.0} if isinstance(error, DeadlineError) else {}
+    return Verdict(score=None, error=f"{words}{error}", breakdown=breakdown)
 
 
 class VerifierIO(Protocol):

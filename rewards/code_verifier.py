@@ -17,7 +17,7 @@ import msgspec
 from cluster.errors import ConfigError, HoneError
 from cluster.types import TrajectoryGroup, Verdict
 from rewards.answers import after_thinking
-from rewards.base import VerifierIO
+from rewards.base import VerifierIO, abstention
 from rewards.golden_sets import CODE
 from rewards.sandbox import Limits, Tier, choose
 
@@ -77,7 +77,7 @@ class CodeVerifier:
         unsafe_ok: bool = False,
     ) -> None:
         if language != "python":
-            raise ConfigError(f"language must be 'python', got {language!r}")
+            raise ConfigError(f"language: only 'python' is offered, got {language!r}")
         if min(test_timeout_s, memory_mib, output_kib, file_mib) <= 0 or tolerance < 0:
             raise ConfigError(
                 "test_timeout_s, memory_mib, output_kib and file_mib must be above 0 and "
@@ -140,7 +140,7 @@ class CodeVerifier:
                     passed += is_right
                     note = note or ("" if is_right else status.replace("ok", "wrong answer"))
         except HoneError as error:
-            return Verdict(score=None, error=str(error))
+            return abstention(error)
         share = passed / total
         return Verdict(
             score=share if self._partial else float(share == 1.0),

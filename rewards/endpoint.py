@@ -15,11 +15,11 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from cluster.errors import ConfigError, HoneError
+from cluster.errors import ConfigError, DeadlineError, HoneError
 
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 MAX_REPLY_BYTES = 1 << 20
@@ -30,6 +30,10 @@ LONGEST_PAUSE_S = 8.0
 
 class EndpointError(HoneError):
     """No usable answer: says nothing about the text that was to be judged."""
+
+
+class EndpointTimeout(EndpointError, DeadlineError):
+    """The last try, or the wait for a turn, took too long."""
 
 
 class Alternative(msgspec.Struct, frozen=True):
@@ -57,6 +61,14 @@ class Usage(msgspec.Struct, kw_only=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
+
+
+class _Failed(NamedTuple):
+    """A try that another may mend, after the `wait_s` that the endpoint asks for."""
+
+    why: str
+    wait_s: float = 0.0
+    is_late: bool = False
 
 
 class Breaker:
@@ -129,7 +141,7 @@ class Endpoint:
             async with asyncio.timeout_at(deadline):
                 await self._parallel.acquire()
         except TimeoutError:
-            raise EndpointError(f"{self._url}: no turn in time (max_parallel)") from None
+            raise EndpointTimeout(self._url, "no turn in time (max_parallel)") from None
         try:
             answer = await self._try(request, deadline)
         finally:
@@ -140,7 +152,7 @@ class Endpoint:
         return answer
 
     async def _try(self, request: Mapping[str, Any], deadline: float) -> Answer:
-        pause_s, problem, attempt = FIRST_PAUSE_S, "", 0
+        pause_s, failed, attempt = FIRST_PAUSE_S, _Failed(""), 0
         for attempt in range(self._retries + 1):
             try:
                 self._breaker.check()
@@ -150,29 +162,32 @@ class Endpoint:
             if attempt:
                 self.usage.retries += 1
             try:
-                answer, wait_s = await self._post(request, deadline)
+                outcome = await self._post(request, deadline)
             except EndpointError as error:
                 self.usage.failures += 1
                 self._breaker.record(False)
                 raise error
-            if answer is not None:
+            if isinstance(outcome, Answer):
                 self._breaker.record(True)
-                return answer
-            problem, wait_hint = wait_s
+                return outcome
+            failed = outcome
             self._breaker.record(False)
-            pause = max(wait_hint, random.uniform(0.5, 1.0) * pause_s)
+            if attempt == self._retries:
+                break
+            pause = max(failed.wait_s, random.uniform(0.5, 1.0) * pause_s)
             if asyncio.get_running_loop().time() + pause >= deadline:
-                problem += ", no time for another try"
+                failed = failed._replace(why=f"{failed.why}, no time for another try")
                 break
             await asyncio.sleep(pause)
             pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
         self.usage.failures += 1
-        raise EndpointError(f"{self._url}: gave up after {attempt + 1} tries: {problem}")
+        reason = f"gave up after {attempt + 1} tries: {failed.why}"
+        if failed.is_late:
+            raise EndpointTimeout(self._url, reason)
+        raise EndpointError(f"{self._url}: {reason}")
 
-    async def _post(
-        self, request: Mapping[str, Any], deadline: float
-    ) -> tuple[Answer | None, tuple[str, float]]:  # fmt: skip
-        """The answer, or what was wrong and how long the endpoint asks to wait: try again."""
+    async def _post(self, request: Mapping[str, Any], deadline: float) -> "Answer | _Failed":
+        """One try. Raises `EndpointError` for what no other try would mend."""
         httpx, client = self._http()
         self.usage.calls += 1
         headers = {"Authorization": f"Bearer {os.environ[self._key_env]}"} if self._key_env else {}
@@ -181,11 +196,12 @@ class Endpoint:
             async with asyncio.timeout_at(min(deadline, now + self._call_timeout_s)):
                 response = await client.post(self._url, json=request, headers=headers)
         except (httpx.HTTPError, TimeoutError) as error:
-            return None, (f"{type(error).__name__}: {error}"[:200], 0.0)
+            is_late = isinstance(error, (httpx.TimeoutException, TimeoutError))
+            return _Failed(f"{type(error).__name__}: {error}"[:200], is_late=is_late)
         if response.status_code in RETRIED:
             hint = response.headers.get("retry-after", "")
             wait_s = min(LONGEST_PAUSE_S, float(hint)) if hint.isdigit() else 0.0
-            return None, (f"status {response.status_code}", wait_s)
+            return _Failed(f"status {response.status_code}", wait_s)
         if response.status_code != 200:
             raise EndpointError(
                 f"{self._url}: status {response.status_code}: {response.text[:200]!r}"
@@ -193,12 +209,12 @@ class Endpoint:
         try:
             answer = _read(response.content)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            return None, (f"no chat completion: {type(error).__name__}: {error}"[:200], 0.0)
+            return _Failed(f"no chat completion: {type(error).__name__}: {error}"[:200])
         self.usage.prompt_tokens += answer.prompt_tokens
         self.usage.completion_tokens += answer.completion_tokens
         spent = (answer.prompt_tokens, answer.completion_tokens)
         self.usage.cost += sum(p * n / 1e6 for p, n in zip(self._prices, spent, strict=True))
-        return answer, ("", 0.0)
+        return answer
 
     def _http(self) -> tuple[Any, Any]:
         """httpx and a client that belongs to the running event loop."""

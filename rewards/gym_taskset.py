@@ -16,7 +16,7 @@ from typing import Any, Literal
 from cluster.errors import ConfigError, HoneError
 from cluster.types import Message, Task, TrajectoryGroup, Verdict
 from rewards.answers import after_thinking, final_part, last_box, last_line, last_tag
-from rewards.base import VerifierIO
+from rewards.base import VerifierIO, abstention
 from rewards.gym_entries import EVALUATED, GymEntry, encode_entry, is_plain_expression
 from rewards.tasksets import task_id
 
@@ -206,7 +206,7 @@ class TasksetVerifier:
         try:
             reply: Any = await io.run_isolated(SCORE_ENTRY, entry, answer)
         except HoneError as error:
-            return Verdict(score=None, error=str(error))
+            return abstention(error)
         score, reason = reply
         kept = score if self._partial else float(score >= FULL_SCORE)
         return Verdict(score=kept, evidence=reason or f"scorer gave {score:g}")

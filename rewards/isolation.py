@@ -21,7 +21,7 @@ from typing import IO
 
 import msgspec
 
-from cluster.errors import HoneError
+from cluster.errors import DeadlineError, HoneError
 from rewards.isolated_worker import Call, Reply, frame
 
 START_TIMEOUT_S = 60.0  # a worker's start and the import of its function
@@ -32,7 +32,7 @@ MAX_FRAME = 16 << 20
 _replies = msgspec.msgpack.Decoder(Reply)
 
 
-class CheckTimeout(HoneError):
+class CheckTimeout(DeadlineError):
     """The check did not end within its limit and was killed."""
 
 
@@ -165,7 +165,7 @@ class IsolatedPool:
 
 def _explain(function: str, error: TimeoutError | EOFError, last_words: str) -> HoneError:
     if isinstance(error, TimeoutError):
-        return CheckTimeout(f"{function}: {error}")
+        return CheckTimeout(function, str(error))
     return CheckCrashed(f"{function}: {error}" + (f" ({last_words})" if last_words else ""))
 
 

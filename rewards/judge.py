@@ -18,7 +18,7 @@ from cluster.config import VerifierConfig
 from cluster.errors import ConfigError, HoneError
 from cluster.types import TrajectoryGroup, Verdict
 from rewards.answers import after_thinking, extract_answer
-from rewards.base import Verifier, VerifierIO
+from rewards.base import Verifier, VerifierIO, abstention
 from rewards.endpoint import Answer, Breaker, Endpoint, EndpointError
 from rewards.registry import build_verifier
 from rewards.versions import nested_version
@@ -55,10 +55,11 @@ class JudgeVerifier:
 
     `rubric` is one of correct, helpful, sound, equal or a question of your own. With
     `reasoned=False` one word is asked for, and where the endpoint gives log-probabilities the score
-    is the expectation over the words' probabilities. `first: {use: math}` makes a cascade: the rule
-    is asked first and the model only where the rule abstains, or with `second_opinion` also where
-    it says 0. Prices are per million tokens. A gold answer must score `gold_score` for the judge to
-    go live: a probability is never quite 1.
+    is the expectation over the words' probabilities; the words must hold `min_mass` of the first
+    token's, which a model of few parameters spreads widely, or the judge abstains.
+    `first: {use: math}` makes a cascade: the rule is asked first and the model only where the rule
+    abstains, or with `second_opinion` also where it says 0. Prices are per million tokens. A gold
+    answer must score `gold_score` for the judge to go live: a probability is never quite 1.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class JudgeVerifier:
         price_prompt: float = 0.0,
         price_completion: float = 0.0,
         gold_score: float = 0.5,
+        min_mass: float = 0.5,
     ) -> None:
         if scale not in SCALES:
             raise ConfigError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
@@ -92,7 +94,10 @@ class JudgeVerifier:
             raise ConfigError("temperature must be above 0 with several votes: they would be equal")
         if not 0 < gold_score <= 1:
             raise ConfigError(f"gold_score must lie above 0 and not above 1, got {gold_score}")
+        if not 0 < min_mass <= 1:
+            raise ConfigError(f"min_mass must lie above 0 and not above 1, got {min_mass}")
         self.gold_score = gold_score
+        self._min_mass = min_mass
         self._rubric = RUBRICS.get(rubric, rubric)
         self._words = SCALES[scale]
         self._reasoned = reasoned
@@ -160,8 +165,8 @@ class JudgeVerifier:
                 raise vote
         scores = [vote for vote in votes if isinstance(vote, float)]
         if 2 * len(scores) <= self._votes:
-            problems = [str(vote) for vote in votes if isinstance(vote, HoneError)]
-            return Verdict(score=None, error=f"no verdict: {problems[0]}")
+            problems = [vote for vote in votes if isinstance(vote, HoneError)]
+            return abstention(problems[0], "no verdict: ")
         return Verdict(
             score=math.fsum(scores) / len(scores),
             breakdown={"votes": float(len(scores)), "cost": self._endpoint.usage.cost},
@@ -211,14 +216,14 @@ class JudgeVerifier:
         return self._words.get(found.pop()) if len(found) == 1 else None
 
     def _expectation(self, answer: Answer) -> float | None:
-        """Sum of p(word) * value over the words of the scale, once they hold most of the mass."""
+        """Sum of p(word) * value over the words of the scale, once they hold `min_mass`."""
         mass: dict[str, float] = {}
         for option in answer.first_token:
             word = _clean(option.token)
             if word in self._words:
                 mass[word] = mass.get(word, 0.0) + math.exp(min(0.0, option.logprob))
         total = math.fsum(mass.values())
-        if total < 0.5:
+        if total < self._min_mass:
             return None
         return math.fsum(p * self._words[word] for word, p in mass.items()) / total
 

@@ -21,7 +21,7 @@ from rewards.answers import (
     normalise,
     why_uncheckable,
 )
-from rewards.base import VerifierIO
+from rewards.base import VerifierIO, abstention
 from rewards.golden_sets import MATH
 from rewards.math_policy import read_policy
 from rewards.quantities import compare, is_same_text
@@ -83,7 +83,7 @@ class MathVerifier:
                     timeout_s=self._check_timeout_s,
                 )  # fmt: skip
             except HoneError as error:
-                return Verdict(score=None, error=str(error))
+                return abstention(error)
         sign = "=" if is_right else "is not"
         return Verdict(score=float(bool(is_right)), evidence=f"{answer} {sign} {gold}")
 

@@ -14,7 +14,7 @@ from cluster import plugins
 from cluster.config import VerifierConfig
 from cluster.errors import ConfigError, HoneError
 from cluster.types import TrajectoryGroup, Verdict
-from rewards.base import Verifier, VerifierIO
+from rewards.base import Verifier, VerifierIO, abstention
 
 VERIFIERS = {
     "math": "rewards.math_verifier:MathVerifier",
@@ -97,7 +97,7 @@ class FunctionVerifier:
         try:
             score = await io.run_isolated(self._path, prompt, text, reference)
         except HoneError as error:
-            return Verdict(score=None, error=str(error))
+            return abstention(error)
         if score is None:
             return Verdict(score=None, error="the function abstained")
         if isinstance(score, (int, float)):

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import msgspec
 
 from cluster.config import VerifierConfig
-from cluster.errors import ConfigError, HoneError, boundary
+from cluster.errors import ConfigError, DeadlineError, HoneError, boundary
 from cluster.reward_state import RUBRIC
 from cluster.types import Trajectory, TrajectoryGroup, TrajectoryStatus, Verdict
-from rewards.base import GoldenPair, HasExample, HasGolden, HasGoldScore, Verifier
+from rewards.base import GoldenPair, HasExample, HasGolden, HasGoldScore, Verifier, abstention
 from rewards.isolation import IsolatedPool
 from rewards.registry import build_verifier
 from rewards.versions import reward_version
@@ -157,7 +157,7 @@ class Rubric:
             with boundary(f"rewards.verifiers.{signal.name}"):
                 verdicts = await self._score_in_time(signal, group)
         except HoneError as error:
-            verdicts = [Verdict(score=None, error=str(error)) for _ in group.trajectories]
+            verdicts = [abstention(error) for _ in group.trajectories]
         latency_s = time.perf_counter() - started
         return [
             msgspec.structs.replace(
@@ -175,9 +175,9 @@ class Rubric:
                 io = GroupIO(self._pool, signal.config.timeout_s, clock, self._policy_dir)
                 verdicts = await signal.verifier.score(group, io)
         except TimeoutError:
-            raise HoneError(
-                f"no verdicts in {signal.config.timeout_s:g} s "
-                f"(rewards.verifiers.{signal.name}.timeout_s)"
+            knob = f"rewards.verifiers.{signal.name}"
+            raise DeadlineError(
+                knob, f"no verdicts in {signal.config.timeout_s:g} s ({knob}.timeout_s)"
             ) from None
         if len(verdicts) != len(group.trajectories):
             raise HoneError(

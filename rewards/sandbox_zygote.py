@@ -193,15 +193,13 @@ def collect(
 
 def wait(pid: int, deadline: float) -> tuple[int, resource.struct_rusage, bool]:
     """Its pipes are closed: it ends now, or is killed at the deadline (then True)."""
-    while True:
-        done, status, usage = os.wait4(pid, os.WNOHANG)
-        if done:
-            return status, usage, False
-        if time.monotonic() > deadline:
-            os.kill(pid, signal.SIGKILL)
-            _, status, usage = os.wait4(pid, 0)
-            return status, usage, True
-        time.sleep(0.0005)
+    ended = os.pidfd_open(pid)
+    is_late = not select.select([ended], [], [], max(0.0, deadline - time.monotonic()))[0]
+    os.close(ended)
+    if is_late:
+        os.kill(pid, signal.SIGKILL)
+    _, status, usage = os.wait4(pid, 0)
+    return status, usage, is_late
 
 
 def classify(why: str, status: int, used_up_cpu: bool, setup: bytes, stderr: bytes) -> str:

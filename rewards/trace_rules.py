@@ -76,7 +76,7 @@ class EfficiencyVerifier:
 
     def _verdict(self, verdict: Verdict, length: int, low: int, high: int) -> Verdict:
         if verdict.score is None:
-            return Verdict(score=None, error=verdict.error)
+            return verdict
         if verdict.score < self._threshold:
             return Verdict(score=0.0, evidence="not right")
         excess = (length - low) / (high - low) if high > low else 0.0

@@ -1,7 +1,7 @@
 """The admin routes: runs, status, curves, samples, versions and release actions.
 
 Invariant: a route reads run directories that lie beside the served one and nothing else, and every
-change of the release goes through `PolicyService.change`. Looking needs the scope `view`, changing
+change of the release goes through `ReleaseControl.change`. Looking needs the scope `view`, changing
 `admin`. The same routes feed the page and `serve.client`; `serve.run_api` adds those into a living
 run.
 """
@@ -119,7 +119,7 @@ def attach(
     )
     async def release(request: Request) -> JSONResponse:
         admission.identify(request, "view")
-        return _json(Release(service.release.state, service.last_problem))
+        return _json(Release(service.release.state, service.control.problem))
 
     @app.post(
         "/admin/release",
@@ -128,8 +128,8 @@ def attach(
     )
     async def change(request: Request, action: ReleaseAction) -> JSONResponse:
         key = admission.identify(request, "admin")
-        await service.change(action.action, action.version, action.share, key.name)
-        return _json(Release(service.release.state, service.last_problem))
+        await service.control.change(action.action, action.version, action.share, key.name)
+        return _json(Release(service.release.state, service.control.problem))
 
     run_api.attach(app, opened, errors)
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 import msgspec
 from starlette.requests import Request
@@ -20,6 +21,7 @@ from serve.api_keys import ApiKey, KeyStore, Scope
 from serve.rates import Rate
 
 MAX_DEPTH = 64
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 ANONYMOUS = ApiKey(name="local", digest="", scopes=["query", "view", "admin"], created_at=0.0)
 
 # What OpenAI documents, and vLLM's sampling extras that cost no more than they do.
@@ -61,11 +63,13 @@ class Admission:
         self._rates: dict[tuple[str, str], tuple[Rate | None, Rate | None]] = {}
 
     def identify(self, request: Request, scope: Scope) -> ApiKey:
-        """The key of a request; 401 without a valid one, 403 when it lacks `scope`.
+        """The key of a request; 401 without a valid one, 403 when it lacks `scope`, or, where no
+        keys are asked for, when it does not name this machine.
 
         Who may change (`admin`) may look (`view`).
         """
         if self._is_open:
+            _check_host(request.headers.get("host", ""))
             return ANONYMOUS
         kind, _, secret = request.headers.get("authorization", "").partition(" ")
         key = self._keys.find(secret.strip()) if kind.lower() == "bearer" and secret else None
@@ -189,6 +193,19 @@ def check_body(api: str, body: dict[str, Any], limits: Limits) -> None:
         and not all(type(part) is int for part in prompt)
     ):
         _refuse("prompt", f"must be at most {limits.messages} prompts")
+
+
+def _check_host(host: str) -> None:
+    """Without keys a browser must not be led here by a name of someone else's (DNS rebinding)."""
+    try:
+        name = urlsplit(f"//{host}").hostname
+    except ValueError:
+        name = None
+    if name not in LOOPBACK:
+        raise ApiError(
+            403, f"Host {host[:80]!r}: with --no-auth it must be one of "
+            f"{', '.join(sorted(LOOPBACK))}", code="host_not_allowed",
+        )  # fmt: skip
 
 
 def _refuse(param: str, reason: str) -> NoReturn:

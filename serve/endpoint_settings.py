@@ -18,12 +18,11 @@ from cluster import config_file
 from cluster.config import Config, TinyPolicy
 from cluster.errors import ConfigError
 from cluster.run_dir import RunDir
-from serve.admission import Limits
+from serve.admission import LOOPBACK, Limits
 from serve.api_keys import KeyStore
 from serve.guards import GuardSettings
 
 RUNS = Path("runs")
-LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 MAX_CONTEXT = 4096  # of a plain model directory; a run knows its own
 KV_CACHE_GIB = 1.0
 

@@ -9,15 +9,16 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cluster.errors import StageError
+from cluster.errors import DeadlineError, StageError, boundary
 from serve.api_errors import ApiError
-from serve.weight_library import Weights, check_file
+from serve.kept_versions import Weights
+from serve.weight_check import check_file
 
 if TYPE_CHECKING:
     from actors.openai_engine import OpenAIEngine
@@ -59,17 +60,22 @@ class Slot:
 
 
 class EnginePool:
-    """Up to `max_engines` slots. Example: `slot = await pool.exact(weights, reserved)`."""
+    """Up to `max_engines` slots; `using` keeps the file of weights on their way to an engine.
+
+    Example: `slot = await pool.exact(weights, reserved, may_share_stable=True)`.
+    """
 
     def __init__(
         self,
         start: Callable[[], Awaitable["OpenAIEngine"]],
         max_engines: int,
         policy_dir: Path,
+        using: Callable[[Weights], AbstractContextManager[None]],
     ) -> None:
         self._start = start
         self._max_engines = max_engines
         self._policy_dir = policy_dir
+        self._using = using
         self._lock = asyncio.Lock()
         self.slots: list[Slot] = []
 
@@ -82,16 +88,19 @@ class EnginePool:
         self.slots.append(Slot(await self._start()))
 
     async def move(self, slot: Slot, weights: Weights) -> None:
-        """Load `weights` under the running requests of `slot`; `StageError` leaves it as it was."""
-        async with slot.lock:
-            if slot.weights == weights:
-                return
-            slot.is_moving = True
-            try:
-                await self._drain_pinned(slot)
-                await self._load(slot, weights)
-            finally:
-                slot.is_moving = False
+        """Load `weights` under the running requests of `slot`; `StageError` leaves it as it was,
+        `DeadlineError` when pinned requests did not end: nothing is wrong with the weights then.
+        """
+        with self._using(weights):
+            async with slot.lock:
+                if slot.weights == weights:
+                    return
+                slot.is_moving = True
+                try:
+                    await self._drain_pinned(slot)
+                    await self._load(slot, weights)
+                finally:
+                    slot.is_moving = False
 
     async def exact(self, weights: Weights, reserved: set[int], *, may_share_stable: bool) -> Slot:
         """A slot that holds `weights` and keeps them while a pinned request runs.
@@ -99,6 +108,21 @@ class EnginePool:
         Takes an idle slot whose version is not `reserved`, or starts an engine; 503 when all are
         taken.
         """
+        with self._using(weights):
+            return await self._take(weights, reserved, may_share_stable)
+
+    def loaded(self) -> list[Weights]:
+        return [slot.weights for slot in self.slots if slot.weights is not None]
+
+    async def is_alive(self) -> bool:
+        return all([await slot.engine.is_alive() for slot in self.slots])
+
+    def close(self) -> None:
+        for slot in self.slots:
+            slot.engine.shutdown()
+        self.slots.clear()
+
+    async def _take(self, weights: Weights, reserved: set[int], may_share_stable: bool) -> Slot:
         async with self._lock:
             found = self._holding(weights, may_share_stable)
             if found is not None:
@@ -129,17 +153,6 @@ class EnginePool:
                 raise
             return slot
 
-    def held(self) -> set[int]:
-        return {slot.policy_version for slot in self.slots if slot.policy_version is not None}
-
-    async def is_alive(self) -> bool:
-        return all([await slot.engine.is_alive() for slot in self.slots])
-
-    def close(self) -> None:
-        for slot in self.slots:
-            slot.engine.shutdown()
-        self.slots.clear()
-
     def _holding(self, weights: Weights, may_share_stable: bool) -> Slot | None:
         slots = self.slots if may_share_stable else self.slots[1:]
         return next((s for s in slots if s.weights == weights and not s.is_moving), None)
@@ -149,10 +162,17 @@ class EnginePool:
         if weights.path is None:
             await slot.engine.relabel(weights.policy_version)
         else:
-            problem = await asyncio.to_thread(check_file, weights.path, self._policy_dir)
+            try:
+                problem = await asyncio.to_thread(check_file, weights.path, self._policy_dir)
+            except FileNotFoundError as error:
+                raise ApiError(
+                    503, f"policy@{weights.policy_version}: its file is gone, ask again",
+                    code="version_gone", retry_after_s=1.0,
+                ) from error  # fmt: skip
             if problem:
                 raise StageError("endpoint", f"policy@{weights.policy_version} refused: {problem}")
-            slot.pause_s = await self._swap(slot, weights)
+            with boundary("endpoint"):
+                slot.pause_s = await self._swap(slot, weights)
         slot.weights = weights
 
     async def _swap(self, slot: Slot, weights: Weights) -> float:
@@ -173,5 +193,5 @@ class EnginePool:
         deadline = time.monotonic() + DRAIN_S
         while slot.num_pinned:
             if time.monotonic() > deadline:
-                raise StageError("endpoint", f"pinned requests did not end in {DRAIN_S:.0f} s")
+                raise DeadlineError("endpoint", f"pinned requests did not end in {DRAIN_S:.0f} s")
             await asyncio.sleep(POLL_S)

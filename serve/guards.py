@@ -6,14 +6,16 @@ names the measured figure and the bound. Pure: time comes from the caller.
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 
 class GuardSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Bounds of the automatic rollback. Latency is the median seconds per output token."""
+    """Bounds of the automatic rollback. Latency is the median seconds per output token that
+    requests waited for the engine.
+    """
 
     window_s: float = 60.0
     min_requests: int = 20
@@ -23,7 +25,7 @@ class GuardSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """One finished request. `is_error` counts failures of ours (5xx), not of the caller."""
+    """One finished request. `is_error` counts failures of ours (5xx, a hang), not of the caller."""
 
     at: float
     is_error: bool
@@ -101,6 +103,24 @@ def eval_drop(
     drop, bound = evals[best] - evals[blamed], settings.max_eval_drop
     text = f"held-out pass@1 of {blamed} is {drop:.3f} below that of {best}, bound {bound:.3f}"
     return EvalDrop(blamed, best, text if drop > bound else "")
+
+
+def standing(rows: Iterable[Mapping[str, float | None]]) -> list[dict[str, float]]:
+    """Rows of `metrics.jsonl` in the order they were written -> one a step, without those that a
+    resumed run took back: a row of a step ends all rows of later steps.
+    """
+    steps: dict[float, dict[str, float]] = {}
+    for row in rows:
+        step = row.get("step")
+        if step is None:
+            continue
+        while steps and next(reversed(steps)) > step:
+            steps.popitem()
+            if next(reversed(steps), None) == step:
+                steps.popitem()
+        known = {key: value for key, value in row.items() if value is not None}
+        steps.setdefault(step, {}).update(known)
+    return list(steps.values())
 
 
 def _median(outcomes: Sequence[Outcome]) -> float | None:

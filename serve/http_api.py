@@ -84,8 +84,7 @@ async def _complete(
     stack = AsyncExitStack()
     try:
         stack.enter_context(admission.place())
-        async with asyncio.timeout(limits.deadline_s):
-            answer = await service.answer(api, body)
+        answer = await service.answer(api, body)
         stack.push_async_callback(answer.stack.aclose)
         stack.callback(lambda: _charge(admission, key, answer.trace))
         headers = {
@@ -103,10 +102,6 @@ async def _complete(
             )
         content = reply.body if reply.status < 400 else from_engine(reply.status, reply.body)
         return JSONResponse(content, reply.status, headers)
-    except TimeoutError:
-        raise ApiError(
-            504, f"not finished in {limits.deadline_s:.0f} s", code="deadline_exceeded"
-        ) from None
     finally:
         await stack.aclose()
 

@@ -125,7 +125,9 @@ def train_process(
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="Directory to create.")],
     tasks: Annotated[int, typer.Option(help="Training tasks to sample traces of.")] = 128,
     traces: Annotated[int, typer.Option(help="Traces of each task.")] = 8,
-    completions: Annotated[int, typer.Option(help="Continuations of each step.")] = 4,
+    completions: Annotated[
+        int, typer.Option(min=0, help="Continuations of each step; 0: the traces' own outcomes.")
+    ] = 4,
     separator: Annotated[str, typer.Option(help="Regular expression that ends a step.")] = r"\n+",
     epochs: Annotated[int, typer.Option(help="Passes over the traces.")] = 8,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,

@@ -1,36 +1,36 @@
-"""What one replica of the policy endpoint does: resolve a model name, answer, follow, guard.
+"""What one replica of the policy endpoint does with a request: model name to engine to answer.
 
 Invariant: a request runs on a slot that stays its slot until it ends, and its answer names the
-versions that sampled it. Weights and releases change in one task (`reconcile`), so decisions never
-race with each other. The HTTP shape of it all is in `serve.http_api`.
+versions that sampled it. A version or an engine that cannot be had is 503 with Retry-After, one
+that hangs 504. Which version `policy` means is in `serve.release_control`, the HTTP shape in
+`serve.http_api`.
 """
 
 import asyncio
-import logging
 import os
 import re
 import time
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import msgspec
-
 from actors.openai_engine import Api, OpenAIEngine, Reply, Trace
-from cluster.errors import HoneError, StageError
+from cluster.errors import HoneError, boundary
 from cluster.run_dir import RunDir
 from serve.api_errors import ApiError
 from serve.endpoint_settings import EndpointSettings
 from serve.engine_pool import EnginePool, Slot
-from serve.guards import Outcome, Outcomes, eval_drop
+from serve.engine_time import EngineTime
+from serve.guards import Outcome
+from serve.kept_versions import KeptVersions
 from serve.release import Release
-from serve.weight_library import WeightLibrary, Weights
+from serve.release_control import ReleaseControl
+from serve.weight_library import WeightLibrary
 
 NAME = "policy"
 POLL_S = 0.2
-GUARD_EVERY_S = 1.0
+RETRY_S = 5.0
 _MODEL = re.compile(rf"{NAME}(?:@(latest|0|[1-9]\d{{0,11}}))?")
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,31 +52,22 @@ class PolicyService:
         self.home = RunDir(settings.home)
         run = self.home if settings.has_run else None
         files = self.home.weights.with_name(f"{self.home.weights.name}-endpoint") / str(os.getpid())
-        self.library = WeightLibrary(run, files)
-        self.release = Release(settings.home / "endpoint", self.home.append_event)
-        self.outcomes = Outcomes(settings.guards)
-        self.pool = EnginePool(self._start_engine, settings.max_engines, settings.policy_dir)
-        self.last_problem = ""
+        decided = settings.home / "endpoint"
+        self.library = WeightLibrary(run, files, KeptVersions(decided / "versions"))
+        self.release = Release(decided, self.home.append_event)
+        self.pool = EnginePool(
+            self._start_engine, settings.max_engines, settings.policy_dir, self.library.using
+        )
+        self.control = ReleaseControl(
+            self.home, self.release, self.library, self.pool, settings.guards
+        )
         self._latest: Slot | None = None
-        self._guarded_at = 0.0
-        self._metrics: tuple[int, list[dict[str, float]]] = (0, [])  # file size, rows
         self._loop: asyncio.Task[None] | None = None
-        self._changing = asyncio.Lock()
 
     async def open(self) -> None:
         """Start the first engine on the weights that `policy` means now."""
         await self.pool.open()
-        state = self.release.state
-        weights = self.library.newest()
-        if not state.is_following and state.stable is not None:
-            weights = await self.library.get(state.stable)
-        elif weights is None:
-            newest = self.library.newest_checkpoint()
-            if newest is None:
-                raise StageError("endpoint", "the run has published no weights and no checkpoint")
-            weights = await self.library.get(newest)
-        await self.pool.move(self.pool.stable, weights)
-        self.release.note_stable(weights.policy_version)
+        await self.control.open()
         self._loop = asyncio.create_task(self._reconcile_forever())
 
     async def close(self) -> None:
@@ -89,41 +80,37 @@ class PolicyService:
         return await self.pool.is_alive() and not (self._loop is not None and self._loop.done())
 
     async def answer(self, api: Api, body: dict[str, Any]) -> Answer:
-        """Run one request; raises `ApiError` when no engine can take it."""
-        stack = AsyncExitStack()
+        """Run one request; `ApiError` when no engine can take it (503) or none answered in
+        `limits.deadline_s` (504). What an engine takes too long for counts against its version.
+        """
+        stack, trace, clock = AsyncExitStack(), Trace(), EngineTime()
+        version: int | None = None
+        started = time.monotonic()
+        deadline_s = self.settings.limits.deadline_s
         try:
-            slot, model = await self._enter(str(body.get("model", "")), stack)
-            trace = Trace()
-            started = time.monotonic()
-            version = slot.policy_version
-            reply = await slot.engine.respond(api, body, model, trace)
-            if reply.events is None:
-                self._note(version, reply.status, trace, started)
+            async with asyncio.timeout(deadline_s):
+                slot, model = await self._enter(str(body.get("model", "")), stack)
+                version = slot.policy_version
+                reply = await clock.wait_for(slot.engine.respond(api, body, model, trace))
+            if reply.events is not None:
+                reply = replace(reply, events=clock.timed(reply.events))
+                stack.callback(self._note, version, reply.status, trace, clock, started)
             else:
-                stack.callback(self._note, version, reply.status, trace, started)
+                self._note(version, reply.status, trace, clock, started)
+            if reply.status == 503 or (reply.status >= 500 and not await slot.engine.is_alive()):
+                raise _unavailable(f"{model}: its engine takes no requests now")
             versions = trace.policy_versions or ([] if version is None else [version])
             return Answer(reply, model, trace, versions, stack)
-        except BaseException:
+        except BaseException as error:
             await stack.aclose()
+            if isinstance(error, TimeoutError):
+                self._note(version, 504, trace, clock, started)
+                raise ApiError(
+                    504, f"not finished in {deadline_s:.0f} s", code="deadline_exceeded"
+                ) from None
+            if isinstance(error, HoneError):
+                raise _unavailable(str(error)) from error
             raise
-
-    async def change(self, action: str, version: int | None, share: float, author: str) -> None:
-        """One release action of the admin API, in force on return; raises `ApiError`."""
-        async with self._changing:
-            try:
-                await self._change(action, version, share, author)
-            except HoneError as error:
-                raise ApiError(409, str(error), code="release_refused") from error
-
-    async def reconcile(self) -> None:
-        """Bring engines to what the release state and the run ask for, once."""
-        async with self._changing:
-            await self._follow()
-            await self._keep_canary()
-            if time.monotonic() - self._guarded_at >= GUARD_EVERY_S:
-                self._guarded_at = time.monotonic()
-                await self._guard()
-            self.library.forget(self._reserved() | self.pool.held())
 
     async def _enter(self, model: str, stack: AsyncExitStack) -> tuple[Slot, str]:
         match = _MODEL.fullmatch(model)
@@ -142,7 +129,9 @@ class PolicyService:
             is_pinned = True
             weights = await self.library.get(int(wanted))
             may_share = not self.release.state.is_following
-            slot = await self.pool.exact(weights, self._reserved(), may_share_stable=may_share)
+            slot = await self.pool.exact(
+                weights, self.control.reserved(), may_share_stable=may_share
+            )
         stack.enter_context(slot.busy(is_pinned=is_pinned))
         return slot, f"{NAME}@{slot.policy_version}"
 
@@ -160,133 +149,39 @@ class PolicyService:
         newest = self.library.newest()
         if self.release.state.is_following or newest in (None, self.pool.stable.weights):
             return self.pool.stable
-        if self._latest is None or self._latest.policy_version in self._reserved():
-            self._latest = await self.pool.exact(newest, self._reserved(), may_share_stable=False)
+        if self._latest is None or self._latest.policy_version in self.control.reserved():
+            self._latest = await self.pool.exact(
+                newest, self.control.reserved(), may_share_stable=False
+            )
         await self.pool.move(self._latest, newest)
         return self._latest
 
-    def _reserved(self) -> set[int]:
-        state = self.release.state
-        return {version for version in (state.stable, state.canary) if version is not None}
-
-    def _note(self, version: int | None, status: int, trace: Trace, started: float) -> None:
+    def _note(
+        self, version: int | None, status: int, trace: Trace, clock: EngineTime, started: float
+    ) -> None:
+        """Tell the guards how a request ended; time in which its client did not read is not the
+        engine's.
+        """
         if version is None or 400 <= status < 500:
             return
-        elapsed = time.monotonic() - started
-        token_s = elapsed / trace.num_output_tokens if trace.num_output_tokens else None
-        has_failed = status >= 500 or trace.has_failed
-        self.outcomes.add(version, Outcome(time.monotonic(), has_failed, token_s))
-
-    async def _change(self, action: str, version: int | None, share: float, author: str) -> None:
-        state, release = self.release.state, self.release
-        if action == "follow":
-            release.follow(author=author)
-        elif action == "canary":
-            weights = await self.library.get(_named(version))
-            await self.pool.exact(weights, self._reserved(), may_share_stable=False)
-            release.start_canary(weights.policy_version, share, author=author)
-        elif action == "promote":
-            chosen = version if version is not None else state.canary
-            weights = await self.library.get(_named(chosen))
-            await self.pool.move(self.pool.stable, weights)
-            release.promote(weights.policy_version, author=author)
-        elif state.canary is not None and version in (None, state.canary):
-            release.roll_back(state.canary, state.stable, reason="asked for", author=author)
-        else:
-            target = _named(version if version is not None else (state.history or [None])[-1])
-            bad = _named(self.pool.stable.policy_version)
-            await self._return_to(target, bad=bad, reason="asked for", author=author)
-
-    async def _return_to(self, target: int, *, bad: int, reason: str, author: str) -> None:
-        weights = await self.library.get(target)
-        await self.pool.move(self.pool.stable, weights)
-        self.release.roll_back(bad, target, reason=reason, author=author)
-
-    async def _follow(self) -> None:
-        state, slot = self.release.state, self.pool.stable
-        newest = self.library.newest()
-        weights: Weights | None = None
-        if state.is_following:
-            weights = newest
-            if newest is not None and newest.policy_version in state.refused:
-                weights = None
-        elif state.stable is not None and state.stable != slot.policy_version:
-            weights = await self.library.get(state.stable)
-        if weights is None or weights == slot.weights:
-            return
-        try:
-            await self.pool.move(slot, weights)
-        except StageError as error:
-            self.release.refuse(weights.policy_version, reason=error.reason)
-            return
-        if state.is_following:
-            self.release.note_stable(weights.policy_version)
-
-    async def _keep_canary(self) -> None:
-        """After a restart, or on another replica, the canary's engine has to be brought up."""
-        canary = self.release.state.canary
-        if canary is not None and canary not in {s.policy_version for s in self.pool.slots[1:]}:
-            weights = await self.library.get(canary)
-            await self.pool.exact(weights, self._reserved(), may_share_stable=False)
-
-    async def _guard(self) -> None:
-        """Roll back what the guards complain about."""
-        state, guards = self.release.state, self.settings.guards
-        suspect = state.canary if state.canary is not None else state.stable
-        if suspect is None:
-            return
-        metrics = await self._read_metrics()
-        drop = eval_drop(metrics, suspect, guards)
-        is_judged = drop is not None and (state.is_following or drop.blamed == suspect)
-        reason, blamed = "", suspect
-        if drop is not None and is_judged and drop.blamed not in state.refused:
-            reason, blamed = drop.reason, drop.blamed
-        if not reason:
-            reference = state.stable if state.canary is not None else None
-            reason = self.outcomes.complaint(suspect, reference, time.monotonic())
-            blamed = suspect
-        if not reason:
-            return
-        if state.canary is not None:
-            self.release.roll_back(suspect, state.stable, reason=reason, author="guard")
-            return
-        known = {version.policy_version for version in self.library.versions()}
-        choices = [*([drop.best] if drop is not None else []), *reversed(state.history)]
-        good = [v for v in choices if v in known and v < blamed and v not in state.refused]
-        if good:
-            await self._return_to(good[0], bad=blamed, reason=reason, author="guard")
-        else:
-            self._complain(f"policy@{suspect}: {reason}; no earlier version is kept")
-
-    async def _read_metrics(self) -> list[dict[str, float]]:
-        """Rows of the run's metrics; read again, beside the requests, when the file has grown."""
-        file = self.home.metrics
-        size = file.stat().st_size if self.settings.has_run and file.exists() else 0
-        if size != self._metrics[0]:
-            self._metrics = (size, await asyncio.to_thread(self.home.read_metrics))
-        return self._metrics[1]
-
-    def _complain(self, problem: str) -> None:
-        if problem != self.last_problem:
-            logger.warning("%s", problem)
-            self.last_problem = problem
+        now = time.monotonic()
+        is_hung = clock.is_waiting and now - started >= self.settings.limits.deadline_s
+        has_failed = status >= 500 or trace.has_failed or is_hung
+        token_s = clock.total_s / trace.num_output_tokens if trace.num_output_tokens else None
+        self.control.outcomes.add(version, Outcome(now, has_failed, token_s))
 
     async def _reconcile_forever(self) -> None:
         while True:
-            try:
-                await self.reconcile()
-            except (HoneError, ApiError, OSError, msgspec.DecodeError) as error:
-                self._complain(str(error))
+            await self.control.reconcile()
             await asyncio.sleep(POLL_S)
 
     async def _start_engine(self) -> OpenAIEngine:
         """An engine loads in a thread: requests on the others go on."""
-        engine = await asyncio.to_thread(OpenAIEngine, self.settings.engine)
-        await engine.start()
+        with boundary("endpoint"):
+            engine = await asyncio.to_thread(OpenAIEngine, self.settings.engine)
+            await engine.start()
         return engine
 
 
-def _named(version: int | None) -> int:
-    if version is None:
-        raise ApiError(409, "there is no version to go to: name one", code="no_version")
-    return version
+def _unavailable(reason: str) -> ApiError:
+    return ApiError(503, reason, code="version_unavailable", retry_after_s=RETRY_S)

@@ -6,8 +6,7 @@ story in order: query, follow, pin, canary, promote, roll back, guard.
 
 import asyncio
 import io
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,68 +20,22 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.config import Config
-from cluster.run_dir import RunDir
-from serve import chat, endpoint, endpoint_settings
+from serve import chat
 from serve.api_keys import KeyStore
 from serve.client import AdminClient, AdminError, Runs
 from tests import browser, page_cases
-from tests.endpoint_cases import Publisher, make_run, publish, put
+from tests.endpoint_cases import Publisher, publish, put
 from tests.endpoint_fuzz import dangling_references, fuzz
 from tests.monitoring_cases import Scrape, alert_rules, panels
-
-PORT = 18231
-URL = f"http://127.0.0.1:{PORT}"
-
-
-class Served:
-    def __init__(self, run: RunDir, query: str, admin: str) -> None:
-        self.run, self.query, self.admin = run, query, admin
-        self.client = openai.OpenAI(base_url=f"{URL}/v1", api_key=query, max_retries=0)
-
-    def post(self, path: str, key: str | None = None, **options: Any) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {key or self.query}"}
-        headers |= options.pop("headers", {})
-        return httpx.post(URL + path, headers=headers, timeout=120, **options)
-
-    def release(self, **action: Any) -> dict[str, Any]:
-        answer = self.post("/admin/release", self.admin, json=action)
-        assert answer.status_code == 200, answer.text
-        return answer.json()["state"]
-
-    def state(self) -> dict[str, Any]:
-        headers = {"Authorization": f"Bearer {self.admin}"}
-        return httpx.get(f"{URL}/admin/release", headers=headers).json()["state"]
-
-    def events(self, kind: str) -> list[dict[str, object]]:
-        return [event.fields for event in self.run.read_events() if event.kind == kind]
-
-    def ask(self, model: str = "policy", **options: Any) -> Any:
-        options = {"max_tokens": 8, "temperature": 1.0, "seed": 1} | options
-        return self.client.completions.create(model=model, prompt="1 + 2 =", **options)
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.05)
+from tests.served import URL, Served, serving, until
 
 
 @pytest.fixture(scope="module")
 def served(
     tiny_config: Config, tiny_policy_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    runs = tmp_path_factory.mktemp("runs")
-    run = make_run(tiny_config, tiny_policy_dir, runs)
-    publish(run, 1)
-    keys = KeyStore(runs / "keys.json")
-    query, admin = keys.create("tester", ["query"]), keys.create("operator", ["admin"])
-    settings = endpoint_settings.resolve(
-        str(run.path), runs=runs,
-        overrides=["guards.window_s=20", "limits.requests_per_minute=0", "limits.running=64"],
-    )  # fmt: skip
-    with endpoint.running(settings, endpoint_settings.Door(port=PORT)):
-        yield Served(run, query, admin)
+    with serving(tiny_config, tiny_policy_dir, tmp_path_factory.mktemp("runs")) as served:
+        yield served
 
 
 def test_models_are_listed_and_all_forms_of_request_work(served: Served) -> None:
@@ -256,8 +209,7 @@ def test_a_canary_gets_its_share_and_is_promoted(served: Served) -> None:
 
 def test_an_eval_drop_rolls_a_canary_back_by_itself(served: Served) -> None:
     publish(served.run, 10)
-    until(lambda: "policy@10" in [model.id for model in served.client.models.list()])
-    served.release(action="canary", version=10, share=0.5)
+    served.release(action="canary", version=10, share=0.5)  # a version is known once published
     served.run.append_metrics(9, {"policy_version": 9, "eval/pass@1": 0.8})
     served.run.append_metrics(10, {"policy_version": 10, "eval/pass@1": 0.3})
     until(lambda: served.state()["canary"] is None, timeout_s=10)

@@ -1,4 +1,6 @@
-"""Two replicas behind one TLS port, on real engines: both answer, and a version reaches both."""
+"""Two replicas behind one TLS port, on real engines: both answer, a version reaches both, and a
+promotion made on one of them holds on both and over a restart.
+"""
 
 import ssl
 import subprocess
@@ -31,8 +33,8 @@ def _certificate(folder: Path) -> tuple[str, str]:
 
 
 @pytest.mark.slow  # a row of `make show AREA=serve`
-@pytest.mark.timeout(280)
-def test_two_replicas_share_a_tls_port(
+@pytest.mark.timeout(400)
+def test_two_replicas_share_a_tls_port_and_a_release(
     tiny_config: Config, tiny_policy_dir: Path, tmp_path: Path
 ) -> None:
     run = make_run(tiny_config, tiny_policy_dir, tmp_path / "runs")
@@ -56,15 +58,32 @@ def test_two_replicas_share_a_tls_port(
         assert {answer.status_code for answer in answers} == {200}
         return Counter(answer.headers["x-policy-version"] for answer in answers)
 
+    def until_all_answer(version: str) -> None:
+        deadline = time.monotonic() + 60
+        while ask(10) != {version: 10}:
+            assert time.monotonic() < deadline, f"a replica did not get to version {version}"
+
     with endpoint.running(settings, door, replicas=2):
         with pytest.raises(ConfigError, match="--port"), endpoint.running(settings, door):
             pass
         assert ask(20) == {"1": 20}
         publish(run, 2)
-        deadline = time.monotonic() + 60
-        while ask(10) != {"2": 10}:
-            assert time.monotonic() < deadline, "a replica did not follow"
+        until_all_answer("2")
         answers = [httpx.get(f"{door.url}/health", verify=trusted) for _ in range(30)]
         assert len({answer.headers["x-replica"] for answer in answers}) == 2
         with pytest.raises(httpx.HTTPError):
             httpx.get(door.url.replace("https", "http") + "/health")
+
+        promotion = httpx.post(
+            f"{door.url}/admin/release", json={"action": "promote", "version": 1},
+            headers=headers, verify=trusted, timeout=60,
+        )  # fmt: skip
+        assert promotion.status_code == 200, promotion.text
+        until_all_answer("1")
+        publish(run, 3)
+        time.sleep(2)  # ten looks at the run by each replica
+        assert ask(20) == {"1": 20}
+
+    assert not (run.weights / "policy_00000001.safetensors").exists()
+    with endpoint.running(settings, door):
+        assert ask(5) == {"1": 5}

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.relay import Relay
 from cluster.config import VerifierConfig
 from cluster.errors import ConfigError
 from cluster.types import Message, Task, TrajectoryGroup
 from rewards import self_check
+from rewards.base import TIMED_OUT
 from rewards.isolation import IsolatedPool
 from rewards.judge import JudgeVerifier, fence_off
 from rewards.rubric import GroupIO, Rubric
@@ -59,8 +61,9 @@ class Handler(BaseHTTPRequestHandler):
             mode, "yes" if yes else "no")
         choice = {"message": {"content": text}}
         if mode == "reason": choice["message"]["content"] = f"Because.\nVerdict: **{text}**"
-        if mode == "logprobs":
+        if mode in ("logprobs", "faint"):
             top = [{"token": "Yes", "logprob": -0.2231435513}, {"token": " no", "logprob": -1.6094379124}]
+            if mode == "faint": top = [t | {"logprob": t["logprob"] - 2.302585093} for t in top]
             choice["logprobs"] = {"content": [{"token": "Yes", "logprob": -0.22, "top_logprobs": top}]}
         self.send(200, {"choices": [choice], "usage": {"prompt_tokens": 100, "completion_tokens": 2}})
 
@@ -129,6 +132,14 @@ async def test_the_score_is_the_expectation_where_probabilities_are_given(server
     assert got == [pytest.approx(0.8)]  # p(yes) 0.8, p(no) 0.2
 
 
+async def test_a_model_that_hardly_means_to_answer_is_believed_by_choice_only(server: Server):
+    server.mode("faint")  # p(yes) 0.08, p(no) 0.02
+    got, [verdict] = await rewards(server, "it is 42")
+    assert got == [None]
+    assert "no single verdict" in verdict.error
+    assert (await rewards(server, "it is 42", min_mass=0.05))[0] == [pytest.approx(0.8)]
+
+
 async def test_a_judge_that_gives_probabilities_goes_live_and_a_wrong_one_does_not(
     server: Server,
 ):
@@ -175,6 +186,7 @@ async def test_what_cannot_be_judged_abstains(server: Server, mode: str, words: 
     got, [verdict] = await rewards(server, "it is 42", call_timeout_s=0.3, retries=1)
     assert got == [None]
     assert words in verdict.error
+    assert (TIMED_OUT in verdict.breakdown) == (mode == "slow")
 
 
 async def test_the_breaker_spares_a_dead_endpoint_and_it_recovers_by_itself(server: Server):
@@ -188,6 +200,23 @@ async def test_the_breaker_spares_a_dead_endpoint_and_it_recovers_by_itself(serv
     server.mode("ok")
     await asyncio.sleep(1.1)
     assert (await rubric.score(group("it is 42", "no"))).rewards[0] == 1.0
+
+
+async def test_an_endpoint_that_refuses_connections_abstains_and_comes_back(server: Server):
+    relay = Relay(int(server.url.rpartition(":")[2]))
+    settings = {"base_url": f"http://127.0.0.1:{relay.port}/v1", "model": "m", "retries": 0,
+                "breaker_failures": 1, "breaker_open_s": 0.5}  # fmt: skip
+    rubric = Rubric({"j": VerifierConfig(use="judge", settings=settings, timeout_s=20)})
+    assert (await rubric.score(group("it is 42"))).rewards == [1.0]
+    relay.shut()
+    scored = await rubric.score(group("it is 42 there"))
+    assert scored.rewards == [None]
+    assert "Error" in scored.trajectories[0].verdicts[0].error
+    relay.open()
+    await asyncio.sleep(0.6)
+    assert (await rubric.score(group("it is 42 here"))).rewards == [1.0]
+    await rubric.close()
+    relay.shut()
 
 
 async def test_a_hanging_endpoint_opens_the_breaker_and_spares_what_a_rule_decided(
@@ -248,6 +277,7 @@ async def test_votes_are_averaged_and_costs_counted(server: Server):
         ({"base_url": "ftp://x"}, "base_url"),
         ({"scale": "stars"}, "scale"),
         ({"votes": 3}, "temperature"),
+        ({"min_mass": 0}, "min_mass"),
         ({"api_key_env": "HONE_NO_SUCH_KEY"}, "HONE_NO_SUCH_KEY"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest_asyncio
 from cluster.config import VerifierConfig
 from cluster.types import Message, Task, TrajectoryGroup, Verdict
 from rewards import self_check
+from rewards.base import TIMED_OUT
 from rewards.isolation import IsolatedPool
 from rewards.rubric import Rubric
 
@@ -101,6 +102,7 @@ async def test_a_check_that_runs_out_of_time_abstains():
         await rubric.close()
     assert slow.score is None
     assert "killed after" in slow.error
+    assert TIMED_OUT in slow.breakdown
     assert fast.score == 1.0
 
 

@@ -87,7 +87,9 @@ class Sampler:
         return completions
 
 
-async def test_step_values_are_shares_of_rewarded_continuations(tiny_policy_dir: Path) -> None:
+async def test_step_values_are_shares_of_rewarded_continuations_and_own_outcomes(
+    tiny_policy_dir: Path,
+) -> None:
     tokenizer = load_tokenizer(tiny_policy_dir)
     sampler = Sampler(tiny_policy_dir)
 
@@ -112,9 +114,17 @@ async def test_step_values_are_shares_of_rewarded_continuations(tiny_policy_dir:
         sampler.asked.clear()
         estimator = StepEstimator(sampler, decode, rubric, SAMPLING, SPACES, 6)
         traces = await estimator.estimate(group)
+        num_asked = len(sampler.asked)
+        frugal = StepEstimator(sampler, decode, rubric, SAMPLING, SPACES, 0)
+        alone = await frugal.estimate(group)
     finally:
         await rubric.close()
-    assert len(sampler.asked) == len({tuple(tokens) for tokens, _ in sampler.asked})
+    assert num_asked == len(sampler.asked) == len({tuple(tokens) for tokens, _ in sampler.asked})
+    for trace in alone:  # without continuations: the mean over traces that begin alike
+        for i, value in enumerate(trace.values):
+            begin = "".join(trace.steps[: i + 1])
+            alike = [t.reward for t in group.trajectories if t.text.startswith(begin)]
+            assert value is None or min(r for r in alike if r is not None) <= value <= 1.0
     traces, added = traces[:5], traces[5:]
     assert traces[4].values == traces[0].values
     num_checked = 0
@@ -137,7 +147,8 @@ async def test_step_values_are_shares_of_rewarded_continuations(tiny_policy_dir:
                 continue
             again = await sampler.generate(tokens, 6, replace(SAMPLING, max_new_tokens=left))
             texts = [decode([*prefix.tolist(), *c.segment.token_ids.tolist()]) for c in again]
-            rewards = [pays(text) for text in texts]
+            own = [t for t in group.trajectories if np.array_equal(t.token_ids[:end], prefix)]
+            rewards = [pays(text) for text in texts] + [t.reward for t in own]
             known = [reward for reward in rewards if reward is not None]
             assert value == (pytest.approx(np.mean(known)) if known else None)
             num_checked += 1

@@ -11,7 +11,9 @@ from cluster import published
 from cluster.config import Config
 from cluster.run_dir import RunDir
 from serve.api_errors import ApiError
-from serve.weight_library import WeightLibrary, check_file
+from serve.kept_versions import KeptVersions
+from serve.weight_check import check_file
+from serve.weight_library import WeightLibrary
 from tests.endpoint_cases import make_run, publish
 from tests.learner_cases import assert_same_weights, make_run_with_checkpoints
 
@@ -21,10 +23,14 @@ def run(tiny_config: Config, tiny_policy_dir: Path, tmp_path: Path) -> RunDir:
     return make_run(tiny_config, tiny_policy_dir, tmp_path / "runs")
 
 
+def library_of(run: RunDir, directory: Path) -> WeightLibrary:
+    return WeightLibrary(run, directory, KeptVersions(run.path / "endpoint" / "versions"))
+
+
 async def test_a_published_file_is_held_after_the_run_deleted_it(
     run: RunDir, tmp_path: Path
 ) -> None:
-    library = WeightLibrary(run, tmp_path / "held")
+    library = library_of(run, tmp_path / "held")
     assert library.newest() is None
     first = load_file(publish(run, 1))
     for version in range(1, 7):
@@ -32,7 +38,7 @@ async def test_a_published_file_is_held_after_the_run_deleted_it(
         newest = library.newest()
         assert newest is not None
         assert newest.policy_version == version
-        library.forget(in_use={1})
+        library.forget({1}, [])
     held = (await library.get(1)).path
     shutil.rmtree(run.weights)
     assert held is not None
@@ -49,7 +55,7 @@ async def test_a_published_file_is_held_after_the_run_deleted_it(
 async def test_a_run_that_went_back_takes_its_later_versions_with_it(
     run: RunDir, tmp_path: Path
 ) -> None:
-    library = WeightLibrary(run, tmp_path / "held")
+    library = library_of(run, tmp_path / "held")
     for version in (5, 6, 7):
         publish(run, version)
         library.newest()
@@ -63,7 +69,7 @@ async def test_a_run_that_went_back_takes_its_later_versions_with_it(
 
 
 def test_an_announced_file_that_is_gone_changes_nothing(run: RunDir, tmp_path: Path) -> None:
-    library = WeightLibrary(run, tmp_path / "held")
+    library = library_of(run, tmp_path / "held")
     publish(run, 1)
     before = library.newest()
     published.announce(run.weights, 2, run.weights / "policy_00000002.safetensors")
@@ -88,12 +94,15 @@ def test_a_file_is_checked_before_an_engine_sees_it(run: RunDir, tmp_path: Path)
     assert "not a safetensors file" in check_file(bad, run.policy)
     bad.write_bytes(b"\xff" * 64)
     assert "not a safetensors file" in check_file(bad, run.policy)
+    bad.unlink()
+    with pytest.raises(FileNotFoundError):
+        check_file(bad, run.policy)
 
 
 async def test_a_pinned_version_comes_from_its_checkpoint(tmp_path: Path) -> None:
     run = make_run_with_checkpoints(tmp_path)
-    library = WeightLibrary(run, tmp_path / "held")
-    assert library.newest_checkpoint() == 2
+    library = library_of(run, tmp_path / "held")
+    assert max(library.checkpoints()) == 2
     weights = await library.get(1)
     assert weights.path is not None
     assert_same_weights(weights.path, tmp_path / "version_1.safetensors", 0)

@@ -27,8 +27,10 @@ def problem(call: Callable[[], object]) -> ApiError | None:
     return None
 
 
-def request(authorization: str) -> Request:
-    headers = [(b"authorization", authorization.encode())] if authorization else []
+def request(authorization: str, host: str = "127.0.0.1:8000") -> Request:
+    headers = [(b"host", host.encode())]
+    if authorization:
+        headers.append((b"authorization", authorization.encode()))
     return Request({"type": "http", "headers": headers})
 
 
@@ -87,6 +89,22 @@ def test_a_key_needs_its_scope(tmp_path: Path) -> None:
         door.identify(request(f"Bearer {secret}"), "admin")
     assert refused.value.status == 403
     assert secret not in json.dumps(refused.value.body())
+
+
+@pytest.mark.parametrize(
+    ("host", "is_local"),
+    [("127.0.0.1:8000", True), ("localhost", True), ("LOCALHOST:9", True), ("[::1]:8000", True),
+     ("evil.example:8000", False), ("127.0.0.1.evil.example", False), ("", False), ("[", False),
+     ("localhost@evil.example", False), ("192.168.0.7", False)],
+)  # fmt: skip
+def test_without_keys_only_this_machine_may_be_asked_for(
+    tmp_path: Path, host: str, is_local: bool
+) -> None:
+    """A page elsewhere can point a name of its own at 127.0.0.1, but not the Host header."""
+    door = Admission(KeyStore(tmp_path / "keys.json"), Limits(), is_open=True)
+    error = problem(lambda: door.identify(request("", host), "admin"))
+    assert (error is None) == is_local
+    assert error is None or (error.status, error.code) == (403, "host_not_allowed")
 
 
 def test_a_flood_is_a_429_that_says_when_to_come_again(tmp_path: Path) -> None:

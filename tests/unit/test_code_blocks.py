@@ -1,10 +1,13 @@
-"""Which part of a completion is the program, and at what cost that is found."""
+"""Which part of a completion is the program, at what cost that is found, and its language."""
 
 import time
 
 import pytest
 
+from cluster.config import VerifierConfig
+from cluster.errors import ConfigError
 from rewards.code_verifier import extract_code
+from rewards.rubric import Rubric
 
 
 @pytest.mark.parametrize(
@@ -26,3 +29,8 @@ def test_no_completion_takes_long(line: str) -> None:
     started = time.perf_counter()
     extract_code(line * 50_000)
     assert time.perf_counter() - started < 0.5
+
+
+def test_another_language_is_refused_with_those_that_are_offered() -> None:
+    with pytest.raises(ConfigError, match=r"language: only 'python' is offered, got 'bash'"):
+        Rubric({"tests": VerifierConfig(use="code", settings={"language": "bash"})})

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from serve.guards import GuardSettings, Outcome, Outcomes, eval_drop
-from serve.release import Release
+from serve.guards import GuardSettings, Outcome, Outcomes, eval_drop, standing
+from serve.release import Release, ReleaseConflictError
 
 
 @pytest.fixture
@@ -19,22 +19,30 @@ def release(tmp_path: Path, events: list) -> Release:
     return Release(tmp_path, lambda kind, **fields: events.append((kind, fields)))
 
 
+def canary(release: Release, version: int, share: float = 0.5) -> None:
+    release.start_canary(version, share, seen=release.state, author="ann")
+
+
+def roll_back(release: Release, bad: int, to: int, *, stamp: float = 0.0) -> None:
+    release.roll_back(bad, to, seen=release.state, stamp=stamp, reason="bad", author="guard")
+
+
 def test_a_canary_gets_its_share_of_5000_requests(release: Release) -> None:
-    release.note_stable(1)
+    release.note_stable(1, 1.0)
     assert not any(release.is_canary_turn() for _ in range(100))
-    release.start_canary(2, 0.1, author="a")
+    canary(release, 2, 0.1)
     turns = [release.is_canary_turn() for _ in range(5000)]
     assert sum(turns) == 500
     assert all(sum(turns[i : i + 100]) == 10 for i in range(0, 5000, 100))
 
 
 def test_decisions_are_kept_and_told(release: Release, events: list, tmp_path: Path) -> None:
-    release.note_stable(1)
-    release.note_stable(2)
-    release.start_canary(3, 0.5, author="ann")
-    release.promote(3, author="ann")
-    release.roll_back(3, 2, reason="bad", author="guard")
-    again = Release(tmp_path, lambda *_, **__: None).state
+    release.note_stable(1, 1.0)
+    release.note_stable(2, 2.0)
+    canary(release, 3)
+    release.promote(3, seen=release.state, author="ann")
+    roll_back(release, 3, 2)
+    again = another(tmp_path).state
     assert again == release.state
     assert (again.stable, again.canary, again.refused) == (2, None, [3])
     assert again.history == [1]
@@ -46,19 +54,87 @@ def test_decisions_are_kept_and_told(release: Release, events: list, tmp_path: P
 
 
 def test_a_rolled_back_canary_leaves_stable_alone(release: Release) -> None:
-    release.note_stable(5)
-    release.start_canary(6, 0.1, author="a")
-    release.roll_back(6, 5, reason="slow", author="guard")
+    release.note_stable(5, 5.0)
+    canary(release, 6)
+    roll_back(release, 6, 5)
     state = release.state
     assert (state.stable, state.canary, state.canary_share) == (5, None, 0.0)
-    release.start_canary(6, 0.1, author="a")
+    canary(release, 6)
     assert release.state.refused == []
 
 
-def test_a_change_by_another_process_is_seen(release: Release, tmp_path: Path) -> None:
-    release.note_stable(1)
-    Release(tmp_path, lambda *_, **__: None).promote(4, author="b")
+def another(directory: Path) -> Release:
+    """What another replica has open."""
+    return Release(directory, lambda *_, **__: None)
+
+
+def test_of_two_decisions_on_one_state_the_first_counts(
+    release: Release, events: list, tmp_path: Path
+) -> None:
+    release.note_stable(1, 1.0)
+    seen = release.state
+    another(tmp_path).promote(4, seen=seen, author="b")
     assert release.state.stable == 4
+    for decide in (
+        lambda: release.promote(5, seen=seen, author="a"),
+        lambda: release.start_canary(5, 0.1, seen=seen, author="a"),
+        lambda: release.follow(seen=seen, author="a"),
+        lambda: release.roll_back(1, 0, seen=seen, stamp=9.0, reason="bad", author="guard"),
+    ):
+        with pytest.raises(ReleaseConflictError, match="changed meanwhile"):
+            decide()
+    assert (release.state.stable, release.state.refused, events) == (4, [], [])
+
+
+def test_a_replica_that_follows_undoes_no_promotion(release: Release, tmp_path: Path) -> None:
+    """It was loading version 9 when another replica promoted version 4."""
+    release.note_stable(8, 8.0)
+    another(tmp_path).promote(4, seen=release.state, author="b")
+    release.note_stable(9, 9.0)
+    assert (release.state.stable, release.state.history) == (4, [8])
+    release.follow(seen=release.state, author="a")
+    release.note_stable(9, 9.0)
+    assert (release.state.stable, release.state.history) == (9, [8, 4])
+
+
+def test_a_slow_replica_does_not_move_stable_back(release: Release, tmp_path: Path) -> None:
+    release.note_stable(6, 6.0)
+    release.note_stable(7, 7.0)
+    before = release.state
+    slow = another(tmp_path)
+    slow.note_stable(6, 6.0)
+    assert release.state == before
+    slow.note_stable(5, 8.0)  # the run went back, and published version 5 again
+    assert (release.state.stable, release.state.history) == (5, [6, 7])
+    slow.note_stable(3, 2.0, is_first=True)
+    assert release.state.stable == 3
+
+
+def test_a_note_of_following_is_no_decision(release: Release) -> None:
+    release.note_stable(1, 1.0)
+    seen = release.state
+    release.note_stable(2, 2.0)
+    release.promote(1, seen=seen, author="a")
+    assert (release.state.stable, release.state.history) == (1, [2])
+
+
+def test_a_file_is_refused_once(release: Release, events: list, tmp_path: Path) -> None:
+    another(tmp_path).refuse(8, stamp=8.0, reason="NaN")
+    release.refuse(8, stamp=8.0, reason="NaN")
+    assert (release.state.refused, events) == ([8], [])
+
+
+def test_a_number_is_refused_until_the_run_gives_it_to_other_weights(release: Release) -> None:
+    release.refuse(8, stamp=80.0, reason="NaN")
+    release.note_stable(10, 100.0)
+    roll_back(release, 10, 7, stamp=100.0)
+    release.note_reissue(10, 100.0)
+    release.note_reissue(11, 110.0)
+    assert release.state.refused == [8, 10]
+    release.note_reissue(9, 120.0)  # resumed from step 8
+    assert release.state.refused == [8]
+    release.note_reissue(8, 130.0)
+    assert release.state.refused == []
 
 
 SETTINGS = GuardSettings(window_s=10, min_requests=20, max_error_rate=0.1, max_latency_ratio=2)
@@ -84,6 +160,14 @@ def test_errors_and_latency_condemn_only_with_evidence() -> None:
     assert outcomes.complaint(1, 1, 101.0) == ""
 
 
+def test_versions_that_are_gone_take_no_memory() -> None:
+    outcomes = Outcomes(SETTINGS)
+    for version in range(100):
+        fill(outcomes, version, 20, 20, 0.01, 100.0)
+        outcomes.forget({version})
+    assert list(outcomes._recent) == [99]
+
+
 def rows(evals: dict[int, float]) -> list[dict[str, float]]:
     return [{"step": v, "policy_version": v, "eval/pass@1": e} for v, e in evals.items()]
 
@@ -105,3 +189,18 @@ def test_an_eval_drop_blames_the_newest_evaluated_version(
 ) -> None:
     drop = eval_drop(rows(evals), served, GuardSettings(max_eval_drop=0.1))
     assert (drop.blamed if drop and drop.reason else None) == blamed
+
+
+def test_steps_that_a_resumed_run_took_back_do_not_count() -> None:
+    written = [
+        {"step": 1, "eval/pass@1": 0.5},
+        {"step": 2, "eval/pass@1": None, "lr": 1.0},
+        {"step": 2, "eval/pass@1": 0.1},
+        {"step": 3},
+        {"step": 2, "lr": 2.0},
+        {"lr": 3.0},
+    ]
+    assert standing(written[:4])[1:] == [{"step": 2, "eval/pass@1": 0.1, "lr": 1.0}, {"step": 3}]
+    assert standing(written) == [{"step": 1, "eval/pass@1": 0.5}, {"step": 2, "lr": 2.0}]
+    resumed = standing([*written[:4], {"step": 1, "eval/pass@1": 0.6}])
+    assert resumed == [{"step": 1, "eval/pass@1": 0.6}]

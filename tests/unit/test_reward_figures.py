@@ -1,12 +1,17 @@
 """Figures of rewards: per verifier, of a shadow, and which versions are remembered."""
 
+import msgspec
 import pytest
 
 from actors.producer import Production
 from actors.reward_candidate import MAX_LATENCIES, Tally
-from actors.reward_worker import GroupSummary
+from actors.reward_worker import GroupSummary, summarize
 from actors.statistics import RolloutStatistics
+from cluster.errors import DeadlineError, HoneError
 from cluster.reward_state import MAX_REMEMBERED, RewardState
+from cluster.types import Task, Verdict
+from rewards.base import abstention
+from rewards.self_check import group_of
 
 
 def summary(scores: list[float | None], latency_s: float) -> GroupSummary:
@@ -15,17 +20,35 @@ def summary(scores: list[float | None], latency_s: float) -> GroupSummary:
         signals={"judge": scores}, reward_versions={}, completion_tokens=[1] * len(scores),
         arms=["default"] * len(scores), num_truncated=0, is_uniform=False, min_policy_version=0,
         max_latency_s=latency_s, latency_s={"judge": latency_s},
+        num_timed_out={"judge": scores.count(None)} if latency_s > 3 else {},
     )  # fmt: skip
 
 
-def test_each_verifier_has_its_latency_and_abstentions():
+def test_each_verifier_has_its_latency_abstentions_and_timeouts():
     statistics = RolloutStatistics()
     statistics.add(Production(summary([1.0, None], 2.0)))
     statistics.add(Production(summary([None, None], 4.0)))
     metrics = statistics.drain()
     assert metrics["reward/judge/mean"] == 1.0
     assert metrics["reward/judge/abstain_fraction"] == 0.75
+    assert metrics["reward/judge/timeout_fraction"] == 0.5
     assert metrics["reward/judge/latency_s"] == 3.0
+
+
+def test_a_summary_counts_the_completions_whose_check_ran_out_of_time():
+    late = abstention(DeadlineError("judge", "too slow"))
+    broken = abstention(HoneError("no verdict"))
+    task = Task(task_id="t", taskset="x", messages=[])
+    group = group_of(task, ["a", "b", "c"])
+    verdicts = [late, broken, Verdict(score=1.0)]
+    scored = msgspec.structs.replace(
+        group,
+        trajectories=[
+            msgspec.structs.replace(t, verdicts=[msgspec.structs.replace(v, name="judge")])
+            for t, v in zip(group.trajectories, verdicts, strict=True)
+        ],
+    )
+    assert summarize(scored, "added").num_timed_out == {"judge": 1}
 
 
 def test_a_long_shadow_is_compared_in_bounded_memory():

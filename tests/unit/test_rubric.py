@@ -13,6 +13,7 @@ from cluster.config import VerifierConfig
 from cluster.errors import ConfigError
 from cluster.types import Message, Task, TrajectoryGroup, TrajectoryStatus
 from rewards import self_check
+from rewards.base import TIMED_OUT
 from rewards.rubric import Rubric
 from rewards.versions import sources_of
 
@@ -130,6 +131,7 @@ async def test_a_broken_verifier_abstains_for_the_group_and_only_for_itself(name
         assert bad.score is None
         assert words in bad.error
         assert bad.reward_version == rubric.versions["bad"]
+        assert (TIMED_OUT in bad.breakdown) == (name == "Hangs")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

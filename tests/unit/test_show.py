@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks import live_swaps, process_reward, proofs, show
+from benchmarks import judge_outage, live_swaps, process_reward, proofs, show
 from benchmarks.show import Part, Row, judged
 from cluster import config_file
 from cluster.run_dir import Event
@@ -99,6 +99,17 @@ def test_the_run_of_the_live_swaps_is_a_valid_one():
     verifier = config.rewards.verifiers["correct"]
     assert verifier.use == "benchmarks.swap_rewards:Bonus"
     assert verifier.settings == {"bonus": 0}
+
+
+def test_the_run_of_the_judge_outage_is_a_valid_one():
+    path = proofs.ROOT / "deploy/configs/quickstart.yaml"
+    config = config_file.load(path, [*judge_outage.SMALL, judge_outage.judged_by(4711)])
+    verifiers = config.rewards.verifiers
+    assert list(verifiers) == ["correct", "judged"]
+    assert (verifiers["correct"].weight, verifiers["judged"].weight) == (0, 1)
+    settings = verifiers["judged"].settings
+    assert settings["base_url"] == "http://127.0.0.1:4711/v1"
+    assert settings["first"] == {"use": verifiers["correct"].use}
 
 
 def test_a_sample_whose_check_could_not_be_made_is_left_out_of_the_accuracies():
