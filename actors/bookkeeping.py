@@ -7,6 +7,7 @@ call runs in a thread.
 """
 
 import asyncio
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from actors.reward_worker import GroupSummary
 from cluster.checkpoint_store import CheckpointStore
 from cluster.config import Config
 from cluster.config_file import config_hash
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, HoneError
 from cluster.group_log import Fate, GroupLine, GroupLog
 from cluster.ledger import Ledger
 from cluster.redis_client import OUTAGE_S, connect
@@ -34,10 +35,13 @@ from cluster.types import (
 from learners.group import LearnerGroup
 
 NUM_SHOWN_GROUPS = 2
+KEEP_ENDED_S = 30 * 24 * 3600.0
 TOO_OLD = "too_old"
 SKIPPED = "skipped_step"
 LOST_WEIGHTS = "lost_weights"
 DEAD_LETTER = "dead_letter"
+DROPPED_BEFORE = "dropped_before"  # it failed for the run, and came into the buffer all the same
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Bookkeeping:
         self._owner = f"{run.name}-{os.getpid()}"
         self.buffer = ReplayBuffer(
             connect(buffer_url, retry_s=OUTAGE_S),
-            run.name,
+            run.buffer_id,
             capacity_groups=config.buffer.capacity_groups,
             lease_s=config.buffer.lease_s,
             max_deliveries=config.buffer.max_deliveries,
@@ -69,7 +73,7 @@ class Bookkeeping:
         self._ledger = Ledger(run.ledger)
         self._groups = GroupLog(run)
         self._renewed_at = time.monotonic()
-        self._num_dead = 0
+        self._last_letter = "0-0"
         self.epoch = -1
         self.step = 0
         self.policy_version = 0
@@ -82,6 +86,15 @@ class Bookkeeping:
         """Become the one writer of the run; a controller that was presumed dead is fenced off."""
         self.epoch = await asyncio.to_thread(self.buffer.take_over)
         await asyncio.to_thread(self.store.take_over, self.epoch)
+
+    async def let_buffer_expire(self) -> None:
+        """The run is done. A Redis of its own goes with its directory; another forgets it later."""
+        if self._run.buffer_id == self._run.name:
+            return
+        try:
+            await asyncio.to_thread(self.buffer.let_expire, KEEP_ENDED_S)
+        except HoneError as error:
+            log.warning("the groups of the ended run stay in Redis: %s", error)
 
     async def restore(self, learner: LearnerGroup, curriculum: Curriculum) -> int:
         """Go back to the newest whole checkpoint; returns how many groups are in the buffer.
@@ -158,6 +171,11 @@ class Bookkeeping:
         """Give leased groups back: their gradients were never applied."""
         await asyncio.to_thread(self.buffer.release, [h.group_id for h in headers], self._owner)
 
+    async def discard(self, group_ids: list[str]) -> None:
+        """Take groups out of the buffer that the run has dropped already, with a reason."""
+        for group_id in group_ids:
+            await asyncio.to_thread(self.buffer.drop, group_id, DROPPED_BEFORE)
+
     async def commit(self, headers: list[GroupHeader], result: StepResult) -> list[TrajectoryGroup]:
         """Write down what this step consumed; returns a few of the groups to look at.
 
@@ -215,8 +233,9 @@ class Bookkeeping:
         self._groups.dropped(group_id, reason, detail)
 
     def _new_dead_letters(self) -> list[DeadLetter]:
-        seen, self._num_dead = self._num_dead, self.buffer.stats().dead_lettered
-        return self.buffer.dead_letters(self._num_dead - seen) if self._num_dead > seen else []
+        letters = self.buffer.dead_letters_after(self._last_letter)
+        self._last_letter = letters[-1].id if letters else self._last_letter
+        return letters
 
     async def _renew(self) -> None:
         now = time.monotonic()

@@ -139,14 +139,14 @@ async def _start_parts(
     rewards = RewardPool(
         RewardHome(run, placement, buffer_url, observer.event, str(policy.directory))
     )
-    buffered = BufferedGroups.of(config, run.name, buffer_url)
+    buffered = BufferedGroups.of(config, run.buffer_id, buffer_url)
     admin = RewardAdmin(rewards, train_tasks, buffered)
     scaling = FleetScaling(run.name, fleet, placement, admin.door, observer.event)
     admin.door.serve("fleet", scaling.carry_out, refusal="scale_refused")
 
     async def start_learner() -> tuple[LearnerGroup, dict[str, float]]:
         learner = await LearnerGroup.start(
-            run_id=run.name,
+            run_id=run.buffer_id,
             config=config,
             policy_dir=policy.directory,
             buffer_url=buffer_url,

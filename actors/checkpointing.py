@@ -6,15 +6,19 @@ force and the run going. Owned by the controller, which calls between steps.
 """
 
 import asyncio
+import time
 from pathlib import Path
 
 from actors.fleet import EventSink
 from actors.supervisor import Supervisor
 from cluster.checkpoint_store import CheckpointStore
-from cluster.errors import HoneError, LearnerLostError
+from cluster.errors import DeadlineError, HoneError, LearnerLostError, StageError
 from cluster.replay_buffer import ReplayBuffer
 from cluster.types import RunState
 from learners.group import LearnerGroup
+
+SAVE_S = 900.0  # from the copy of the tensors to the last file
+POLL_S = 0.05
 
 
 class Checkpointing:
@@ -32,6 +36,7 @@ class Checkpointing:
         self._supervisor = supervisor
         self._on_event = on_event
         self._state: RunState | None = None  # of the save in flight
+        self._began_at = 0.0
         self._commit: asyncio.Task[Path] | None = None
 
     async def begin(self, learner: LearnerGroup, state: RunState) -> None:
@@ -40,6 +45,8 @@ class Checkpointing:
         if state.step in await asyncio.to_thread(self._store.steps):
             return
         try:
+            if not await learner.is_saved():
+                raise StageError("checkpoint", "the save that was given up is still being written")
             target = await asyncio.to_thread(self._store.begin, state.step)
             await learner.begin_save(target)
         except LearnerLostError:
@@ -47,18 +54,27 @@ class Checkpointing:
         except HoneError as error:
             self._fail(state.step, error)
             return
-        self._state = state
+        self._state, self._began_at = state, time.monotonic()
 
     async def settle(self, learner: LearnerGroup, *, should_wait: bool = False) -> None:
-        """Publish the save in flight if it is written, or wait until it is."""
+        """Publish the save in flight if it is written, or wait until it is; then acknowledge its
+        groups. A slow save is given up after `SAVE_S`; the learner is not lost for that.
+        """
         if self._state is None:
             return
         try:
             if self._commit is None:
-                if not should_wait and not await learner.is_saved():
-                    return
+                while not await learner.is_saved():
+                    if time.monotonic() - self._began_at > SAVE_S:
+                        raise DeadlineError(
+                            "checkpoint", f"step {self._state.step} not written in {SAVE_S:.0f} s"
+                        )
+                    if not should_wait:
+                        return
+                    await asyncio.sleep(POLL_S)
                 await learner.finish_save()
-                self._commit = asyncio.create_task(self._publish(self._state))
+                commit = asyncio.to_thread(self._store.commit, self._state.step, self._state)
+                self._commit = asyncio.create_task(commit)
             if not should_wait and not self._commit.done():
                 return
             path = await self._commit
@@ -71,17 +87,13 @@ class Checkpointing:
         step, self._state, self._commit = self._state.step, None, None
         self._supervisor.saved()
         self._on_event("checkpoint", step=step, path=str(path))
+        await asyncio.to_thread(self._buffer.acknowledge, step)
 
     async def drop(self) -> None:
         """The learner is lost: a save that it had not finished is void, a finished one is not."""
         if self._commit is not None:
             await asyncio.wait([self._commit])
         self._state, self._commit = None, None
-
-    async def _publish(self, state: RunState) -> Path:
-        path = await asyncio.to_thread(self._store.commit, state.step, state)
-        await asyncio.to_thread(self._buffer.acknowledge, state.step)
-        return path
 
     def _fail(self, step: int, error: HoneError) -> None:
         self._store.abandon(step)

@@ -86,6 +86,8 @@ class Controller:
             publisher.cancel()
             self._publish_once()
             self._observer.close()
+        if not self._stopping.is_set():
+            await self._books.let_buffer_expire()
         return self._books.step
 
     async def stop(self) -> None:
@@ -129,6 +131,7 @@ class Controller:
         """Engines and reward workers live on; who still writes for the lost steps is fenced off."""
         self._observer.event("worker_died", actor="learner", cause=lost.reason[:300])
         self._observer.phase("recovering", "starting the learner anew", 15.0)
+        parts.learner.shutdown()
         await self._checkpoints.drop()
         await self._books.take_over()
         await parts.learner.restart()
@@ -246,11 +249,8 @@ class Controller:
     async def _sync(self, parts: Parts) -> SyncReport:
         with self._stages.busy("sync"):
             report = await parts.sync.sync(self._books.policy_version)
-        self._observer.event(
-            "sync",
-            policy_version=report.policy_version,
-            **{name.removeprefix("sync/"): value for name, value in report.metrics().items()},
-        )
+        figures = {n.removeprefix("sync/"): value for n, value in report.metrics().items()}
+        self._observer.event("sync", policy_version=report.policy_version, **figures)
         return report
 
     async def _close_step(

@@ -84,6 +84,10 @@ class Curriculum:
         """Whether the buffer has held this group since before the last restart."""
         return group_id in self._held
 
+    def is_expected(self, group_id: str) -> bool:
+        """Whether this group was drawn or held, and neither consumed nor dropped since."""
+        return group_id in self._pending or group_id in self._held
+
     def settle(self, group_ids: list[str]) -> int:
         """These groups were consumed or dropped: their draws are done; returns how many were
         pending, each of which has a slot.

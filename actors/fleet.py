@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
 
 from actors.fleet_worker import Worker, WorkerState, end
 from actors.placement import Placement
 from actors.rollout import RolloutRequest
 from actors.rollout_worker import RolloutWorker
 from actors.stages import within
-from cluster.errors import DeadlineError, StageError
+from cluster.errors import ActorLostError, DeadlineError, HoneError, StageError
 from cluster.status import ActorStatus
 
 MAX_RESTARTS = 5  # of one worker without a finished group in between
@@ -30,6 +29,7 @@ MAX_HANGS = 2  # workers that one group may hold up before it is the group's fau
 PING_S = 10.0
 DRAIN_S = 30.0  # a worker that leaves may finish its groups; the rest is produced elsewhere
 MAX_CALLS = 4096  # concurrent calls of one worker's event loop
+MAX_CROWD = 2  # times the groups that an engine was sized for; more wait here, without a deadline
 logger = logging.getLogger(__name__)
 
 
@@ -48,6 +48,8 @@ class RolloutFleet:
         self._settings = placement.engine_settings(policy_dir)
         self._run_dir = run_dir
         self._on_event = on_event
+        per_worker = -(-self._config.max_groups_in_flight // self._config.rollout.workers)
+        self._max_groups = MAX_CROWD * per_worker  # of one worker
         self._changed = asyncio.Condition()
         self._next_index = self._config.rollout.workers  # an index is never used again
         self.is_started = False
@@ -98,9 +100,14 @@ class RolloutFleet:
 
     async def serve_as_loaded(self) -> None:
         """Let engines serve the weights that they loaded, as version 0: no learner will follow."""
-        for worker in self.serving:
+
+        async def serve(worker: Worker) -> None:
             worker.state, worker.policy_version = WorkerState.HEALTHY, 0
-        await self.notify()
+            await self.notify()
+
+        self.catch_up = serve
+        for worker in self.serving:
+            await serve(worker)
 
     async def rollout(self, request: RolloutRequest) -> Any:
         """Produce one group; an object reference to its encoded bytes, already complete.
@@ -123,8 +130,8 @@ class RolloutFleet:
                 )
                 worker.num_in_vain = 0
                 return reference
-            except RayActorError:
-                self.bury(worker, handle)
+            except ActorLostError as error:
+                self.bury(worker, handle, error.reason)
             except DeadlineError:
                 self.bury(worker, handle, "hangs")
                 num_hangs += 1
@@ -149,8 +156,9 @@ class RolloutFleet:
 
     @property
     def serving(self) -> list[Worker]:
-        """Workers that take part in a weight sync."""
-        return [w for w in self.staying if w.state in (WorkerState.HEALTHY, WorkerState.STALE)]
+        """Workers that take part in a weight sync; one in repair catches up by itself."""
+        states = (WorkerState.HEALTHY, WorkerState.STALE)
+        return [w for w in self.staying if w.state in states and not w.is_in_repair]
 
     def statuses(self) -> list[ActorStatus]:
         return [w.status() for w in self.workers]
@@ -181,11 +189,18 @@ class RolloutFleet:
     def _healthy(self) -> list[Worker]:
         return [w for w in self.staying if w.state is WorkerState.HEALTHY]
 
+    @property
+    def _free(self) -> list[Worker]:
+        return [w for w in self._healthy if w.num_running < self._max_groups]
+
     async def _pick(self) -> Worker:
-        """The healthy worker with the fewest running groups."""
-        while not self._healthy:
-            await self.wait_for_healthy()
-        worker = min(self._healthy, key=lambda w: w.num_running)
+        """The healthy worker with the fewest running groups; waits while all are crowded."""
+        while not (free := self._free):
+            if not self._healthy:
+                await self.wait_for_healthy()
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._free or not self._healthy)
+        worker = min(free, key=lambda w: w.num_running)
         worker.num_running += 1
         return worker
 
@@ -199,7 +214,7 @@ class RolloutFleet:
                 deadline_s=PING_S,
                 knob="a fixed bound",
             )
-        except (RayActorError, StageError):
+        except StageError:
             return False
         return True
 
@@ -215,16 +230,13 @@ class RolloutFleet:
             **options,
         ).remote(worker.index, self._config.rollout.program, self._run_dir)
         worker.state = WorkerState.STARTING
-        try:
-            worker.pid = await within(
-                worker.handle.start.remote(self._settings),
-                stage="rollout",
-                what=f"{worker.name} to load its engine",
-                deadline_s=self._config.resources.start_timeout_s,
-                knob="resources.start_timeout_s",
-            )
-        except RayActorError as error:
-            raise StageError("rollout", f"{worker.name} died while loading: {error}") from error
+        worker.pid = await within(
+            worker.handle.start.remote(self._settings),
+            stage="rollout",
+            what=f"{worker.name} to load its engine",
+            deadline_s=self._config.resources.start_timeout_s,
+            knob="resources.start_timeout_s",
+        )
         worker.state = WorkerState.STALE
 
     def bury(self, worker: Worker, handle: Any, cause: str = "died") -> None:
@@ -235,7 +247,8 @@ class RolloutFleet:
             return
         worker.state = WorkerState.DEAD
         self._on_event("worker_died", actor=worker.name, pid=worker.pid, cause=cause)
-        worker.repair = asyncio.create_task(self._replace(worker))
+        if not worker.is_in_repair:  # or its repair sees to it
+            worker.repair = asyncio.create_task(self._replace(worker))
 
     async def _dismiss(self, worker: Worker) -> None:
         """End a worker for good."""
@@ -257,11 +270,13 @@ class RolloutFleet:
                 await self._launch(worker)
                 if self.catch_up is not None:
                     await self.catch_up(worker)
+                if worker.state is WorkerState.DEAD:
+                    raise StageError("rollout", f"{worker.name} died as soon as it served")
                 self._on_event(
                     "worker_restarted", actor=worker.name, num_restarts=worker.num_restarts
                 )
                 return
-            except StageError as error:
+            except HoneError as error:
                 logger.warning("%s could not be replaced: %s", worker.name, error)
                 await asyncio.sleep(5.0 * (worker.num_in_vain - 1))
         worker.state = WorkerState.DEAD

@@ -6,6 +6,7 @@ step gets another. Owned by the controller.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
 from actors.bookkeeping import DEAD_LETTER, TOO_OLD, Bookkeeping, Claim
@@ -13,7 +14,8 @@ from actors.curriculum import Curriculum
 from actors.intake import InDrawOrder, Intake, WithinAge
 from actors.stages import Stages
 from cluster.config import Config
-from cluster.errors import WireError
+from cluster.errors import BufferUnavailableError, WireError
+from cluster.redis_client import OUTAGE_S
 from cluster.replay_policy import Fifo, policy_of
 from cluster.replay_records import DeadLetter
 from cluster.types import GroupHeader
@@ -53,6 +55,7 @@ class Gathering:
         while True:
             for batch in batches:
                 num_taken += await self._take_in(learner, intake, batch)
+            await self._discard(intake, intake.strays)
             if num_taken >= self._num_groups:
                 await self._leave(intake.waiting)
                 return intake.claimed
@@ -61,7 +64,16 @@ class Gathering:
             claim = await self._claim(self._num_groups - len(intake.claimed))
             await self._drop(claim.too_old, TOO_OLD, "")
             await self._bury(claim.dead, intake)
-            batches = intake.offer(claim.headers)
+            strays = [h.group_id for h in claim.headers if not curriculum.is_expected(h.group_id)]
+            await self._discard(intake, strays)
+            batches = intake.offer([h for h in claim.headers if h.group_id not in strays])
+
+    async def _discard(self, intake: Intake, strays: list[str]) -> None:
+        """Groups that were dropped before they came, as when a reward worker was given up after it
+        had added one: said to be dropped, they must not move the weights.
+        """
+        intake.forget(strays)
+        await self._books.discard(strays)
 
     async def _leave(self, headers: list[GroupHeader]) -> None:
         """Claimed, but without a seat in this step. First come, they are the first of the next one;
@@ -81,6 +93,9 @@ class Gathering:
                 claim = await self._books.claim(num_groups, CLAIM_WAIT_S)
                 if claim.headers or claim.too_old or claim.dead or self._stopping.is_set():
                     return claim
+                if num_groups <= 0:  # enough, but not all of them can be handed out yet
+                    await asyncio.sleep(CLAIM_WAIT_S)
+                    return claim
 
     def forget(self) -> None:
         """The run goes back to its last durable state: nothing is left over from a step."""
@@ -98,10 +113,16 @@ class Gathering:
         """Gradients of a batch; returns of how many groups. What cannot be read is left out: the
         buffer has put it to the dead letters.
         """
+        started = time.monotonic()
         while batch:
             try:
                 await learner.forward_backward(batch)
                 break
+            except BufferUnavailableError:  # no gradient was added: once more when Redis is back
+                if time.monotonic() - started > OUTAGE_S:
+                    raise
+                await asyncio.sleep(CLAIM_WAIT_S)
+                await self._books.depth()
             except WireError:
                 lost = await self._bury((await self._books.claim(0, 0.0)).dead, intake)
                 if not lost & {header.group_id for header in batch}:

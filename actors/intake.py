@@ -29,6 +29,11 @@ class Intake(Protocol):
         """Delivered, but left for the next step."""
         ...
 
+    @property
+    def strays(self) -> list[str]:
+        """Delivered and not handed out, but dropped by the run meanwhile: to be forgotten."""
+        ...
+
     def offer(self, headers: list[GroupHeader]) -> list[list[GroupHeader]]: ...
 
     def forget(self, group_ids: list[str]) -> None:
@@ -63,6 +68,10 @@ class WithinAge:
     @property
     def waiting(self) -> list[GroupHeader]:
         return list(self._waiting.values())
+
+    @property
+    def strays(self) -> list[str]:
+        return [g for g in self._waiting if not self._curriculum.is_expected(g)]
 
     def offer(self, headers: list[GroupHeader]) -> list[list[GroupHeader]]:
         self._waiting |= {h.group_id: h for h in headers if h.group_id not in self._claimed}
@@ -122,11 +131,17 @@ class InDrawOrder:
     def waiting(self) -> list[GroupHeader]:
         return []
 
+    @property
+    def strays(self) -> list[str]:
+        left = self._claimed.keys() - self._taken
+        return sorted(g for g in left if not self._curriculum.is_expected(g))
+
     def offer(self, headers: list[GroupHeader]) -> list[list[GroupHeader]]:
         self._claimed |= {h.group_id: h for h in headers if h.group_id not in self._claimed}
         order = self._curriculum.in_order(set(self._claimed))
         waiting = [group_id for group_id in order if group_id not in self._taken]
-        is_last = len(order) == self._num_groups
+        num_settled = len(self._taken.difference(order))  # dropped by the run after they were in
+        is_last = len(order) + num_settled == self._num_groups
         batches: list[list[GroupHeader]] = []
         while len(waiting) >= self._size or (waiting and is_last):
             batch, waiting = waiting[: self._size], waiting[self._size :]

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from actors.live_gauges import LiveGauges
 from actors.stages import Stages
-from cluster import log, stacks, status
+from cluster import log, redis_client, stacks, status
 from cluster.config import Config
 from cluster.metrics import Metrics
 from cluster.run_dir import RunDir, Sample, TokenColumns
@@ -23,6 +23,7 @@ from cluster.types import TrajectoryGroup
 
 HISTORY = 120
 STALL_AFTER_S = 60.0
+AWAY_AFTER_S = 2.0  # Redis, until it is shown
 logger = logging.getLogger(__name__)
 
 
@@ -44,6 +45,7 @@ class Observer:
         self._drops: Counter[str] = Counter()
         self._is_stalled = False
         self._is_unwritable = False
+        self._is_redis_away = False
         self._error = ""
         self._gauges = LiveGauges(config, run.name)
 
@@ -136,6 +138,11 @@ class Observer:
         """Replace `status.json`, and notice stages that stand still."""
         stages = self._stages.statuses()
         phase, detail, expected_s, phase_started_at = self._phase
+        away_s = self._redis_away_s()
+        if away_s > 0:
+            detail = (
+                f"waiting for Redis, {away_s // 10 * 10:.0f} s of {redis_client.OUTAGE_S:.0f} s"
+            )
         if phase == "training":
             with self._sparing_the_run():
                 self._watch(stages)
@@ -168,6 +175,15 @@ class Observer:
 
     def close(self) -> None:
         self._metrics.close()
+
+    def _redis_away_s(self) -> float:
+        """0 while it answers; its going and its coming back are events."""
+        away_s = redis_client.waited_s()
+        away_s = away_s if away_s > AWAY_AFTER_S else 0.0
+        if bool(away_s) != self._is_redis_away:
+            self._is_redis_away = bool(away_s)
+            self.event("redis_lost" if away_s else "redis_back")
+        return away_s
 
     @contextmanager
     def _sparing_the_run(self) -> Iterator[None]:

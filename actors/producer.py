@@ -9,7 +9,7 @@ import logging
 import random
 from dataclasses import dataclass, field, replace
 
-from actors.fleet import RolloutFleet
+from actors.fleet import MAX_TRIES, RolloutFleet
 from actors.programs import PROGRAMS
 from actors.reward_pool import RewardPool
 from actors.reward_worker import UNSOLVED, GroupSummary
@@ -17,7 +17,7 @@ from actors.rollout import Guiding, RolloutRequest
 from actors.stages import Stages
 from cluster import plugins
 from cluster.config import Plugin
-from cluster.errors import HintError
+from cluster.errors import HintError, InputLostError
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,17 @@ class Producer:
         self._stages = stages
 
     async def produce(self, request: RolloutRequest) -> Production:
-        """One group from task to buffer, or dropped for the reason in `last.outcome`."""
+        """One group from task to buffer, or dropped for the reason in `last.outcome`. Rollouts that
+        are lost with their node before they are scored are made again.
+        """
+        for _ in range(MAX_TRIES - 1):
+            try:
+                return await self._attempt(request)
+            except InputLostError as error:
+                log.warning("group %s is made again: %s", request.group_id, error)
+        return await self._attempt(request)
+
+    async def _attempt(self, request: RolloutRequest) -> Production:
         guiding = self._guiding
         num_levels = 0 if guiding is None else guiding.num_levels(request.task)
         with self._stages.busy("rollout"):

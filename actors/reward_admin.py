@@ -44,7 +44,8 @@ class RewardAdmin:
         self._on_event = home.on_event
         self._origin = _plain(home.placement.config.rewards.verifiers)
         self._state = RewardState(origin=self._origin)
-        self.door = Door(ControlServer(connect(home.buffer_url), home.run.name), home.on_event)
+        server = ControlServer(connect(home.buffer_url), home.run.buffer_id)
+        self.door = Door(server, home.on_event)
         self.door.serve("rewards", self._carry_out, refusal="reward_refused")
         self.door.on_poll = self._watch_shadow
         self._change = asyncio.Lock()

@@ -13,13 +13,12 @@ from typing import Any
 
 import msgspec
 import ray
-from ray.exceptions import RayError
 
 from actors.reward_set import RewardHome, health_check
 from actors.reward_worker import GroupSummary, RubricFacts
-from actors.stages import last_line, within
+from actors.stages import within
 from cluster.config import VerifierConfig
-from cluster.errors import DeadlineError, HoneError, StageError
+from cluster.errors import DeadlineError, HoneError
 from cluster.types import Task
 
 PREVIEW_TIMEOUT_S = 120.0
@@ -165,16 +164,13 @@ class Candidate:
         )
 
     async def _ask(self, method: str, deadline_s: float, knob: str, *arguments: Any) -> Any:
-        try:
-            return await within(
-                getattr(self._worker, method).remote(*arguments),
-                stage="candidate",
-                what=f"the candidate to {method}",
-                deadline_s=deadline_s,
-                knob=knob,
-            )
-        except RayError as error:
-            raise StageError("candidate", f"died in {method}: {last_line(error)}") from error
+        return await within(
+            getattr(self._worker, method).remote(*arguments),
+            stage="candidate",
+            what=f"the candidate to {method}",
+            deadline_s=deadline_s,
+            knob=knob,
+        )
 
     def close(self) -> None:
         for task in self._tasks:

@@ -2,6 +2,7 @@
 
 Invariant: a call either returns or raises a `StageError` that names the stage; a crashed worker is
 replaced and the call tried again elsewhere, which is safe because adding a group twice is a no-op.
+So is a call whose worker found Redis away, for `OUTAGE_S`.
 A set ends only after its last call has. Owned by `actors.reward_pool`.
 """
 
@@ -9,22 +10,29 @@ import asyncio
 import itertools
 import logging
 import os
+import time
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
 
 from actors.fleet import EventSink
 from actors.placement import Placement
 from actors.reward_worker import RewardWorker
-from actors.stages import last_line, within
+from actors.stages import within
 from actors.verifier_pool import PoolStatus
 from actors.verifier_pools import PooledSignal, VerifierPools, longest_call_s
 from cluster.config import VerifierConfig
-from cluster.errors import DeadlineError, HoneError, StageError
+from cluster.errors import (
+    ActorLostError,
+    BufferUnavailableError,
+    DeadlineError,
+    HoneError,
+    StageError,
+)
+from cluster.redis_client import CALL_S, OUTAGE_S
 from cluster.reward_state import RubricVersion
 from cluster.run_dir import RunDir
 from cluster.status import ActorStatus
@@ -32,6 +40,7 @@ from cluster.types import Task
 
 MAX_TRIES = 3
 POOL_STATUS_S = 2.0
+AWAY_PAUSE_S = 5.0  # before a call is made again whose worker found Redis away
 CHECK_TIMEOUT_S = 120.0
 NUM_GOLD_TASKS = 8
 log = logging.getLogger(__name__)
@@ -79,7 +88,7 @@ class RewardHome:
             ray.remote(RewardWorker)
             .options(**options)
             .remote(
-                index, label, verifiers, pooled, self.run.name, self.buffer_url, buffer,
+                index, label, verifiers, pooled, self.run.buffer_id, self.buffer_url, buffer,
                 str(self.run.path), self.policy_dir,
             )
         )  # fmt: skip
@@ -97,7 +106,7 @@ class WorkerSet:
         verifiers = settings_of(version)
         self.version = version
         self._start_s = config.resources.start_timeout_s
-        self._call_s = 60.0 + config.rollout.timeout_s
+        self._call_s = CALL_S + config.rollout.timeout_s
         self._call_s += sum(longest_call_s(v, config) for v in verifiers.values())
         self._home = home
         self._verifiers = verifiers
@@ -132,7 +141,7 @@ class WorkerSet:
                 deadline_s=self._start_s,
                 knob="resources.start_timeout_s",
             )
-        except (StageError, RayActorError) as error:
+        except StageError as error:
             raise StageError("score", f"rubric {self.version.label}: {error}") from error
         self._pids = [fact.pid for fact in facts]
         if self._pooled:
@@ -153,7 +162,8 @@ class WorkerSet:
                 self._idle.set()
 
     async def _try(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        for attempt in range(MAX_TRIES):
+        started, num_deaths = time.monotonic(), 0
+        while True:
             index = next(self._turn)
             worker = self._workers[index]
             try:
@@ -167,12 +177,16 @@ class WorkerSet:
             except DeadlineError:
                 self._replace(index, worker)  # it hangs; its verifiers have their own deadlines
                 raise
-            except RayActorError as error:
-                if attempt == MAX_TRIES - 1:
-                    raise StageError("score", f"reward workers keep dying: {error}") from error
+            except BufferUnavailableError:
+                if time.monotonic() - started > OUTAGE_S:
+                    raise
+                await asyncio.sleep(AWAY_PAUSE_S)
+            except ActorLostError as error:
+                num_deaths += 1
+                if num_deaths == MAX_TRIES:
+                    raise StageError("score", f"reward workers die: {error.reason}") from error
                 self._replace(index, worker)
                 await asyncio.sleep(1.0)
-        raise AssertionError("unreachable")
 
     def _create(self, index: int) -> Any:
         return self._home.worker(index, self.version.label, self._verifiers, self._pooled)
@@ -211,7 +225,7 @@ class WorkerSet:
                 deadline_s=self._start_s,
                 knob="resources.start_timeout_s",
             )
-        except (HoneError, RayActorError):
+        except HoneError:
             return  # the next call finds it dead or hanging
         self._pids[index] = facts.pid
         self._home.on_event("worker_restarted", actor=name, pid=self._pids[index])
@@ -271,8 +285,8 @@ async def health_check(worker: Any, tasks: list[Task], has_junk: bool) -> list[s
             deadline_s=CHECK_TIMEOUT_S,
             knob="rewards.verifiers.*.timeout_s",
         )
-    except RayActorError as error:
-        raise StageError("self-check", f"died in self_check: {last_line(error)}") from error
+    except ActorLostError as error:
+        raise StageError("self-check", f"died in self_check: {error.reason}") from error
     if rejected:
         shown = "; ".join(rejected[:2])
         raise StageError("self-check", f"{len(rejected)} gold answers fail: {shown}")

@@ -17,7 +17,7 @@ from actors.verifier_pools import PooledSignal
 from cluster import log, wire
 from cluster.config import BufferSection, VerifierConfig
 from cluster.errors import BufferFullError, ConfigError, StageError, boundary
-from cluster.redis_client import OUTAGE_S, connect
+from cluster.redis_client import CALL_S, connect
 from cluster.replay_buffer import ReplayBuffer
 from cluster.replay_policy import build_policy
 from cluster.reward_state import RUBRIC
@@ -91,7 +91,7 @@ class RewardWorker:
             )
         self._policy = build_policy(buffer)
         self._buffer = ReplayBuffer(
-            connect(buffer_url, retry_s=OUTAGE_S),
+            connect(buffer_url, retry_s=CALL_S),
             run_id,
             capacity_groups=buffer.capacity_groups,
             lease_s=buffer.lease_s,

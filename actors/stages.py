@@ -12,9 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
-from cluster.errors import DeadlineError, HoneError, StageError
+from cluster.errors import (
+    ActorLostError,
+    DeadlineError,
+    HoneError,
+    InputLostError,
+    StageError,
+)
 from cluster.status import StageStatus
 
 Result = TypeVar("Result")
@@ -103,7 +109,9 @@ async def within(
 ) -> Result:
     """Await with a deadline; past 10 s it logs what for. `DeadlineError` names the knob.
 
-    An error of ours that an actor raised comes out as it was, without Ray's wrapping.
+    An error of ours that an actor raised comes out as it was, without Ray's wrapping. Whatever else
+    Ray reports (a dead actor or node, memory, a lost object) is an `ActorLostError`: the one place
+    that knows Ray's errors.
     """
 
     async def report() -> None:
@@ -116,14 +124,18 @@ async def within(
     reporter = asyncio.create_task(report())
     try:
         return await asyncio.wait_for(awaitable, deadline_s)
+    except RayTaskError as error:  # before TimeoutError, which it may also be
+        if isinstance(error.cause, HoneError):
+            raise error.cause from None
+        if isinstance(error.cause, RayError):  # of its arguments
+            raise InputLostError(stage, f"{what}: {last_line(error.cause)}") from error
+        raise StageError(stage, f"{what}: {error.cause}") from error
+    except RayError as error:
+        raise ActorLostError(stage, f"{what}: {last_line(error)}") from error
     except TimeoutError:
         raise DeadlineError(
             stage, f"waited {deadline_s:.0f} s for {what} ({knob}); see the logs of that actor"
         ) from None
-    except RayTaskError as error:
-        if isinstance(error.cause, HoneError):
-            raise error.cause from None
-        raise StageError(stage, f"{what}: {error.cause}") from error
     finally:
         reporter.cancel()
 

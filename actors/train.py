@@ -32,15 +32,17 @@ from cluster import config_file, environment, ray_token, status
 from cluster.config import Config
 from cluster.embedded_redis import EmbeddedRedis
 from cluster.errors import ConfigError, HoneError, StageError
-from cluster.redis_client import OUTAGE_S, buffer_url
+from cluster.redis_client import buffer_url, connect
 from cluster.resume import refuse_changes, saved_state
 from cluster.run_dir import RunDir
+from cluster.run_lock import sole_launcher
 from cluster.status import RunStatus
 
 INTERRUPTED = 130
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 STOP_DEADLINE_S = 12.0
 POLL_S = 0.2
+REDIS_START_S = 60.0  # with the data of a long run
 logger = logging.getLogger(__name__)
 
 
@@ -56,12 +58,15 @@ def run(config: Config, *, run_dir: RunDir, resume: bool, address: str) -> int:
             "on a node: `hone submit --address http://HEAD:8265`, or there with --address auto"
         )
     url = buffer_url(config.buffer, address)
+    if url:
+        connect(url).close()  # a server that is away is refused here, rather than waited for
+        run_dir.own_buffer()
     config = on_this_machine(config) if address == "local" else config
     with ExitStack() as stack:
         interrupt = stack.enter_context(_interrupts())
-        stack.callback(_remove_weights, run_dir)
         _announce(config, run_dir, "starting Redis", 0.5)
         server = None if url else stack.enter_context(EmbeddedRedis(run_dir.redis))
+        stack.callback(_remove_weights, run_dir)
         url = url or (server.url if server else "")
         _announce(config, run_dir, "starting Ray", 6.0)
         stack.enter_context(ray_session(config, run_dir, address))
@@ -107,7 +112,7 @@ def _conduct(
         finished = controller.run.remote()
         while not ray.wait([finished], timeout=POLL_S)[0]:
             if server is not None:
-                server.start(OUTAGE_S)  # one that died comes back on the same data and address
+                server.start(REDIS_START_S)  # one that died comes back on the same data and address
             if interrupt and deadline is None:
                 deadline = time.monotonic() + STOP_DEADLINE_S
                 controller.stop.remote()
@@ -258,10 +263,11 @@ def main(arguments: list[str]) -> int:
     place = RunDir.at(config.run.dir, config.run.name, exist_ok=True)
     if place.config.exists():
         refuse_changes(config, place)
-    run_dir = RunDir.create(
-        config.run.dir, config.run.name, config_file.dump(config), exist_ok=True
-    )
-    code = run(config, run_dir=run_dir, resume=True, address="auto")
+    with sole_launcher(place):
+        run_dir = RunDir.create(
+            config.run.dir, config.run.name, config_file.dump(config), exist_ok=True
+        )
+        code = run(config, run_dir=run_dir, resume=True, address="auto")
     print(saved_state(run_dir))
     return code
 

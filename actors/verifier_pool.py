@@ -14,13 +14,12 @@ from typing import Any
 
 import msgspec
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError
 
 from actors.stages import last_line, within
 from actors.verifier_worker import SignalFacts, VerifierWorker
 from cluster import log as logs
 from cluster.config import PoolConfig, VerifierConfig
-from cluster.errors import DeadlineError, HoneError, StageError
+from cluster.errors import ActorLostError, DeadlineError, HoneError, StageError
 from cluster.types import Verdict
 from rewards.isolation import START_TIMEOUT_S
 
@@ -112,7 +111,7 @@ class VerifierPool:
                     deadline_s=call_s(self._config),
                     knob=f"{self._stage}.timeout_s",
                 )
-            except (RayActorError, OutOfMemoryError, DeadlineError) as error:
+            except (ActorLostError, DeadlineError) as error:
                 self._bury(member, error)
                 if attempt == MAX_TRIES - 1:
                     kind = DeadlineError if isinstance(error, DeadlineError) else StageError
@@ -216,7 +215,7 @@ class VerifierPool:
             )
             if self._facts is not None and facts.version != self._facts.version:
                 raise StageError(self._stage, "its code has changed on disk: swap to the new one")
-        except (HoneError, RayActorError) as error:
+        except HoneError as error:
             self._members.remove(member)
             ray.kill(member.actor)
             raise StageError(self._stage, last_line(error)) from error

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from actors.placement import Placement
 from actors.stages import within
@@ -18,7 +18,7 @@ from actors.verifier_pool import MAX_TRIES, PoolStatus, VerifierPool, call_s
 from actors.verifier_worker import SignalFacts
 from cluster import wire
 from cluster.config import Config, PoolConfig, VerifierConfig
-from cluster.errors import HoneError, StageError
+from cluster.errors import HoneError
 from cluster.types import TrajectoryGroup, Verdict
 from rewards.base import VerifierIO
 from rewards.rubric import Elsewhere
@@ -101,16 +101,13 @@ class VerifierPools:
         return {name: PooledSignal(pool, f) for (name, pool), f in zip(pools, facts, strict=True)}
 
     async def _started(self, name: str) -> SignalFacts:
-        try:
-            return await within(
-                self._pools[name].start.remote(),
-                stage=f"rewards.verifiers.{name}",
-                what="its pool to start",
-                deadline_s=2 * self._start_s,
-                knob=f"resources.start_timeout_s, rewards.verifiers.{name}.pool",
-            )
-        except RayActorError as error:
-            raise StageError(f"rewards.verifiers.{name}", f"its pool died: {error}") from error
+        return await within(
+            self._pools[name].start.remote(),
+            stage=f"rewards.verifiers.{name}",
+            what="its pool to start",
+            deadline_s=2 * self._start_s,
+            knob=f"resources.start_timeout_s, rewards.verifiers.{name}.pool",
+        )
 
     async def statuses(self) -> dict[str, PoolStatus]:
         """A moment of each pool that answers."""

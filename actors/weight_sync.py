@@ -1,9 +1,9 @@
 """Weights from the learner to the engines, in flight, and the probe that proves they arrived.
 
 Invariant: an engine serves only weights under which it and the learner agree on the log-probs of
-a few real sequences; one that drifts past `sync.probe_bound` is loaded once more, then
-quarantined and named. Called by the controller after each optimizer step and by the fleet for a
-replaced worker.
+a few real sequences; one that drifts past `sync.probe_bound` is loaded once more, then quarantined,
+named and, if another engine agrees, replaced. Called by the controller after each optimizer step
+and by the fleet for a replaced worker.
 """
 
 import asyncio
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from ray.exceptions import RayActorError
 
 from actors.fleet import EventSink, RolloutFleet, Worker, WorkerState
 from actors.stages import within
@@ -112,11 +111,14 @@ class WeightSync:
             self._forget_old()
         for worker, handle in workers:
             if worker.state not in (WorkerState.HEALTHY, WorkerState.QUARANTINED):
-                self._fleet.bury(worker, handle)
+                self._fleet.bury(worker, handle, "was lost in a weight sync")
         await self._fleet.notify()
         done = [result for result in results if result is not None]
         if not done:
             done = [await self._wait_for_one(policy_version)]
+        for worker, handle in workers:  # the fault is theirs: another engine agrees
+            if worker.state is WorkerState.QUARANTINED:
+                self._fleet.bury(worker, handle, "disagrees with the learner")
         published.announce(self._directory, policy_version, path)
         return SyncReport(
             policy_version=policy_version,
@@ -161,7 +163,7 @@ class WeightSync:
                     worker, "load_weights", {"path": str(path)}, policy_version
                 )
                 error = await self._probe(worker)
-            except (RayActorError, StageError) as failure:
+            except StageError as failure:
                 logger.warning("%s was lost in a weight sync: %s", worker.name, failure)
                 return None
             if error is None or error <= self._config.probe_bound:

@@ -203,7 +203,7 @@ class LiveRun:
     def reconcile(self) -> Reconciliation:
         """The audit of the ended run, its buffer opened from disk."""
         with EmbeddedRedis(self.run.redis) as server:
-            return reconcile(self.run, BufferReader(connect(server.url), self.run.name))
+            return reconcile(self.run, BufferReader(connect(server.url), self.run.buffer_id))
 
     def mean_reward(self, first: int, last: int) -> float:
         rows = [r for r in self.run.read_metrics() if first <= r["step"] <= last]

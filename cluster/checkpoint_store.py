@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import shutil
+import uuid
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -52,8 +53,9 @@ class CheckpointStore:
         """Become the writer; what a predecessor has begun cannot be committed any more."""
         with boundary(_STAGE):
             self._directory.mkdir(parents=True, exist_ok=True)
-            for desk in self._directory.glob(".writing-*"):
-                shutil.rmtree(desk)
+            for desk in list(self._directory.glob(".writing-*")):
+                # Out of the reach of who may still write there, then removed.
+                shutil.rmtree(desk.rename(self._directory / f".writing-void-{uuid.uuid4().hex}"))
             self._desk = self._directory / f".writing-{epoch}"
             self._desk.mkdir()
 

@@ -50,7 +50,7 @@ class ControlClient:
     def __init__(self, run: RunDir) -> None:
         """Raises `ConfigError` when the run is not alive."""
         self._name = run.name
-        self._keys = Keys(run.name)
+        self._keys = Keys(run.buffer_id)
         try:
             self._client = redis_of(run)
         except ConfigError as error:

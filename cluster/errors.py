@@ -36,6 +36,14 @@ class DeadlineError(StageError):
     """A bounded wait ran out; `reason` names what was waited for and for how long."""
 
 
+class ActorLostError(StageError):
+    """The actor that was asked, its node or its answer is gone: another one may be asked."""
+
+
+class InputLostError(StageError):
+    """What an actor was given was lost with its node: it has to be made again."""
+
+
 class HintError(HoneError):
     """No hint can be given for this task at this level; the task is not at fault, nor the run."""
 

@@ -26,14 +26,22 @@ _OLDEST = (7, 0)
 _SOCKET_TIMEOUT_S = 5.0
 _FIRST_PAUSE_S = 0.02
 _LONGEST_PAUSE_S = 1.0
-OUTAGE_S = 60.0  # how long the calls of a run wait for a server that is away
+OUTAGE_S = 600.0  # how long a run waits for a server that is away
+CALL_S = 60.0  # how long a worker's call does, before its caller hears of it and asks again
 
 Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
+_waits: dict[object, float] = {}  # calls of this process that wait for a server, since when
+
+
+def waited_s() -> float:
+    """How long calls of this process have waited for a server that is away; 0 when none does."""
+    now = time.monotonic()
+    return now - min(_waits.copy().values(), default=now)
 
 
 class _BoundedRetry(Retry):
-    """Retries lost connections for `retry_s` with jittered pauses; never a bad password."""
+    """Retries for `retry_s`, with jittered pauses, what passes by itself."""
 
     def __init__(self, retry_s: float) -> None:
         super().__init__(ExponentialWithJitterBackoff(_LONGEST_PAUSE_S, _FIRST_PAUSE_S), retries=-1)
@@ -46,22 +54,33 @@ class _BoundedRetry(Retry):
         is_retryable: Callable[[Exception], bool] | None = None,
         with_failure_count: bool = False,
     ) -> Answer:
-        deadline = time.monotonic() + self._retry_s
+        call, started = object(), time.monotonic()
         failures = 0
-        while True:
-            try:
-                return do()
-            except self._supported_errors as error:
-                if isinstance(error, redis.AuthenticationError) or (
-                    is_retryable is not None and not is_retryable(error)
-                ):
-                    raise
-                failures += 1
-                fail(*((error, failures) if with_failure_count else (error,)))
-                remaining_s = deadline - time.monotonic()
-                if remaining_s <= 0:
-                    raise
-                time.sleep(min(self._backoff.compute(failures), remaining_s))
+        try:
+            while True:
+                try:
+                    return do()
+                except (*self._supported_errors, redis.ResponseError) as error:
+                    if not _passes(error) or (is_retryable and not is_retryable(error)):
+                        raise
+                    failures += 1
+                    fail(*((error, failures) if with_failure_count else (error,)))
+                    remaining_s = started + self._retry_s - time.monotonic()
+                    if remaining_s <= 0:
+                        raise
+                    _waits[call] = started
+                    time.sleep(min(self._backoff.compute(failures), remaining_s))
+        finally:
+            _waits.pop(call, None)
+
+
+def _passes(error: Exception) -> bool:
+    """Whether the same call may succeed later: no answer, a full disk, a replica not yet promoted;
+    never a bad password.
+    """
+    if isinstance(error, redis.ResponseError):
+        return isinstance(error, redis.ReadOnlyError) or str(error).startswith("MISCONF")
+    return not isinstance(error, redis.AuthenticationError)
 
 
 def connect(url: str, *, retry_s: float = 10.0) -> redis.Redis:
@@ -136,7 +155,8 @@ def translated_errors(action: str) -> Generator[None]:
         ) from error
     except (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError) as error:
         raise BufferUnavailableError(
-            f"{action}: the server at buffer.url must answer within the retry budget: {error}"
+            f"{action}: the server at buffer.url did not answer for as long as was waited; a run "
+            f"that ended for this goes on with `--resume` when it is back: {error}"
         ) from error
     except redis.ResponseError as error:
         if str(error).startswith("FENCED"):

@@ -64,11 +64,23 @@ class ReplayBuffer(BufferReader):
 
     def take_over(self) -> int:
         """Become the newest writer of the run; whoever writes with an older epoch gets
-        `FencedError`.
+        `FencedError`, and so does this client when it was overtaken: it cannot take the run back.
         """
-        with translated_errors("take over"):
-            self.epoch = self._client.incr(self._keys.epoch)
+        self.epoch = self._run(
+            Script.TAKE_OVER,
+            self.epoch,
+            uuid.uuid4().hex,
+            extra_key=self._keys.last_take_over,
+            epoch=-1,
+        )
         return self.epoch
+
+    def let_expire(self, after_s: float) -> None:
+        """Have Redis delete all of it after `after_s`, unless a writer takes over before."""
+        with translated_errors("expire"), self._client.pipeline(transaction=True) as pipeline:
+            for key in (*self._keys.state, self._keys.last_take_over):
+                pipeline.expire(key, round(after_s))
+            pipeline.execute()
 
     def add(self, group: TrajectoryGroup, *, epoch: int | None = None) -> AddResult:
         """Make `group` ready, unless its id is in the buffer or left it in the last 24 hours.

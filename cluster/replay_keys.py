@@ -33,6 +33,7 @@ class Keys:
         self.dead = self._key("dead")  # STREAM of dead letters
         self.wake = self._key("wake")  # LIST: one token while something is ready
         self.epoch = self._key("epoch")  # STRING: number of the newest writer
+        self.last_take_over = self._key("last_take_over")  # STRING: so that a retry counts once
         self.requests = self._key("requests")  # LIST of control requests
         self.alive = self._key("alive")  # STRING that expires unless the run renews it
 

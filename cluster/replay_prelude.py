@@ -76,3 +76,15 @@ end
 
 GROWS = "#!lua" + _PRELUDE
 SHRINKS = "#!lua flags=allow-oom" + _PRELUDE
+# Called with epoch -1, so that the fence above lets a repeated call through.
+SUCCEED = """
+local own, last = tonumber(ARGV[1]), tonumber(redis.call('GET', newest) or 0)
+if redis.call('GET', KEYS[12]) == ARGV[2] then return last end
+if own >= 0 and own < last then
+  return redis.error_reply('FENCED epoch ' .. own .. ' was followed by ' .. last)
+end
+for _, key in ipairs(KEYS) do redis.call('PERSIST', key) end
+redis.call('SET', KEYS[12], ARGV[2])
+redis.call('SET', newest, math.max(own, last) + 1)
+return math.max(own, last) + 1
+"""

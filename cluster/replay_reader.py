@@ -6,7 +6,7 @@ Invariant: reading changes nothing, so it is safe beside a run that trains. The 
 
 # pyright: reportUnknownMemberType=false
 
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 import redis
@@ -107,20 +107,26 @@ class BufferReader:
     def dead_letters(self, limit: int) -> list[DeadLetter]:
         """The newest `limit` dead letters, newest first."""
         with translated_errors("dead_letters"):
-            rows = cast(
-                list[tuple[bytes, dict[bytes, bytes]]],
-                self._client.xrevrange(self._keys.dead, count=limit),
-            )
-        return [
-            DeadLetter(
-                group_id=row[b"group_id"].decode(),
-                reason=row[b"reason"].decode(),
-                deliveries=int(row[b"deliveries"]),
-                died_at=int(entry_id.split(b"-")[0]) / 1000,
-                payload=row[b"payload"],
-            )
-            for entry_id, row in rows
-        ]
+            return _letters(self._client.xrevrange(self._keys.dead, count=limit))
+
+    def dead_letters_after(self, letter_id: str) -> list[DeadLetter]:
+        """The dead letters that came after the one of this id (`0-0`: all), oldest first."""
+        with translated_errors("dead_letters"):
+            return _letters(self._client.xrange(self._keys.dead, min=f"({letter_id}"))
+
+
+def _letters(rows: Any) -> list[DeadLetter]:
+    return [
+        DeadLetter(
+            id=entry_id.decode(),
+            group_id=row[b"group_id"].decode(),
+            reason=row[b"reason"].decode(),
+            deliveries=int(row[b"deliveries"]),
+            died_at=int(entry_id.split(b"-")[0]) / 1000,
+            payload=row[b"payload"],
+        )
+        for entry_id, row in cast(list[tuple[bytes, dict[bytes, bytes]]], rows)
+    ]
 
 
 def decoded(group_id: str, payload: bytes | None) -> TrajectoryGroup:

@@ -38,6 +38,7 @@ class BufferStats(msgspec.Struct, frozen=True, kw_only=True):
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     """A group taken out of circulation; `payload` is what the buffer held, damaged or not."""
 
+    id: str  # of the stream: later letters have greater ids
     group_id: str
     reason: str
     deliveries: int

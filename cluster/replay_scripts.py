@@ -11,7 +11,7 @@ server can still be drained.
 
 from enum import StrEnum
 
-from cluster.replay_prelude import GROWS, SHRINKS
+from cluster.replay_prelude import GROWS, SHRINKS, SUCCEED
 
 
 class Script(StrEnum):
@@ -270,6 +270,11 @@ ring()
 return buried
 """
     )
+
+    # KEYS[12]: the call that took over last.
+    # ARGV: the caller's epoch, -1 for a newcomer; call id. The same call id gets the same epoch.
+    # Returns the new epoch. Refuses one that was overtaken.
+    TAKE_OVER = SHRINKS + SUCCEED
 
     # ARGV: highest version. Takes back ready groups that newer weights sampled, as if they had
     # never been made: their ids may be added again. Returns the ids.

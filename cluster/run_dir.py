@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import time
+import uuid
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from cluster.errors import ConfigError
 from cluster.types import Verdict
 
 LATEST = "latest"
+_BUFFER_ID = "buffer_id"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Row = TypeVar("Row")
@@ -102,6 +104,20 @@ class RunDir:
             return shared
         key = hashlib.sha256(str(self.path.absolute()).encode()).hexdigest()[:12]
         return memory / f"hone-{key}"
+
+    @property
+    def buffer_id(self) -> str:
+        """What the run's keys in Redis are named after: the run, unless `own_buffer` was called."""
+        file = self.path / _BUFFER_ID
+        return (file.read_text() if file.exists() else "") or self.name
+
+    def own_buffer(self) -> None:
+        """On a Redis that other runs use: a new run must not find what one of the same name left.
+
+        A run that has begun keeps the keys that it has.
+        """
+        if not self.ledger.exists() and not (self.path / _BUFFER_ID).exists():
+            (self.path / _BUFFER_ID).write_text(f"{self.name}-{uuid.uuid4().hex[:8]}")
 
     def share_weights(self) -> None:
         (self.path / "weights").mkdir(parents=True, exist_ok=True)

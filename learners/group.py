@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from cluster import log
 from cluster.config import Config, LearnerSection
 from cluster.errors import HoneError, LearnerLostError
-from cluster.redis_client import OUTAGE_S, connect
+from cluster.redis_client import CALL_S, connect
 from cluster.replay_buffer import ReplayBuffer
 from cluster.run_dir import TokenColumns
 from cluster.types import GroupHeader, StepResult, TrajectoryGroup
@@ -54,7 +54,7 @@ class LearnerRank:
         self._rank = rank
         self._num_threads = num_threads
         self._buffer = ReplayBuffer(
-            connect(buffer_url, retry_s=OUTAGE_S),
+            connect(buffer_url, retry_s=CALL_S),
             run_id,
             capacity_groups=config.buffer.capacity_groups,
             lease_s=config.buffer.lease_s,
@@ -248,16 +248,16 @@ class LearnerGroup:
         calls = [getattr(rank, method).remote(*args) for rank in ranks]
         try:
             return await asyncio.wait_for(asyncio.gather(*calls), self.settings.timeout_s)
+        except RayTaskError as error:  # before TimeoutError, which it may also be
+            cause = error.cause
+            if isinstance(cause, HoneError):
+                raise cause from error
+            raise LearnerLostError("learn", f"{method}: {type(cause).__name__}: {cause}") from error
+        except RayError as error:
+            raise LearnerLostError("learn", f"a rank was lost in {method}: {error}") from error
         except TimeoutError as error:
             raise LearnerLostError(
                 "learn",
                 f"{method} must end within {self.settings.timeout_s:g} s on all {len(ranks)} ranks "
                 "(learner.timeout_s)",
             ) from error
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, HoneError):
-                raise cause from error
-            raise LearnerLostError("learn", f"{method}: {type(cause).__name__}: {cause}") from error
-        except RayActorError as error:
-            raise LearnerLostError("learn", f"a rank died during {method}: {error}") from error

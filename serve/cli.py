@@ -5,11 +5,12 @@ message and an exit code: 0 done, 1 the run failed, 2 the user's input, 130 inte
 """
 
 import json
+import os
 import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -121,15 +122,18 @@ def train(
     note = " (nothing to resume there, starting from the beginning)" if is_new else ""
     print(f"run {place.name}: {config} -> {place.path}{note}", flush=True)
     from cluster.resume import refuse_changes  # takes a second: the line above comes first
+    from cluster.run_lock import sole_launcher
 
     if place.config.exists():
         refuse_changes(settings, place)
     _refuse_problems(settings, address=address, show_plan=False)
-    run_dir = RunDir.create(
-        settings.run.dir, settings.run.name, config_file.dump(settings), exist_ok=resume
-    )
-    log.setup("launcher", run_dir)
-    raise typer.Exit(_run_to_the_end(settings, run_dir, resume=resume, address=address))
+    with sole_launcher(place):
+        run_dir = RunDir.create(
+            settings.run.dir, settings.run.name, config_file.dump(settings), exist_ok=resume
+        )
+        log.setup("launcher", run_dir)
+        code = _run_to_the_end(settings, run_dir, resume=resume, address=address)
+    _leave(code)
 
 
 @app.command()
@@ -212,6 +216,15 @@ def _run_to_the_end(config: "Config", run_dir: "RunDir", *, resume: bool, addres
             return run_loop.run(config, run_dir=run_dir, resume=resume, address=address)
     finally:
         _conclude(run_dir)
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once: every process of the run is gone and every file is written, and to unload Ray
+    and torch would keep the terminal for seconds more.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _conclude(run_dir: "RunDir") -> None:

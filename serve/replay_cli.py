@@ -148,7 +148,7 @@ def _buffer(run_dir: "RunDir") -> "Generator[BufferReader]":
 
     url = buffer_url(config_file.load(run_dir.config).buffer, address="local")
     if url is not None:
-        yield BufferReader(connect(url), run_dir.name)
+        yield BufferReader(connect(url), run_dir.buffer_id)
         return
     try:
         client = connect(url_in(run_dir.redis), retry_s=0.5)
@@ -156,6 +156,6 @@ def _buffer(run_dir: "RunDir") -> "Generator[BufferReader]":
         if not run_dir.redis.is_dir():
             raise
         with EmbeddedRedis(run_dir.redis) as server:
-            yield BufferReader(connect(server.url), run_dir.name)
+            yield BufferReader(connect(server.url), run_dir.buffer_id)
         return
-    yield BufferReader(client, run_dir.name)
+    yield BufferReader(client, run_dir.buffer_id)

@@ -56,7 +56,7 @@ class Why(msgspec.Struct, frozen=True, kw_only=True):
 
 def stats(run: RunDir) -> BufferStats:
     """Counts of the buffer now; `ConfigError` when the run's Redis does not answer."""
-    return BufferReader(redis_of(run), run.name).stats()
+    return BufferReader(redis_of(run), run.buffer_id).stats()
 
 
 def show(run: RunDir, group_id: str) -> GroupFacts:
@@ -85,7 +85,7 @@ def _groups(run: RunDir, group_ids: Sequence[str]) -> list[GroupFacts]:
     """Those of `group_ids` that the buffer holds undamaged."""
     if not group_ids:
         return []
-    reader = BufferReader(redis_of(run), run.name)
+    reader = BufferReader(redis_of(run), run.buffer_id)
     found: list[GroupFacts] = []
     for group_id in group_ids:
         with suppress(WireError):

@@ -12,9 +12,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.chaos import KINDS, LiveRun, differing
+from cluster.embedded_redis import EmbeddedRedis
+from cluster.reconcile import reconcile
+from cluster.redis_client import CALL_S, URL_VARIABLE, connect
+from cluster.replay_keys import Keys
+from cluster.replay_reader import BufferReader
 
 pytestmark = pytest.mark.slow  # `make show AREA=durability` runs them
 STEPS = 40
+MAX_POLICY_AGE = 2
 OPTIONS = [
     f"run.steps={STEPS}", "run.checkpoint_every=4", "rollout.timeout_s=45", "sync.timeout_s=45",
 ]  # fmt: skip
@@ -82,3 +88,58 @@ def test_chaos_of_every_kind_of_process_ends_with_the_same_bits(
     kinds = [event.kind for event in hurt.run.read_events()]
     assert kinds.count("worker_died") >= 5, "all but Redis are actors"
     assert_as_if_nothing_happened(calm, hurt, record_property)
+
+
+@pytest.mark.timeout(1800)
+def test_chaos_with_rollouts_ahead_of_the_learner_uses_each_group_once(
+    folder: Path, record_property: Record
+) -> None:
+    """No two such runs are equal, so the books are the proof: all groups and their ages."""
+    options = [*OPTIONS, f"run.steps={3 * STEPS}", f"rollout.max_policy_age={MAX_POLICY_AGE}"]
+    run = LiveRun(folder, "ahead", options)
+    run.start()
+    try:
+        run.wait_for_steps(1)
+        for kind in random.sample(KINDS, len(KINDS)):
+            recovery = run.hurt(kind)
+            record_property(f"{kind}_working_s", recovery.working_s)
+        assert run.finish(END_S) == 0, run.tail()
+        assert not run.leftovers()
+        audit = run.reconcile()
+        assert audit.is_sound, audit.faults
+        assert audit.steps == 3 * STEPS
+        record_property("dropped", sum(audit.dropped.values()))
+        ages = [row["policy_age/max"] for row in run.run.read_metrics() if "policy_age/max" in row]
+        assert 0 < max(ages) <= MAX_POLICY_AGE
+    finally:
+        run.kill_everything()
+
+
+@pytest.mark.timeout(1200)
+def test_a_run_outlasts_a_redis_that_is_away_for_longer_than_one_call(
+    calm: LiveRun, folder: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
+    """A server of one's own, which nobody but the test brings back."""
+    with EmbeddedRedis(folder / "shared") as server:
+        monkeypatch.setenv(URL_VARIABLE, server.url)
+        run = LiveRun(folder, "outage", OPTIONS)
+        run.start()
+        try:
+            run.wait_for_steps(5)
+            server.stop()
+            time.sleep(CALL_S + 15)
+            run.check()
+            server.start()
+            assert run.finish(END_S) == 0, run.tail()
+            kinds = [event.kind for event in run.run.read_events()]
+            assert {"redis_lost", "redis_back"} <= set(kinds)
+            assert run.run.buffer_id.startswith("outage-")
+            client = connect(server.url)
+            audit = reconcile(run.run, BufferReader(client, run.run.buffer_id))
+            assert audit.is_sound, audit.faults
+            differences = differing(calm.run, run.run)
+            record_property("differing_tensors", len(differences))
+            assert not differences
+            assert client.ttl(Keys(run.run.buffer_id).epoch) > 0, "the run is done"
+        finally:
+            run.kill_everything()

@@ -1,6 +1,7 @@
 """A run leaves no process and no weights behind, and the tests that say so would see them."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from cluster.config import Config
 from cluster.embedded_redis import EmbeddedRedis
 from cluster.redis_client import URL_VARIABLE
 from cluster.run_dir import RunDir
+from cluster.run_lock import sole_launcher
 from tests.conftest import TINY
 from tests.processes import KINDS, kinds, processes_of
 
@@ -72,3 +74,28 @@ def test_a_run_that_a_cluster_refuses_leaves_no_shared_weights(
     assert "learner" in done.stderr
     assert (runs / "demo" / "config.yaml").is_file()
     assert not (runs / "demo" / "weights").exists()
+
+
+def test_a_second_launcher_of_a_run_touches_nothing(tmp_path: Path, redis_url: str) -> None:
+    place = tmp_path / "config.yaml"
+    text = config_file.dump(config_file.parse(TINY, "a test"))
+    place.write_text(text)
+    live = RunDir.create(tmp_path / "runs", "demo", text, exist_ok=False)
+    live.weights.mkdir(parents=True, exist_ok=True)
+    version = live.weights / "policy_00000001.safetensors"
+    version.write_bytes(b"in use")
+    before = sorted(path.name for path in live.path.rglob("*"))
+    try:
+        with sole_launcher(live):
+            done = subprocess.run(
+                [sys.executable, "-m", "actors.train", str(place), f"run.dir={live.path.parent}",
+                 "run.name=demo"],
+                cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+                env=os.environ | {URL_VARIABLE: redis_url},
+            )  # fmt: skip
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert "is being trained already" in done.stderr
+        assert version.read_bytes() == b"in use"
+        assert sorted(path.name for path in live.path.rglob("*")) == sorted([*before, "lock"])
+    finally:
+        shutil.rmtree(live.weights)

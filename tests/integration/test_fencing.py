@@ -10,6 +10,7 @@ from cluster.errors import FencedError, StageError
 from cluster.ledger import Ledger
 from cluster.redis_client import connect
 from cluster.replay_buffer import ReplayBuffer
+from cluster.replay_keys import Keys
 from cluster.types import RunState, StepRecord
 from tests.replay_checker import audit, claim, fill, make_buffer, make_group
 
@@ -39,6 +40,7 @@ WRITES: dict[str, Callable[[ReplayBuffer], object]] = {
     "expire": lambda old: old.expire(),
     "drop": lambda old: old.drop("b", "late"),
     "discard": lambda old: old.discard_newer(-1),
+    "take_over": lambda old: old.take_over(),
 }
 
 
@@ -115,3 +117,19 @@ def test_the_old_controller_cannot_publish_a_checkpoint(tmp_path: Path) -> None:
         old.commit(4, state(4))
     path = new.commit(4, state(4))
     assert (path / "shard").read_bytes() == b"new"
+
+
+def test_the_keys_of_an_ended_run_expire_unless_it_goes_on(redis_url: str) -> None:
+    client = connect(redis_url)
+    buffer = make_buffer(client, "fence-expiry")
+    fill(buffer, "a", "b")
+    buffer.take_over()
+    buffer.consume(claim(buffer, 1), step=1)
+    keys = Keys("fence-expiry")
+    held = [key for key in (*keys.state, keys.last_take_over) if client.exists(key)]
+    assert len(held) > 5
+    buffer.let_expire(60)
+    assert [key for key in held if not 0 < client.ttl(key) <= 60] == []
+    buffer.take_over()
+    assert [key for key in held if client.ttl(key) != -1] == []
+    assert buffer.places() == {"a": "consumed", "b": "ready"}

@@ -217,6 +217,10 @@ def test_damaged_payloads_become_dead_letters(
     assert {d.group_id: d.reason for d in buffer.dead_letters(10)} == reasons
     assert {d.group_id: d.payload for d in buffer.dead_letters(10)} == {**damaged, "missing": b""}
     assert [d.group_id for d in buffer.dead_letters(1)] == ["missing"]
+    letters = buffer.dead_letters_after("0-0")
+    assert letters == buffer.dead_letters(10)[::-1]
+    assert buffer.dead_letters_after(letters[0].id) == letters[1:]
+    assert buffer.dead_letters_after(letters[-1].id) == []
     assert [g.group_id for g in buffer.fetch(["good"])] == ["good"]
 
 
@@ -257,3 +261,19 @@ def test_server_that_stays_away_is_reported_in_time(tmp_path: Path) -> None:
         with pytest.raises(BufferUnavailableError, match=r"add: the server at buffer\.url"):
             buffer.add(make_group("a"))
         assert 0.2 < time.monotonic() - started < 5.0
+
+
+def test_server_that_refuses_writes_for_a_while_is_waited_for(server: EmbeddedRedis) -> None:
+    """As a replica does until it is promoted, and a server whose disk is full."""
+    buffer = make_buffer(connect(server.url, retry_s=20.0), "refusing")
+    admin = connect(server.url)
+    fill(buffer, "a")
+    admin.execute_command("REPLICAOF", "127.0.0.1", 1)
+    promotion = threading.Timer(1.0, admin.execute_command, ("REPLICAOF", "NO", "ONE"))
+    promotion.start()
+    started = time.monotonic()
+    fill(buffer, "b")
+    assert time.monotonic() - started > 0.5
+    promotion.join()
+    assert claim(buffer) == ["a", "b"]
+    audit(admin, "refusing", buffer)

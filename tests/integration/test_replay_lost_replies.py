@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.embedded_redis import EmbeddedRedis
+from cluster.errors import FencedError
 from cluster.redis_client import connect
 from cluster.replay_buffer import AddResult, ReplayBuffer
 from tests.replay_checker import audit, claim, fill, make_buffer, make_group
@@ -113,3 +114,18 @@ def test_consume_whose_reply_was_lost_may_be_repeated(
     lossy.consume(["unlucky-consume"], step=1)
     assert proxy.num_lost == 1
     assert buffer.stats().consumed == 1
+
+
+@pytest.mark.parametrize("lossy_buffer", [b"last_take_over"], indirect=True)
+def test_a_take_over_whose_reply_was_lost_fences_nobody_but_the_one_before(
+    lossy_buffer: tuple[ReplayBuffer, LossyProxy], buffer: ReplayBuffer
+) -> None:
+    lossy, proxy = lossy_buffer
+    lossy.epoch = first = buffer.take_over()
+
+    assert lossy.take_over() == first + 1
+    assert proxy.num_lost == 1
+    fill(lossy, "a")
+    with pytest.raises(FencedError):
+        buffer.take_over()
+    buffer.epoch = lossy.epoch

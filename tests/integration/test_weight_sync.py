@@ -80,6 +80,7 @@ async def parts(
         events.append((kind, fields))
 
     fleet = RolloutFleet("sync-test", placement, tiny_policy_dir, str(run_dir), on_event)
+    fleet._max_groups = 100  # engines are crowded here more than a run would
     learner, _ = await asyncio.gather(
         LearnerGroup.start(
             run_id="sync-test", config=guided_config, policy_dir=tiny_policy_dir,

@@ -1,8 +1,11 @@
 """The checkpoint store: a crash leaves the older checkpoints, damage is never loaded."""
 
 import errno
+import itertools
 import os
 import shutil
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -227,3 +230,26 @@ def test_full_disk_is_an_error_that_leaves_the_older_ones(
         with pytest.raises(StageError, match=r"checkpoint: OSError.*No space left"):
             save(store, 2)
     assert latest_step(store) == 1
+
+
+def test_a_successor_takes_over_while_the_old_ranks_still_write(tmp_path: Path) -> None:
+    is_over = threading.Event()
+    for epoch in range(20):
+        old = CheckpointStore(tmp_path, keep=3)
+        old.take_over(2 * epoch)
+        draft = old.begin(4)
+        is_over.clear()
+
+        def write(folder: Path = draft) -> None:
+            for number in itertools.takewhile(lambda _: not is_over.is_set(), itertools.count()):
+                with suppress(OSError):
+                    (folder / str(number)).write_bytes(b"late")
+
+        rank = threading.Thread(target=write)
+        rank.start()
+        try:
+            CheckpointStore(tmp_path, keep=3).take_over(2 * epoch + 1)
+        finally:
+            is_over.set()
+            rank.join()
+        assert [path.name for path in tmp_path.iterdir()] == [f".writing-{2 * epoch + 1}"]

@@ -90,6 +90,40 @@ def test_a_lost_group_is_replaced_by_another() -> None:
     assert [h.group_id for b in rest for h in b] == drawn
 
 
+@pytest.mark.parametrize("is_sync", [True, False])
+def test_a_group_that_the_run_dropped_before_it_was_handed_out_is_a_stray(is_sync: bool) -> None:
+    """Its producer failed after the group had been added: it must not count as used."""
+    draws = Curriculum(TASKS, 3, SAMPLING, group_size=2)
+    drawn = [draws.next().group_id for _ in range(4)]
+    late = drawn[-1]
+    intake = InDrawOrder(draws, 4) if is_sync else WithinAge(draws, 4, 0, [header(late)])
+    assert draws.is_expected(late)
+    if is_sync:
+        assert intake.offer([header(late)]) == []
+    assert intake.strays == []
+    assert draws.settle([late]) == 1
+    assert not draws.is_expected(late)
+    assert intake.strays == [late]
+    intake.forget(intake.strays)
+    assert intake.strays == []
+    drawn = [*drawn[:-1], draws.next().group_id]
+    taken = [h.group_id for b in intake.offer([header(g) for g in drawn]) for h in b]
+    assert taken == drawn == [h.group_id for h in intake.claimed]
+
+
+def test_a_step_is_complete_although_one_of_its_groups_was_dropped_after_it_was_in() -> None:
+    """10 groups come in batches of 3, and the last one alone."""
+    draws = Curriculum(TASKS, 3, SAMPLING, group_size=2)
+    drawn = [draws.next().group_id for _ in range(10)]
+    intake = InDrawOrder(draws, 10)
+    taken = intake.offer([header(g) for g in drawn[:3]])
+    assert draws.settle([drawn[0]]) == 1  # its gradient is in: it is used
+    assert intake.strays == []
+    taken += intake.offer([header(g) for g in drawn[3:]])
+    assert [len(batch) for batch in taken] == [3, 3, 3, 1]
+    assert {h.group_id for h in intake.claimed} == set(drawn)
+
+
 @pytest.mark.parametrize("max_policy_age", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(3))
 def test_long_rollouts_are_used_as_often_as_short_ones_and_none_too_old(

@@ -3,6 +3,9 @@
 import logging
 import math
 import os
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,8 @@ from actors.observer import Observer
 from actors.stages import Stages
 from cluster import status
 from cluster.config import Config
+from cluster.errors import ConfigError
+from cluster.redis_client import connect, waited_s
 from cluster.run_dir import RunDir
 
 
@@ -62,3 +67,33 @@ def test_a_full_disk_costs_what_is_shown_and_not_the_run(
     state = status.read(run.path)
     assert state is not None
     assert state.reward_history == [0.5, 0.75]
+
+
+def test_a_redis_that_is_away_is_shown_with_the_time_that_is_left(
+    observer: Observer, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.observer.AWAY_AFTER_S", 0.1)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # nobody listens
+        port = closed.getsockname()[1]
+
+        def ask() -> None:
+            with pytest.raises(ConfigError):
+                connect(f"redis://127.0.0.1:{port}/0", retry_s=1.0)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        deadline = time.monotonic() + 5
+        while waited_s() < 0.2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        observer.publish(1, 1, [])
+        asking.join()
+    state = status.read(run.path)
+    assert state is not None
+    assert state.phase_detail == "waiting for Redis, 0 s of 600 s"
+    assert waited_s() == 0.0
+    observer.publish(1, 1, [])
+    state = status.read(run.path)
+    assert state is not None
+    assert state.phase_detail == ""
+    assert [e.kind for e in run.read_events()] == ["redis_lost", "redis_back"]

@@ -232,3 +232,21 @@ def test_records_are_json_objects_where_the_environment_says_so(
         "level": "INFO", "run": run.name, "actor": "rollout", "rank": 3, "step": 7,
         "policy_version": 6, "message": "two\\nlines",
     }  # fmt: skip
+
+
+def test_a_new_run_under_a_used_name_has_a_buffer_of_its_own(run: RunDir, tmp_path: Path):
+    assert run.buffer_id == "demo"
+    run.own_buffer()
+    own = run.buffer_id
+    assert own.startswith("demo-")
+    run.own_buffer()
+    assert RunDir(run.path).buffer_id == own, "a resumed run finds its groups again"
+    other = RunDir.create(tmp_path / "others", "demo", "run: {}\n", exist_ok=False)
+    other.own_buffer()
+    assert other.buffer_id not in (own, "demo")
+
+
+def test_a_run_that_has_begun_keeps_the_keys_that_it_has(run: RunDir):
+    run.ledger.touch()
+    run.own_buffer()
+    assert run.buffer_id == "demo"

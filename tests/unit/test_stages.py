@@ -3,9 +3,20 @@
 import asyncio
 
 import pytest
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from actors.stages import Stages, within
-from cluster.errors import DeadlineError
+from cluster.errors import ActorLostError, DeadlineError, InputLostError, StageError
 
 
 async def test_waits_and_busy_time_add_up() -> None:
@@ -39,4 +50,43 @@ async def test_a_deadline_names_what_and_which_knob() -> None:
     with pytest.raises(DeadlineError, match=r"sync: waited 0 s for an engine \(sync.timeout_s\)"):
         await within(
             asyncio.sleep(5), stage="sync", what="an engine", deadline_s=0.05, knob="sync.timeout_s"
+        )
+
+
+LOST = [
+    ActorDiedError(), ActorUnavailableError("no route", None), ActorUnschedulableError("no node"),
+    NodeDiedError("gone"), ObjectLostError("00ff", None, ""), OutOfMemoryError("killed"),
+    WorkerCrashedError(),
+]  # fmt: skip
+
+
+async def failing(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
+async def test_whatever_ray_says_of_a_lost_actor_is_one_error(error: RayError) -> None:
+    with pytest.raises(ActorLostError, match=r"^score: a worker to score: ."):
+        await within(
+            failing(error), stage="score", what="a worker to score", deadline_s=5, knob="a knob"
+        )
+
+
+async def test_a_timeout_that_an_actor_raised_is_not_ours() -> None:
+    error = RayTaskError("score", "trace", TimeoutError("its own"), ip="127.0.0.1")
+    error = error.as_instanceof_cause()
+    assert isinstance(error, TimeoutError)
+    with pytest.raises(StageError, match="a worker to score: its own") as raised:
+        await within(
+            failing(error), stage="score", what="a worker to score", deadline_s=5, knob="a knob"
+        )
+    assert not isinstance(raised.value, DeadlineError | ActorLostError)
+
+
+async def test_an_argument_that_was_lost_is_not_the_fault_of_who_got_it() -> None:
+    lost = ObjectLostError("00ff", None, "")
+    error = RayTaskError("score", "trace", lost, ip="127.0.0.1").as_instanceof_cause()
+    with pytest.raises(InputLostError, match=r"a worker to score: .*00ff have been lost"):
+        await within(
+            failing(error), stage="score", what="a worker to score", deadline_s=5, knob="a knob"
         )

@@ -1,0 +1,77 @@
+"""A real learner whose disk is slow: the save fails, the learner is kept, a later save holds."""
+
+import asyncio
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.checkpointing import Checkpointing
+from actors.placement import Placement
+from actors.supervisor import Supervisor
+from cluster.checkpoint_store import CheckpointStore
+from cluster.config import Config
+from cluster.redis_client import connect
+from cluster.types import RunState
+from learners.group import LearnerGroup
+from tests.replay_checker import claim, fill, make_buffer
+
+FSYNC_S = 3.0
+STATE = RunState(run_id="slow", step=1, policy_version=0, config_hash="h")
+
+
+def _slow_disk(_rank: Any, seconds: float) -> None:
+    fsync = os.fsync
+
+    def slow(descriptor: int) -> None:
+        time.sleep(seconds)
+        fsync(descriptor)
+
+    os.fsync = slow
+
+
+@pytest.mark.timeout(200)
+async def test_a_slow_save_has_failed_and_the_learner_is_not_lost(
+    tiny_config: Config, tiny_policy_dir: Path, redis_url: str, local_ray: None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    buffer = make_buffer(connect(redis_url), "slow-save")
+    fill(buffer, "a")
+    buffer.consume(claim(buffer), step=1)
+    store = CheckpointStore(tmp_path / "checkpoints", keep=3)
+    events: list[tuple[str, dict[str, Any]]] = []
+
+    def note(kind: str, **fields: Any) -> None:
+        events.append((kind, fields))
+
+    saves = Checkpointing(store, buffer, Supervisor(), note)
+    learner = await LearnerGroup.start(
+        run_id="slow-save", config=tiny_config, policy_dir=tiny_policy_dir, buffer_url=redis_url,
+        run_dir=str(tmp_path), actor_options=Placement.of(tiny_config).learner_options(),
+    )  # fmt: skip
+    try:
+        pids = learner.pids
+        [rank] = learner.ranks
+        await rank.__ray_call__.remote(_slow_disk, FSYNC_S)
+        monkeypatch.setattr("actors.checkpointing.SAVE_S", 0.2)
+        await saves.begin(learner, STATE)
+        await saves.settle(learner, should_wait=True)
+        await saves.begin(learner, STATE)
+        assert [kind for kind, _ in events] == ["checkpoint_failed"] * 2
+        assert "not written in" in events[0][1]["reason"]
+        assert "still being written" in events[1][1]["reason"]
+        assert (store.steps(), buffer.places()) == ([], {"a": "consumed"})
+        for _ in range(300):
+            if await learner.is_saved():
+                break
+            await asyncio.sleep(0.1)
+        monkeypatch.setattr("actors.checkpointing.SAVE_S", 60.0)
+        await saves.begin(learner, STATE)
+        await saves.settle(learner, should_wait=True)
+        assert events[-1][0] == "checkpoint"
+        assert (store.steps(), buffer.places()) == ([1], {})
+        assert learner.pids == pids
+    finally:
+        learner.shutdown()

@@ -1,0 +1,68 @@
+"""Who of the fleet gets a group, takes part in a sync, and is repaired, and that it is once."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.fleet import MAX_CROWD, RolloutFleet
+from actors.fleet_worker import WorkerState
+from actors.placement import Placement
+from cluster.config import Config
+
+NUM_WORKERS = 2
+
+
+@pytest.fixture
+def events() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def fleet(tiny_config: Config, tmp_path: Path, events: list[str]) -> RolloutFleet:
+    """Two workers that are said to serve; none has an actor."""
+    rollout = tiny_config.rollout.model_copy(update={"workers": NUM_WORKERS})
+    config = tiny_config.model_copy(update={"rollout": rollout})
+
+    def note(kind: str, **_fields: Any) -> None:
+        events.append(kind)
+
+    fleet = RolloutFleet("demo", Placement.of(config), tmp_path, str(tmp_path), note)
+    for worker in fleet.workers:
+        worker.state = WorkerState.HEALTHY
+    return fleet
+
+
+async def test_a_worker_in_repair_is_in_no_sync_and_is_not_repaired_twice(
+    fleet: RolloutFleet, events: list[str]
+) -> None:
+    worker, other = fleet.workers
+    worker.repair = repair = asyncio.create_task(asyncio.sleep(60))
+    worker.state = WorkerState.STALE  # it waits for the sync that runs, to catch up
+    assert fleet.serving == [other]
+    worker.state = WorkerState.HEALTHY  # and died as soon as it served
+    fleet.bury(worker, worker.handle)
+    assert worker.state is WorkerState.DEAD
+    assert worker.repair is repair
+    assert events == ["worker_died"]
+    fleet.bury(worker, worker.handle)
+    assert events == ["worker_died"]
+    repair.cancel()
+
+
+async def test_the_few_that_are_left_do_not_get_all_groups(
+    fleet: RolloutFleet, tiny_config: Config
+) -> None:
+    left, dead = fleet.workers
+    dead.state = WorkerState.DEAD
+    most = MAX_CROWD * -(-tiny_config.max_groups_in_flight // NUM_WORKERS)
+    picked = [await asyncio.wait_for(fleet._pick(), 1) for _ in range(most)]
+    assert picked == [left] * most
+    waiting = asyncio.create_task(fleet._pick())
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    left.num_running -= 1
+    await fleet.notify()
+    assert await asyncio.wait_for(waiting, 1) is left
+    assert left.num_running == most
