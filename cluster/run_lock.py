@@ -9,7 +9,7 @@ import fcntl
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from cluster.errors import ConfigError
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def sole_launcher(run: RunDir) -> Iterator[None]:
+def sole_launcher(run: RunDir) -> Generator[None]:
     """Hold the lock of `run` for the block; `ConfigError`, naming its holder, when another has it.
 
     Makes the run directory if there is none.
