@@ -107,6 +107,7 @@ def test_it_goes_on_at_once_and_leaves_a_whole_run_directory(interrupted: Interr
     assert not RunDir(run).weights.exists()
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_the_run_agrees_with_its_own(interrupted: Interrupted) -> None:
     done = subprocess.run(
         [HONE, "eval", "demo", "--json"],

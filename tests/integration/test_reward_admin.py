@@ -233,6 +233,7 @@ async def test_changes_under_load_lose_nothing_and_mix_nothing(
         assert len({s.reward_versions["rubric"] for s in summaries}) == 2 * rounds + 1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 async def test_the_changes_of_the_live_benchmark_find_a_mixed_group(tmp_path: Path, url: str):
     async with house(tmp_path, url) as home:

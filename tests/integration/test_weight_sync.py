@@ -191,7 +191,7 @@ async def test_a_lost_learner_starts_anew_and_goes_on_from_its_checkpoint(
     await parts.learner.finish_save()
     await move_weights(parts, 99)
     os.kill(lost_pid, signal.SIGKILL)
-    with pytest.raises(LearnerLostError, match="a rank died"):
+    with pytest.raises(LearnerLostError, match="a rank was lost"):
         await parts.learner.optim_step()
     await parts.learner.restart()
     version = await parts.learner.load(tmp_path / "checkpoint")
