@@ -46,7 +46,7 @@ RATES: dict[Tier, int] = {"namespaces": 120, "landlock": 95}  # runs/s of one sl
 LIVE = f"{TESTS}reward_admin.py"
 LONG = (
     ("20 swaps, promotes, rollbacks under load: no group lost, doubled or mixed; cut-over < 1 s",
-     [LIVE, "-k", "under_load"]),
+     [LIVE, "-k", "under_load or live_benchmark"]),
     ("a candidate that fails or dies in any phase changes nothing",
      [LIVE, "-k", "bad_candidate or shadow"]),
     ("verifiers in pools of their own: bounds, queue, deaths, environments, swaps",
