@@ -145,12 +145,12 @@ def _completion_tokens(last_event: bytes) -> int:
 
 @contextmanager
 def plain_vllm(policy_dir: Path) -> Generator[str]:
-    """`vllm serve` with the engine arguments that the endpoint uses."""
+    """vLLM's own server with the engine arguments that the endpoint uses."""
     port = free_port()
     env = os.environ | QUIET_ENV
     env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(policy_dir),
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(policy_dir),
          "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
          "--max-model-len", "128", "--max-num-seqs", "256", "--no-enable-chunked-prefill",
          "--max-num-batched-tokens", "2048", "--kv-cache-memory-bytes", str(2**28),

@@ -109,7 +109,7 @@ def served_judge(folder: Path) -> Generator[Judge]:
     with (folder / "judge.log").open("w") as log:
         port = free_port()
         process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model),
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
              "--served-model-name", "judge", "--host", "127.0.0.1", "--port", str(port),
              "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024",
              "--max-num-seqs", "8", "--no-enable-chunked-prefill",
