@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from actors.gang import Gang
 
 # For every process of a run: no telemetry, no model-hub look-ups nobody asked for, and math threads
-# that soon sleep while they wait for each other. The default is to spin, on the core that the last
-# of them needs: beside other work on two cores a step of a small model took 300 ms so and 52 ms
-# with this; alone 21 and 22 ms.
+# that soon sleep while they wait for each other. By default they spin, on the core that the last of
+# them needs: beside any other work a step then takes many times as long. Always to sleep at once
+# costs the step of a small model much of its time when nothing else runs.
 QUIET_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
