@@ -1,4 +1,4 @@
-"""Load on an OpenAI-compatible endpoint, and plain `vllm serve` to compare with.
+"""Load on two OpenAI-compatible servers, to compare them.
 
 Both sides run at the same time and are asked in turns, with the same client, prompts and engine
 arguments. Used by `benchmarks.show_serve`.
@@ -6,25 +6,16 @@ arguments. Used by `benchmarks.show_serve`.
 
 import asyncio
 import json
-import os
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import aiohttp
-import httpx
-
-from actors.placement import QUIET_ENV
 
 PROMPT = "12 + 34 ="
 TOKENS = 64
-START_S = 240.0
 ROUNDS, QUICK_ROUNDS = 9, 3
 
 
@@ -141,39 +132,6 @@ def _completion_tokens(last_event: bytes) -> int:
     if not usage:
         raise RuntimeError(f"a stream ended without its usage: {last_event[:200]!r}")
     return int(usage["completion_tokens"])
-
-
-@contextmanager
-def plain_vllm(policy_dir: Path) -> Generator[str]:
-    """vLLM's own server with the engine arguments that the endpoint uses."""
-    port = free_port()
-    env = os.environ | QUIET_ENV
-    env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(policy_dir),
-         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
-         "--max-model-len", "128", "--max-num-seqs", "256", "--no-enable-chunked-prefill",
-         "--max-num-batched-tokens", "2048", "--kv-cache-memory-bytes", str(2**28),
-         "--distributed-executor-backend", "uni",
-         "--disable-log-stats", "--disable-uvicorn-access-log"],
-        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
-        until(lambda: process.poll() is not None or _answers(url), START_S)
-        if process.poll() is not None:
-            raise RuntimeError(f"vllm serve ended with {process.returncode}")
-        yield url
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=2).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:

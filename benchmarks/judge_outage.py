@@ -1,6 +1,6 @@
 """`python -m benchmarks.judge_outage`: a judge served by vLLM fails for a minute during a run.
 
-Invariant: the judge is a real model behind plain `vllm serve`, the run is `hone train`, and every
+Invariant: the judge is a real model behind vLLM's own server, the run is `hone train`, and every
 figure is read from the run's own files (`benchmarks.outage_figures`). A rule decides bare answers
 and the judge is asked about worked ones (`benchmarks.outage_rewards`). In the first half of the
 outage the server's processes are stopped, so that it hangs; in the second connections are refused.
@@ -12,20 +12,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
-
-import httpx
 
 from actors.bring_up import CACHE_DIR
-from actors.placement import QUIET_ENV
-from benchmarks.endpoint_load import free_port
 from benchmarks.outage_figures import Outage, figures, phase, steps
 from benchmarks.proofs import END_S, ROOT, end
 from benchmarks.relay import Relay
 from benchmarks.show import Row, judged
+from benchmarks.vllm_server import Server, vllm_server
 from cluster.config import GgufPolicy
 from cluster.run_dir import RunDir
 from learners import policy_dir
@@ -39,9 +34,10 @@ CALL_S = 8.0
 GROUP_S = 20.0  # the judge's limit of one group
 BACK_S = OPEN_S + GROUP_S  # the breaker's last open time, and one group
 SETTLED_S = GROUP_S + 1.0  # what was asked before the outage has ended by then
-SERVER_S, START_S, STEP_S = 300.0, 300.0, 120.0
+START_S, STEP_S = 300.0, 120.0
 FIRST_STEPS, LAST_STEPS, FIRST_SCORES = 4, 3, 3
 INTERRUPTED = 130
+SERVED = ("--served-model-name", "judge", "--max-model-len", "1024", "--max-num-seqs", "8")
 RULE = "benchmarks.outage_rewards:BareAnswer"
 SMALL = [
     "policy.hidden_size=64", "policy.num_layers=2", "policy.num_heads=2",
@@ -85,7 +81,8 @@ def measure() -> Outage:
     """Serve the judge, train with it, let it fail for `OUTAGE_S` seconds, and read the run."""
     with tempfile.TemporaryDirectory(prefix="hone-judge-", ignore_cleanup_errors=True) as place:
         folder = Path(place)
-        with served_judge(folder) as judge:
+        model = policy_dir.prepare(MODEL, [], CACHE_DIR, folder / "unused")
+        with vllm_server(model, *SERVED) as judge:
             relay = Relay(judge.port)
             try:
                 return _train(folder, judge, relay)
@@ -93,44 +90,7 @@ def measure() -> Outage:
                 relay.shut()
 
 
-class Judge(NamedTuple):
-    process: "subprocess.Popen[bytes]"
-    port: int
-
-    def send(self, number: signal.Signals) -> None:
-        """To the server and its engine, which are one process group."""
-        os.killpg(self.process.pid, number)
-
-
-@contextmanager
-def served_judge(folder: Path) -> Generator[Judge]:
-    """`vllm serve` with the model of an installed package, once it answers."""
-    model = policy_dir.prepare(MODEL, [], CACHE_DIR, folder / "unused")
-    with (folder / "judge.log").open("w") as log:
-        port = free_port()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
-             "--served-model-name", "judge", "--host", "127.0.0.1", "--port", str(port),
-             "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024",
-             "--max-num-seqs", "8", "--no-enable-chunked-prefill",
-             "--max-num-batched-tokens", "2048", "--kv-cache-memory-bytes", str(2**28),
-             "--distributed-executor-backend", "uni", "--disable-log-stats",
-             "--disable-uvicorn-access-log"],
-            env=os.environ | QUIET_ENV
-            | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
-            stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
-    judge = Judge(process, port)
-    try:
-        _until(lambda: _answers(port), SERVER_S, process, folder / "judge.log")
-        yield judge
-    finally:
-        if process.poll() is None:
-            judge.send(signal.SIGCONT)
-        end(process)
-
-
-def _train(folder: Path, judge: Judge, relay: Relay) -> Outage:
+def _train(folder: Path, judge: Server, relay: Relay) -> Outage:
     run = RunDir(folder / "runs" / "demo")
     output = folder / "train.log"
     with output.open("w") as log:
@@ -191,13 +151,6 @@ def _until(
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"no progress: {output.read_text()[-500:]}")
         time.sleep(0.5)
-
-
-def _answers(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 if __name__ == "__main__":

@@ -17,11 +17,12 @@ import openai
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.endpoint_load import Paired, Side, compare, free_port, plain_vllm, until
+from benchmarks.endpoint_load import Paired, Side, compare, free_port, until
 from benchmarks.endpoint_traffic import PROMPT
 from benchmarks.proofs import proven
 from benchmarks.show import Part, Row, judged
 from benchmarks.show_serve_live import live_rows
+from benchmarks.vllm_server import vllm_server
 from cluster import config_file
 from cluster.run_dir import RunDir
 from learners.policy_dir import prepare
@@ -36,6 +37,7 @@ from tests.endpoint_fuzz import fuzz
 MAX_OVERHEAD = 0.10
 MAX_EXTRA_S = 0.015
 FLOOD_PER_MINUTE = 60
+PLAIN = ("--max-model-len", "128", "--max-num-seqs", "256")  # what the endpoint gives its engine
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ def published_rows(quick: bool) -> Iterator[Row]:
         door = endpoint_settings.Door(port=free_port())
         with endpoint.running(settings, door):
             served = Published(run, door.url, query, admin, flood)
-            with plain_vllm(policy_dir) as url:
-                yield from load_rows(served, Side(url, "none", str(policy_dir)), quick)
+            with vllm_server(policy_dir, *PLAIN) as plain:
+                yield from load_rows(served, Side(plain.url, "none", str(policy_dir)), quick)
             yield _share(served, quick)
             yield _bad_version(served)
             yield _doors(served)
