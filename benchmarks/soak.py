@@ -36,6 +36,7 @@ SLACK = {"MiB": 8.0, "KiB": 64.0, "number": 3.0}  # that any line may gain
 MIB, KIB = 2**20, 2**10
 OPTIONS = ["run.steps=100000000", "run.checkpoint_every=100", "rollout.max_policy_age=1"]
 Sample = dict[str, float]  # series, its unit the last word -> value
+REDIS_KEYS = "Redis keys number"
 
 
 def sample(run: LiveRun) -> Sample:
@@ -71,7 +72,7 @@ def _in_redis(url: str) -> Sample:
     try:
         found = {"Redis MiB": client.info("memory")["used_memory"] / MIB}
         keys: list[bytes] = list(client.scan_iter(count=1000))
-        found["Redis keys number"] = len(keys)
+        found[REDIS_KEYS] = len(keys)
         for key in keys:
             size: int | None = client.memory_usage(key, samples=0)
             name = key.decode(errors="replace").rpartition("}:")[2].partition(":")[0]
@@ -132,6 +133,13 @@ def soak(folder: Path, minutes: float) -> Iterator[Row]:
         f"{steps} steps, exit code {code}, processes left: {len(left)}",
         "exit code 130, none left",
         code == 130 and not left,
+    )
+    num_answered = sum(REDIS_KEYS in found for _, found in samples)
+    yield judged(
+        "samples in which Redis answered, so that its keys could be judged",
+        f"{num_answered} of {len(samples)}",
+        "9 in 10",
+        10 * num_answered >= 9 * len(samples) > 0,
     )
     yield from verdicts(samples)
 
