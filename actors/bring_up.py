@@ -27,7 +27,7 @@ from actors.reward_set import RewardHome
 from actors.rollout import Sampling
 from actors.scaling import FleetScaling
 from actors.stages import within
-from actors.weight_sync import WeightSync
+from actors.weight_sync import PROBE_SEQUENCES, WeightSync
 from cluster.config import Config
 from cluster.errors import StageError
 from cluster.run_dir import RunDir
@@ -245,6 +245,5 @@ def prepare_policy(
                 examples.append(
                     (render(tokenizer, task.messages), encode_completion(tokenizer, text))
                 )
-    chosen = tasks[: config.sync.probe_sequences]
-    prompts = [render(tokenizer, task.messages) for task in chosen]
+    prompts = [render(tokenizer, task.messages) for task in tasks[:PROBE_SEQUENCES]]
     return PreparedPolicy(policy_dir, stop, prompts, examples)

@@ -46,6 +46,7 @@ class RolloutFleet:
         self._placement = placement
         self._config = placement.config
         self._settings = placement.engine_settings(policy_dir)
+        self.engine_size = self._settings.tensor_parallel_size if placement.is_gpu else 1
         self._run_dir = run_dir
         self._on_event = on_event
         per_worker = -(-self._config.max_groups_in_flight // self._config.rollout.workers)

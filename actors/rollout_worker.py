@@ -47,6 +47,11 @@ class RolloutWorker:
             io = EngineIO(self._engine, self._tokenizer, request.sampling, self._context_length)
             return wire.encode(await self._program.run(request, io))
 
+    async def join_broadcast(self, init_info: dict[str, Any]) -> None:
+        """Become a member of the group over which the learner sends weights."""
+        with boundary("sync"):
+            await self._engine.join_broadcast(init_info)
+
     async def load_weights(self, update_info: dict[str, Any], policy_version: int) -> float:
         """Swap weights in flight; returns the pause in seconds."""
         with boundary("sync"):

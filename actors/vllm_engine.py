@@ -30,7 +30,7 @@ from cluster.types import Author, Segment, TrajectoryStatus, VersionSpan
 
 GIB = 2**30
 MIN_BATCH_TOKENS = 2048
-SHARED_FILE = "shared_file"  # registered by actors.weight_transfer in every engine process
+BACKEND = "hone"  # registered by actors.weight_transfer in every engine process
 
 
 class VllmEngine:
@@ -42,6 +42,7 @@ class VllmEngine:
         self._engine = kind.from_engine_args(_engine_args(settings, overrides))
         self._request_ids = 0
         self._num_loads = 0
+        self._halted_at: float | None = None  # since when it may not have generated
         self.policy_version = 0
 
     async def start(self) -> None:
@@ -81,9 +82,18 @@ class VllmEngine:
         pairs = zip(token_ids[1:].tolist(), output.prompt_logprobs[1:], strict=True)
         return np.array([table[token].logprob for token, table in pairs if table], dtype=np.float32)
 
+    async def join_broadcast(self, init_info: dict[str, Any]) -> None:
+        """Make its workers members of a group over which weights come; see
+        `actors.weight_transfer`. It generates nothing while it waits for the others.
+        """
+        self._halted_at = self._halted_at or time.monotonic()
+        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
+
     async def load_weights(self, update_info: dict[str, Any], policy_version: int) -> float:
-        """Swap weights under running requests (pause keep); returns the pause in seconds."""
-        started = time.monotonic()
+        """Swap weights under running requests (pause keep); returns the pause in seconds, with
+        that of attempts which failed before.
+        """
+        halted_at = self._halted_at = self._halted_at or time.monotonic()
         await self._engine.pause_generation(mode="keep", clear_cache=False)
         await self._engine.start_weight_update()
         await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
@@ -91,7 +101,8 @@ class VllmEngine:
         self.policy_version = policy_version
         self._num_loads += 1
         await self._engine.resume_generation()
-        return time.monotonic() - started
+        self._halted_at = None
+        return time.monotonic() - halted_at
 
     async def is_alive(self) -> bool:
         return not self._engine.errored
@@ -145,7 +156,7 @@ def _engine_args(settings: EngineSettings, overrides: dict[str, Any]) -> AsyncEn
         "logprobs_mode": "processed_logprobs",
         "enable_prefix_caching": True,
         "disable_log_stats": True,
-        "weight_transfer_config": WeightTransferConfig(backend=SHARED_FILE),
+        "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
         **overrides,
     }
     if settings.is_gpu:

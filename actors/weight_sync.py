@@ -13,26 +13,32 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from actors.fleet import EventSink, RolloutFleet, Worker, WorkerState
 from actors.stages import within
+from actors.weight_broadcast import WeightBroadcast
 from cluster import published
 from cluster.config import SyncSection
-from cluster.errors import StageError
+from cluster.errors import DeadlineError, StageError
 from cluster.types import TrajectoryGroup
 from learners.group import LearnerGroup
 from learners.learner import ScoreRequest
 
 KEEP_FILES = 2
+PROBE_SEQUENCES = 4
 logger = logging.getLogger(__name__)
+
+Outcome = tuple[float, float | None]  # pause_s and probe error of a worker that serves
 
 
 @dataclass(frozen=True)
 class SyncReport:
     """One sync. `probe_error` is the largest mean |engine - learner| log-prob over engines, in
-    nats; None when `sync.probe_sequences` is 0.
+    nats; None when all of them had to be replaced. `num_by_broadcast` of the `num_engines` needed
+    no file.
     """
 
     policy_version: int
@@ -40,6 +46,7 @@ class SyncReport:
     pause_s: float
     probe_error: float | None
     num_engines: int
+    num_by_broadcast: int = 0
 
     def metrics(self) -> dict[str, float]:
         """Metric keys of the contract; a probe that was not made has none."""
@@ -52,8 +59,8 @@ class SyncReport:
 
 
 class WeightSync:
-    """Publishes a version as a file, loads it into every serving engine, probes, and only then
-    says so.
+    """Brings a version to every serving engine, by broadcast if so configured and by file where
+    there is none or it failed, probes, and only then publishes it.
     """
 
     def __init__(
@@ -72,6 +79,11 @@ class WeightSync:
         self._fleet = fleet
         self._directory = directory
         self._on_event = on_event
+        self._broadcast = (
+            WeightBroadcast(config, learner, fleet.engine_size, on_event)
+            if config.transport == "broadcast"
+            else None
+        )
         self._max_probe_tokens = context_length - 1  # an engine adds one token to what it scores
         self._probes: list[np.ndarray] = []
         self._expected: list[np.ndarray] = []
@@ -88,8 +100,8 @@ class WeightSync:
         self._probe_with([np.concatenate([t.context_tokens, t.token_ids]) for t in trajectories])
 
     def _probe_with(self, sequences: list[np.ndarray]) -> None:
-        step = max(1, len(sequences) // max(1, self._config.probe_sequences))
-        chosen = sequences[::step][: self._config.probe_sequences]
+        step = max(1, len(sequences) // PROBE_SEQUENCES)
+        chosen = sequences[::step][:PROBE_SEQUENCES]
         if chosen:
             self._probes = [tokens[: self._max_probe_tokens] for tokens in chosen]
 
@@ -101,13 +113,23 @@ class WeightSync:
         async with self._lock:
             path = self._directory / f"policy_{policy_version:08d}.safetensors"
             self._directory.mkdir(parents=True, exist_ok=True)  # whoever may have removed it
-            await self._learner.export_weights(path)
+            workers = [(w, w.handle) for w in self._fleet.serving]
+            sent = await self._send([w for w, _ in workers], policy_version)
             if self._probes:
                 requests = [ScoreRequest(probe.tolist(), num_context=1) for probe in self._probes]
                 self._expected = await self._learner.score(requests)
+            proven = await asyncio.gather(
+                *[self._take(w, s, policy_version) for (w, _), s in zip(workers, sent, strict=True)]
+            )
+            await self._fleet.notify()
+            await self._learner.export_weights(path)
             self._published = (path, policy_version)
-            workers = [(w, w.handle) for w in self._fleet.serving]
-            results = await asyncio.gather(*[self._bring_up(w) for w, _ in workers])
+            results = await asyncio.gather(
+                *[
+                    self._catch_up(worker, handle, how, outcome)
+                    for (worker, handle), how, outcome in zip(workers, sent, proven, strict=True)
+                ]
+            )
             self._forget_old()
         for worker, handle in workers:
             if worker.state not in (WorkerState.HEALTHY, WorkerState.QUARANTINED):
@@ -126,9 +148,41 @@ class WeightSync:
             pause_s=max(pause for pause, _ in done),
             probe_error=max((e for _, e in done if e is not None), default=None),
             num_engines=len(done),
+            num_by_broadcast=sum(outcome is not None for outcome in proven),
         )
 
-    async def _wait_for_one(self, policy_version: int) -> tuple[float, float | None]:
+    async def _send(
+        self, workers: Sequence[Worker], policy_version: int
+    ) -> Sequence[float | StageError | None]:
+        """What the broadcast came to for each worker; None where there is none."""
+        if self._broadcast is None or not workers:
+            return [None] * len(workers)
+        for worker in workers:
+            worker.state = WorkerState.STALE
+        return await self._broadcast.send(workers, policy_version)
+
+    async def _take(
+        self, worker: Worker, sent: float | StageError | None, policy_version: int
+    ) -> Outcome | None:
+        """Let a worker serve what it has been sent; None when it still needs the file."""
+        if not isinstance(sent, float) or worker.is_in_repair:
+            return None
+        try:
+            error = await self._prove(worker, policy_version)
+        except StageError as failure:
+            logger.warning("%s did not answer after a broadcast: %s", worker.name, failure)
+            return None
+        return (sent, error) if self._is_close(error) else None
+
+    async def _catch_up(
+        self, worker: Worker, handle: Any, sent: float | StageError | None, proven: Outcome | None
+    ) -> Outcome | None:
+        """By file, unless it serves already or can no more be asked."""
+        if proven is not None or isinstance(sent, DeadlineError) or worker.handle is not handle:
+            return proven
+        return proven if worker.is_in_repair else await self._bring_up(worker)
+
+    async def _wait_for_one(self, policy_version: int) -> Outcome:
         """All engines are gone: wait until a replacement has caught up."""
         started = time.monotonic()
         if not self._fleet.has_hope:
@@ -149,31 +203,23 @@ class WeightSync:
     def close(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    async def _bring_up(self, worker: Worker) -> tuple[float, float | None] | None:
-        """(pause_s, probe error) of a worker that now serves; None when it was lost or
-        quarantined.
-        """
+    async def _bring_up(self, worker: Worker) -> Outcome | None:
+        """Load the file; None when the worker was lost or quarantined."""
         assert self._published is not None
         path, policy_version = self._published
         error: float | None = None
         worker.state = WorkerState.STALE
-        for attempt in range(2):
+        for _ in range(2):
             try:
                 pause_s = await self._call(
                     worker, "load_weights", {"path": str(path)}, policy_version
                 )
-                error = await self._probe(worker)
+                error = await self._prove(worker, policy_version)
             except StageError as failure:
                 logger.warning("%s was lost in a weight sync: %s", worker.name, failure)
                 return None
-            if error is None or error <= self._config.probe_bound:
-                worker.state = WorkerState.HEALTHY
-                worker.policy_version = policy_version
+            if self._is_close(error):
                 return pause_s, error
-            logger.warning(
-                "%s disagrees with the learner by %.4f nat a token after sync %d (try %d)",
-                worker.name, error, policy_version, attempt + 1,
-            )  # fmt: skip
         worker.state = WorkerState.QUARANTINED
         self._on_event(
             "engine_quarantined",
@@ -183,6 +229,22 @@ class WeightSync:
             bound=self._config.probe_bound,
         )
         return None
+
+    async def _prove(self, worker: Worker, policy_version: int) -> float | None:
+        """The probe error of a worker, which serves from now on if that is within the bound."""
+        error = await self._probe(worker)
+        if self._is_close(error):
+            worker.state = WorkerState.HEALTHY
+            worker.policy_version = policy_version
+        else:
+            logger.warning(
+                "%s disagrees with the learner by %.4f nat a token after sync %d",
+                worker.name, error, policy_version,
+            )  # fmt: skip
+        return error
+
+    def _is_close(self, probe_error: float | None) -> bool:
+        return probe_error is None or probe_error <= self._config.probe_bound
 
     async def _probe(self, worker: Worker) -> float | None:
         """Mean |engine - learner| log-prob over all probe tokens, in nats; None without probes."""

@@ -1,11 +1,11 @@
-"""The vLLM weight-transfer backend for machines without NCCL: engines load a published
-safetensors file.
+"""The vLLM weight-transfer backend: engines take weights from a safetensors file or from a
+broadcast, whichever an update names.
 
 Invariant: after `finish_weight_update` every tensor of the engine, the prepacked CPU `lm_head`
-included, equals the published file. Registered in every engine process through the
-`vllm.general_plugins` entry point (see pyproject.toml); the control calls come from
-`actors.vllm_engine`. The file may lie in shared memory (one machine) or on a shared file system
-(several); a dead engine can never block the publisher.
+included, equals what was published; after an update that failed the next one can start. Registered
+in every engine process through the `vllm.general_plugins` entry point (see pyproject.toml); the
+control calls come from `actors.vllm_engine`. The file may lie in shared memory (one machine) or on
+a shared file system (several). The sender of a broadcast is `learners.weight_sender`.
 """
 
 import multiprocessing
@@ -24,48 +24,92 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-BACKEND = "shared_file"
+from learners.transfer_group import TransferGroup, find_store
+from learners.weight_stream import Entry, unpacked
+
+BACKEND = "hone"
 
 
 @dataclass
-class SharedFileInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on: the path travels with each update."""
+class InitInfo(WeightTransferInitInfo):
+    """The group to become a member of, and where it meets; without a size there is none, and only
+    files can be taken. Worker r of the engine is member `rank_offset` + r.
+    """
+
+    size: int = 0
+    rank_offset: int = 0
+    host: str = ""
+    port: int = 0
+    timeout_s: float = 0.0
 
 
 @dataclass
-class SharedFileUpdateInfo(WeightTransferUpdateInfo):
-    path: str
+class UpdateInfo(WeightTransferUpdateInfo):
+    """`path` of a file, or else what the group is about to be sent."""
+
+    path: str | None = None
+    manifest: list[Entry] | None = None
+    bucket_bytes: int = 0
 
 
-class SharedFileWeightTransferEngine(
-    WeightTransferEngine[SharedFileInitInfo, SharedFileUpdateInfo]
-):
-    """Worker side of the `shared_file` backend, one per vLLM worker process."""
+class HoneWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Worker side of the `hone` backend, one per vLLM worker process."""
 
-    init_info_cls = SharedFileInitInfo
-    update_info_cls = SharedFileUpdateInfo
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+    _group: TransferGroup | None = None
 
-    def init_transfer_engine(self, init_info: SharedFileInitInfo) -> None:
-        del init_info
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Leave the group before and meet the next."""
+        self.shutdown()
+        if init_info.size:
+            self._group = TransferGroup(
+                find_store(init_info.host, init_info.port, init_info.timeout_s),
+                init_info.rank_offset + self.parallel_config.rank,
+                init_info.size,
+                self.device,
+                init_info.timeout_s,
+            )
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Load one published file. The base class would synchronize an accelerator, which a CPU
-        lacks.
-        """
-        self.receive_weights(self.parse_update_info(update_info))
+        """Unlike the base class it synchronizes no accelerator where there is none."""
+        try:
+            self.receive_weights(self.parse_update_info(update_info))
+        except BaseException:
+            self.shutdown()  # the others shall not wait
+            # Half-loaded layers would count what they have got towards the next update.
+            finalize_layerwise_reload(self.model, self.model_config)
+            raise
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
-    def receive_weights(self, update_info: SharedFileUpdateInfo) -> None:
-        self.model.load_weights(_tensors(update_info.path))  # pyright: ignore[reportCallIssue]
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        if update_info.path is not None:
+            tensors = _tensors(update_info.path)
+        else:
+            tensors = self._broadcast(update_info)
+        self.model.load_weights(tensors)  # pyright: ignore[reportCallIssue]
+
+    def _broadcast(self, update_info: UpdateInfo) -> Iterator[tuple[str, torch.Tensor]]:
+        if self._group is None or update_info.manifest is None:
+            raise ValueError("an update without a path needs a manifest and a group that has met")
+        self._group.start()
+        return unpacked(
+            update_info.manifest, update_info.bucket_bytes, self.device, self._group.receive
+        )
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         refresh_prepacked_head(self.model)
 
     def shutdown(self) -> None:
-        """Nothing is held between updates."""
+        """Leave the group, if it is in one."""
+        if self._group is not None:
+            self._group.close()
+        self._group = None
 
 
 def refresh_prepacked_head(model: torch.nn.Module) -> None:
@@ -86,7 +130,7 @@ def register() -> None:
     if BACKEND not in WeightTransferEngineFactory._registry:
         _end_with_parent()
         WeightTransferEngineFactory.register_engine(
-            BACKEND, __name__, SharedFileWeightTransferEngine.__name__
+            BACKEND, __name__, HoneWeightTransferEngine.__name__
         )
 
 

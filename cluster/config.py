@@ -7,13 +7,7 @@ Frozen, unknown keys refused.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _number(value: object) -> object:
@@ -208,7 +202,7 @@ class CriticSection(Section):
 
 
 class SyncSection(Section):
-    probe_sequences: Annotated[Int, Field(ge=0)] = 4
+    transport: Literal["file", "broadcast"] = "file"  # broadcast: see docs/gpu.md
     probe_bound: PositiveFloat = 0.05  # mean |engine - learner| log-prob that quarantines an engine
     timeout_s: PositiveFloat = 300.0
 
@@ -279,6 +273,12 @@ class Config(Section):
             raise ValueError(
                 f"resources.engine_gpu_share ({share:g}) must be below 0.5 with resources.layout "
                 "colocated: the learner rank beside the engine gets the rest, and needs more"
+            )
+        is_shared = share < 1 or self.resources.layout == "colocated"
+        if self.sync.transport == "broadcast" and is_shared:
+            raise ValueError(
+                "sync.transport broadcast needs resources.layout split and "
+                f"resources.engine_gpu_share 1 (got {share:g}): NCCL wants a GPU for each member"
             )
         needed = (self.rollout.max_policy_age + 2) * self.rollout.groups_per_step
         if self.buffer.capacity_groups < needed:

@@ -39,7 +39,7 @@ BOOKKEEPING: dict[str, Any] = {
         "gpu_memory_fraction",
         "timeout_s",
     },
-    "sync": {"timeout_s"},
+    "sync": {"timeout_s", "transport"},
 }
 _OVERRIDE = re.compile(r"^[A-Za-z_][\w.]*=")
 

@@ -110,6 +110,17 @@ class LearnerRank:
     def export_weights(self, path: Path) -> None:
         self._learner.export_weights(path)
 
+    def open_broadcast(self, timeout_s: float) -> tuple[str, int]:
+        is_alone = sum(node["Alive"] for node in ray.nodes()) == 1
+        host = "127.0.0.1" if is_alone else ray.util.get_node_ip_address()
+        return self._learner.sender.open(host, timeout_s)
+
+    def join_broadcast(self, size: int) -> dict[str, Any]:
+        return self._learner.sender.join(size)
+
+    def broadcast(self) -> None:
+        self._learner.sender.send()
+
     def begin_save(self, directory: Path) -> None:
         self._learner.begin_save(directory)
 
@@ -218,6 +229,18 @@ class LearnerGroup:
 
     async def export_weights(self, path: Path) -> None:
         await self.call("export_weights", path)
+
+    async def open_broadcast(self, timeout_s: float) -> tuple[str, int]:
+        """Host and port at which rank 0 waits for a group; loopback on a cluster of one node."""
+        return (await self._gather("open_broadcast", self.ranks[:1], (timeout_s,)))[0]
+
+    async def join_broadcast(self, size: int) -> dict[str, Any]:
+        """Let rank 0 meet the others of a group of `size`; the update that each has to be sent."""
+        return (await self._gather("join_broadcast", self.ranks[:1], (size,)))[0]
+
+    async def broadcast(self) -> None:
+        """Send the weights to the group; a `StageError` when it broke off."""
+        await self.call("broadcast")
 
     async def begin_save(self, directory: Path) -> None:
         """Start a checkpoint of the present state; returns when its tensors are copied."""

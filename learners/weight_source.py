@@ -1,4 +1,5 @@
-"""Full weights out of a sharded model: a stream of whole tensors, and a safetensors file of them.
+"""Full weights out of a sharded model: a stream of whole tensors, what it will hold, and a
+safetensors file of it.
 
 Invariant: all ranks walk the tensors in the same order (each is gathered collectively), one whole
 tensor at a time; tied weights appear once, and adapters as part of the weight that they stand
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from learners.weight_stream import Entry, entry
+
 ADAPTER, BASE = "default", ".base_layer"  # as `peft` names them
 _TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -26,6 +29,11 @@ def full_tensors(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, T
             down, up = adapted.lora_A[ADAPTER].weight, adapted.lora_B[ADAPTER].weight
             tensor = tensor + adapted.scaling[ADAPTER] * (_whole(up) @ _whole(down))
         yield name, tensor.to(dtype)
+
+
+def manifest(module: nn.Module, dtype: torch.dtype) -> list[Entry]:
+    """What `full_tensors` is going to yield; gathers nothing, so one rank may ask alone."""
+    return [entry(name, dtype, parameter.shape) for name, parameter, _ in _weights(module)]
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Any]]:

@@ -1,0 +1,209 @@
+"""Weights from a real FSDP2 learner to two real vLLM engines in one gloo broadcast, through real
+Ray actors; an engine killed in the middle of one.
+
+Both engines serve the whole module: their start dominates the time. The tests build on each other.
+"""
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from ray import cloudpickle
+from safetensors import safe_open
+
+from actors.fleet import RolloutFleet, WorkerState
+from actors.fleet_worker import Worker
+from actors.placement import Placement
+from actors.weight_sync import WeightSync
+from cluster.config import Config
+from learners.group import LearnerGroup
+from learners.learner import ScoreRequest
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import test modules
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+TIMEOUT_S = 40.0
+AGREES = 1e-5  # nats a token
+SEQUENCES = [np.arange(5, 45, dtype=np.int32), np.array([9, 10, 11, 30, 7], dtype=np.int32)]
+
+
+class Parts:
+    def __init__(self, learner: LearnerGroup, fleet: RolloutFleet, sync: WeightSync) -> None:
+        self.learner, self.fleet, self.sync = learner, fleet, sync
+        self.events: list[tuple[str, dict[str, Any]]] = []
+
+    def failures(self) -> list[dict[str, Any]]:
+        return [fields for kind, fields in self.events if kind == "broadcast_failed"]
+
+
+@pytest.fixture(scope="module")
+def broadcast_config(tiny_config: Config) -> Config:
+    sync = {"transport": "broadcast", "probe_bound": 1e-4, "timeout_s": TIMEOUT_S}
+    return tiny_config.model_copy(
+        update={
+            "rollout": tiny_config.rollout.model_copy(update={"workers": 2}),
+            "sync": tiny_config.sync.model_copy(update=sync),
+        }
+    )
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def parts(
+    broadcast_config: Config, tiny_policy_dir: Path, redis_url: str, local_ray: None,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Parts]:  # fmt: skip
+    run_dir = tmp_path_factory.mktemp("run")
+    placement = Placement.of(broadcast_config)
+    events: list[tuple[str, dict[str, Any]]] = []
+
+    def on_event(kind: str, **fields: Any) -> None:
+        events.append((kind, fields))
+
+    fleet = RolloutFleet("broadcast-test", placement, tiny_policy_dir, str(run_dir), on_event)
+    learner, _ = await asyncio.gather(
+        LearnerGroup.start(
+            run_id="broadcast-test", config=broadcast_config, policy_dir=tiny_policy_dir,
+            buffer_url=redis_url, run_dir=str(run_dir), actor_options=placement.learner_options(),
+        ),
+        fleet.start(),
+    )  # fmt: skip
+    for rank in learner.ranks:
+        await rank.__ray_call__.remote(_use_small_buckets)
+    sync = WeightSync(
+        broadcast_config.sync,
+        learner,
+        fleet,
+        run_dir / "weights",
+        on_event,
+        context_length=broadcast_config.policy.context_length,
+        prompts=[sequence.tolist() for sequence in SEQUENCES],
+    )
+    parts = Parts(learner, fleet, sync)
+    parts.events = events
+    yield parts
+    await fleet.stop()
+    learner.shutdown()
+
+
+def _use_small_buckets(rank: Any) -> None:
+    """Many of them, and less than the largest tensor has."""
+    rank._learner.sender.bucket_bytes = 10_000
+
+
+async def move_weights(parts: Parts, seed: int) -> None:
+    """Change the learner's weights for real."""
+    for rank in parts.learner.ranks:
+        await rank.__ray_call__.remote(_perturb, seed)
+
+
+def _perturb(rank: Any, seed: int) -> None:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in rank._learner._policy.parameters():
+            local = parameter.to_local()
+            local.add_(torch.randn(local.shape, generator=generator) * 0.05)
+
+
+async def scores(worker: Worker) -> np.ndarray:
+    return np.concatenate(await worker.handle.score.remote(SEQUENCES))
+
+
+async def test_engines_after_a_broadcast_equal_engines_after_the_file(parts: Parts) -> None:
+    first = await parts.sync.sync(0)
+    assert first.num_by_broadcast == first.num_engines == 2
+    before = [await scores(worker) for worker in parts.fleet.workers]
+    await move_weights(parts, 1)
+    report = await parts.sync.sync(1)
+    assert report.num_by_broadcast == report.num_engines == 2
+    assert report.probe_error is not None
+    assert report.probe_error <= AGREES
+    assert 0 < report.pause_s <= report.total_s
+    assert parts.failures() == []
+
+    requests = [ScoreRequest(each.tolist(), num_context=1) for each in SEQUENCES]
+    expected = np.concatenate(await parts.learner.score(requests))
+    for worker, old in zip(parts.fleet.workers, before, strict=True):
+        by_broadcast = await scores(worker)
+        await parts.sync.catch_up(worker)  # as a replaced engine does: by the file
+        by_file = await scores(worker)
+        assert np.abs(by_broadcast - old).mean() > 1e-2
+        assert np.abs(by_broadcast - expected).mean() <= AGREES
+        assert by_file.tobytes() == by_broadcast.tobytes()
+        assert (worker.state, worker.policy_version) == (WorkerState.HEALTHY, 1)
+
+    assert parts.sync._published is not None
+    with safe_open(parts.sync._published[0], framework="pt") as file:
+        names = set(file.keys())
+    assert "model.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names  # tied: the engines made theirs of the embedding
+
+
+async def test_an_engine_killed_amid_a_broadcast_costs_a_sync_by_file_and_no_more(
+    parts: Parts,
+) -> None:
+    survivor, victim = parts.fleet.workers
+    await victim.handle.__ray_call__.remote(_arm)
+    await move_weights(parts, 2)
+    started = time.monotonic()
+    report = await asyncio.wait_for(parts.sync.sync(2), 2 * TIMEOUT_S)
+    assert time.monotonic() - started < TIMEOUT_S
+    [failure] = parts.failures()
+    assert failure["policy_version"] == 2
+    assert failure["cause"]
+    assert (report.num_engines, report.num_by_broadcast) == (1, 0)
+    assert (survivor.state, survivor.policy_version) == (WorkerState.HEALTHY, 2)
+    assert survivor.num_restarts == 0
+    assert report.probe_error is not None
+    assert report.probe_error <= AGREES
+    assert victim.is_in_repair
+
+    await move_weights(parts, 3)
+    report = await parts.sync.sync(3)
+    assert report.num_by_broadcast == report.num_engines >= 1
+    assert report.probe_error is not None
+    assert report.probe_error <= AGREES
+    assert len(parts.failures()) == 1
+
+
+async def test_the_replaced_engine_is_in_the_next_group(parts: Parts) -> None:
+    _, replaced = parts.fleet.workers
+    assert replaced.repair is not None
+    await asyncio.wait_for(asyncio.shield(replaced.repair), 200)
+    assert (replaced.num_restarts, replaced.policy_version) == (1, 3)
+    await move_weights(parts, 4)
+    report = await parts.sync.sync(4)
+    assert report.num_by_broadcast == report.num_engines == 2
+    assert report.probe_error is not None
+    assert report.probe_error <= AGREES
+    assert len(parts.failures()) == 1
+
+
+def _arm(worker: Any) -> None:
+    engine = worker._engine._engine
+    loop = engine.output_handler.get_loop()
+    fault = engine.collective_rpc(_die_at_the_third_bucket)
+    worker.fault = asyncio.run_coroutine_threadsafe(fault, loop)
+
+
+def _die_at_the_third_bucket(_worker: Any) -> None:
+    from learners.transfer_group import TransferGroup
+
+    receive = TransferGroup.receive
+    num_received = 0
+
+    def receive_or_die(group: Any, bucket: Any) -> None:
+        nonlocal num_received
+        num_received += 1
+        if num_received == 3:
+            os._exit(1)
+        receive(group, bucket)
+
+    TransferGroup.receive = receive_or_die  # type: ignore[method-assign]
