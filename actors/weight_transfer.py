@@ -23,6 +23,7 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.utils.nccl import unpinned_nccl_env
 
 from learners.transfer_group import TransferGroup, find_store
 from learners.weight_stream import Entry, unpacked
@@ -62,13 +63,13 @@ class HoneWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Leave the group before and meet the next."""
         self.shutdown()
-        if init_info.size:
+        if not init_info.size:
+            return
+        store = find_store(init_info.host, init_info.port, init_info.timeout_s)
+        rank = init_info.rank_offset + self.parallel_config.rank
+        with unpinned_nccl_env():  # the learner knows nothing of what vLLM sets for its own groups
             self._group = TransferGroup(
-                find_store(init_info.host, init_info.port, init_info.timeout_s),
-                init_info.rank_offset + self.parallel_config.rank,
-                init_info.size,
-                self.device,
-                init_info.timeout_s,
+                store, rank, init_info.size, self.device, init_info.timeout_s
             )
 
     def start_weight_update(self) -> None:

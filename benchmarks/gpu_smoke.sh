@@ -28,6 +28,7 @@ gpus=$(nvidia-smi -L | grep -c '^GPU ')
 [ "$gpus" -gt 1 ] || echo "- several ranks, tensor-parallel engines, NCCL between processes (one GPU here)"
 [ "$gpus" -le 1 ] || echo "- the other $((gpus - 1)) GPUs: several ranks, tensor-parallel engines, NCCL between processes"
 .venv/bin/python -c 'import flash_attn' 2>/dev/null || echo "- flash-attn (not installed: torch's own attention was used)"
-echo "- NCCL and IPC weight transfer, sleep and wake of engines (not built: docs/gpu.md)"
+echo "- weights over NCCL (sync.transport=broadcast: needs a GPU for each member)"
+echo "- weights over CUDA IPC, sleep and wake of engines (not built: docs/gpu.md)"
 echo "- a pretrained model and long contexts (no model hub is asked)"
 exit "$code"

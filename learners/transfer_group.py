@@ -19,7 +19,7 @@ from torch.distributed import (
 )
 from torch.distributed.distributed_c10d import BroadcastOptions, Work
 
-from cluster.errors import boundary
+from cluster.errors import StageError, boundary
 
 MARGIN_S = 5.0  # by which NCCL's watchdog, which ends the process, comes after the deadline
 
@@ -52,10 +52,15 @@ class TransferGroup:
     ) -> None:
         self._timeout_s = timeout_s
         self._work: Work | None = None
+        self.start()
         with boundary("sync"):
             make = _nccl if device.type == "cuda" else _gloo
             self._group: ProcessGroup | None = make(store, rank, size, timeout_s)
-        self.start()
+        try:
+            self.receive(torch.zeros(1, dtype=torch.uint8, device=device))  # NCCL connects only now
+        except StageError:
+            self.close()
+            raise
 
     def start(self) -> None:
         """One transfer begins: the deadline counts from here."""
@@ -81,6 +86,7 @@ class TransferGroup:
             self._work = None  # it would keep the connections of a broken group open
 
     def receive(self, bucket: Tensor) -> None:
+        """Both, at once."""
         self.begin(bucket)
         self.end()
 

@@ -8,7 +8,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,9 @@ async def scores(worker: Worker) -> np.ndarray:
     return np.concatenate(await worker.handle.score.remote(SEQUENCES))
 
 
-async def test_engines_after_a_broadcast_equal_engines_after_the_file(parts: Parts) -> None:
+async def test_engines_after_a_broadcast_equal_engines_after_the_file(
+    parts: Parts, record_property: Callable[[str, float], None]
+) -> None:
     first = await parts.sync.sync(0)
     assert first.num_by_broadcast == first.num_engines == 2
     before = [await scores(worker) for worker in parts.fleet.workers]
@@ -124,6 +126,7 @@ async def test_engines_after_a_broadcast_equal_engines_after_the_file(parts: Par
     report = await parts.sync.sync(1)
     assert report.num_by_broadcast == report.num_engines == 2
     assert report.probe_error is not None
+    record_property("probe_error_after_broadcast", report.probe_error)
     assert report.probe_error <= AGREES
     assert 0 < report.pause_s <= report.total_s
     assert parts.failures() == []

@@ -163,6 +163,13 @@ def test_a_file_that_is_not_there(tmp_path: Path):
         config_file.load(tmp_path / "gone.yaml")
 
 
+@pytest.mark.parametrize("layout", ["split", "colocated"])
+def test_a_broadcast_is_refused_where_members_would_share_a_gpu(config_path: Path, layout: str):
+    shared = [f"resources.layout={layout}", "resources.engine_gpu_share=0.4"]
+    [problem] = problems(config_path, "sync.transport=broadcast", *shared)
+    assert "sync.transport broadcast needs resources.layout split" in problem
+
+
 def test_the_dump_resolves_to_the_same_config(config_path: Path):
     config = config_file.load(config_path, ["rollout.group_size=4", "warm_start.steps=3"])
     assert config_file.parse(yaml.safe_load(config_file.dump(config)), "dump") == config
@@ -180,6 +187,7 @@ def test_the_hash_covers_what_shapes_learning_only(config_path: Path):
 
     assert hashed("run.name=other", "run.steps=7", "eval.every=3", "resources.cpus=1") == hashed()
     assert hashed("learner.world_size=2", "rollout.workers=3", "sync.timeout_s=9") == hashed()
+    assert hashed("sync.transport=broadcast") == hashed()
     assert hashed("learner.lr=0.5") != hashed()
     assert hashed("run.seed=1") != hashed()  # it decides which tasks come, and in which order
     assert hashed("rewards.verifiers.correct.weight=2") != hashed()
