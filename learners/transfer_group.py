@@ -25,7 +25,7 @@ MARGIN_S = 5.0  # by which NCCL's watchdog, which ends the process, comes after 
 
 
 def open_store(host: str, timeout_s: float) -> TCPStore:
-    """Where a group meets: a free port of `host`, on no other address."""
+    """Where a group meets: a free port of `host`; torch by itself would listen on all addresses."""
     listener = socket.create_server((host, 0))
     port = listener.getsockname()[1]
     return TCPStore(
@@ -35,13 +35,20 @@ def open_store(host: str, timeout_s: float) -> TCPStore:
         wait_for_workers=False,
         timeout=timedelta(seconds=timeout_s),
         master_listen_fd=listener.detach(),
+        use_libuv=False,  # not every libuv server of torch takes over a socket
     )
 
 
 def find_store(host: str, port: int, timeout_s: float) -> TCPStore:
     """The store that rank 0 has opened."""
-    timeout = timedelta(seconds=timeout_s)
-    return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    return TCPStore(
+        host,
+        port,
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        use_libuv=False,
+    )
 
 
 class TransferGroup:
