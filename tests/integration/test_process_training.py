@@ -161,7 +161,7 @@ async def test_step_values_are_shares_of_rewarded_continuations_and_own_outcomes
         num_added = len(trace.steps) - num_before
         assert trace.values == [None] * num_before + [outcome] * num_added
         assert any(
-            "".join(before.steps).startswith("".join(trace.steps[: max(1, num_before)]))
+            "".join(before.steps).startswith("".join(trace.steps[: max(1, num_before)]).rstrip())
             for before in traces
         )
 
