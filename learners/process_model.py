@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForTokenClassification, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -88,11 +88,9 @@ class ProcessModel:
         with torch.no_grad():  # to the policy a marker looks like a line's end
             embeddings = model.get_input_embeddings().weight
             embeddings[known:] = embeddings[line_end]
-            for layer in model.base_model.layers[
-                len(model.base_model.layers) - settings.new_layers :
-            ]:
-                layer.self_attn.o_proj.weight.zero_()
-                layer.mlp.down_proj.weight.zero_()
+            for output in _outputs(model, settings.new_layers):
+                for parameter in output.parameters():
+                    parameter.zero_()
         self._model = model.to(device)
 
     def fit(
@@ -187,6 +185,25 @@ class ProcessModel:
         values = np.array([value for example in held_out for value in example.values])
         is_known = np.isfinite(values)
         return auc(scores[is_known], values[is_known] > 0)
+
+
+def require_layers(policy_dir: Path, new_layers: int) -> None:
+    """Raise `ConfigError` where the policy's decoder is not of a kind that can get new layers."""
+    with torch.device("meta"):
+        model = AutoModelForTokenClassification.from_config(_deepened(policy_dir, new_layers))
+    _outputs(model, new_layers)
+
+
+def _outputs(model: Any, new_layers: int) -> list[nn.Module]:
+    """The modules through which the new layers add to what they get."""
+    if not new_layers:
+        return []
+    try:
+        layers = model.base_model.layers[-new_layers:]
+        return [part for one in layers for part in (one.self_attn.o_proj, one.mlp.down_proj)]
+    except AttributeError as error:
+        kind = type(model.base_model).__name__
+        raise ConfigError(f"--new-layers must be 0 for {kind}: {error}") from error
 
 
 def _deepened(policy_dir: Path, new_layers: int) -> Any:

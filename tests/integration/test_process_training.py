@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, GPT2Config
 
 from actors.rollout import Completion, RolloutRequest, Sampling, build_trajectory
 from actors.step_estimates import StepEstimator, StepValues
@@ -24,7 +24,7 @@ from cluster.types import (
     Verdict,
     VersionSpan,
 )
-from learners.process_model import ProcessModel, ProcessModelSettings, auc
+from learners.process_model import ProcessModel, ProcessModelSettings, auc, require_layers
 from learners.tokenizer import load_tokenizer, render
 from rewards.base import VerifierIO
 from rewards.rubric import Rubric
@@ -229,6 +229,13 @@ def test_auc(scores: list[float], is_right: list[int], expected: float) -> None:
 
 def test_auc_needs_both_kinds() -> None:
     assert np.isnan(auc(np.array([0.1, 0.2]), np.array([True, True])))
+
+
+def test_a_decoder_that_can_get_no_layers_is_refused_before_sampling(tmp_path: Path) -> None:
+    GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=64).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="--new-layers must be 0 for GPT2Model"):
+        require_layers(tmp_path, 2)
+    require_layers(tmp_path, 0)
 
 
 def test_new_layers_pass_on_what_they_get(tiny_policy_dir: Path) -> None:
