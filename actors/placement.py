@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import Config
+from cluster.environment import installed
 
 if TYPE_CHECKING:
     from actors.gang import Gang
@@ -89,12 +90,13 @@ class Placement:
 
     @classmethod
     def of(cls, config: Config, cluster_gpus: float | None = None) -> "Placement":
-        """`resources.accelerator: auto` means GPU where the cluster has `cluster_gpus`, or, with
-        none known, where this machine has the NVIDIA driver.
+        """`resources.accelerator: auto` means GPU where vLLM is installed for GPUs and the cluster
+        has `cluster_gpus`, or, with none known, this machine has the NVIDIA driver.
         """
         wanted = config.resources.accelerator
         has_gpus = bool(cluster_gpus) if cluster_gpus is not None else shutil.which("nvidia-smi")
-        return cls(config, wanted == "gpu" or (wanted == "auto" and bool(has_gpus)))
+        can_use = installed("vllm") is not None  # a CPU build is another package
+        return cls(config, wanted == "gpu" or (wanted == "auto" and can_use and bool(has_gpus)))
 
     @property
     def is_colocated(self) -> bool:

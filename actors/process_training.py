@@ -133,7 +133,7 @@ def train(
         example = StepExample(row.token_ids, row.positions, values)
         examples[trace.task.task_id in held_out_tasks].append(example)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = ProcessModel(policy_dir, tokenizer, device, settings.seed)
+    model = ProcessModel(policy_dir, tokenizer, device, settings)
     yield from model.fit(examples[False], examples[True], settings)
     model.save(out_dir)
 

@@ -18,9 +18,11 @@ from cluster.run_dir import RunDir
 def refuse_changes(config: Config, run_dir: RunDir) -> None:
     """Raise `ConfigError` naming each key that shapes learning and differs from the run so far.
 
-    A run without a checkpoint has nothing that a change could contradict.
+    A run that has come to neither a policy of its own nor a checkpoint has nothing that a change
+    could contradict.
     """
-    if not any(run_dir.checkpoints.glob("step_*/COMPLETE")):
+    has_policy = (run_dir.policy / "config.json").is_file()
+    if not has_policy and not any(run_dir.checkpoints.glob("step_*/COMPLETE")):
         return
     before, now = (_leaves(c) for c in (config_file.load(run_dir.config), config))
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]

@@ -73,6 +73,9 @@ def _write_tiny(policy: TinyPolicy, texts: Sequence[str], target: Path, seed: in
         num_key_value_heads=max(1, policy.num_heads // 2),
         head_dim=64 if policy.hidden_size >= 64 * policy.num_heads else 32,  # sizes vLLM has on CPU
         max_position_embeddings=policy.context_length,
+        # Keeps the variance of what passes a layer. The library's 0.02 suits widths of thousands;
+        # a narrow decoder begins almost mute with it and learns much more slowly.
+        initializer_range=policy.hidden_size**-0.5,
         tie_word_embeddings=True,
         use_cache=True,
         pad_token_id=vocabulary[PAD],

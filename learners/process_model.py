@@ -1,4 +1,4 @@
-"""Training of a process reward model: the policy's decoder with a two-class head on step tokens.
+"""Training of a process reward model: the policy's decoder, a few layers more, a two-class head.
 
 Invariant: the loss is the mean over steps with a known value, each the cross entropy to its value
 as a soft label; a step without a value has no part in it. The directory that `save` writes is what
@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForTokenClassification, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from cluster.errors import ConfigError, StageError
@@ -39,6 +39,11 @@ class StepExample:
 
 @dataclass(frozen=True)
 class ProcessModelSettings:
+    """`new_layers` go on top of the policy's: a policy knows what it would have written only in
+    its last layer, so that to compare this with what was written takes layers behind it.
+    """
+
+    new_layers: int = 2
     epochs: int = 8
     batch_size: int = 32
     lr: float = 3e-4
@@ -56,18 +61,26 @@ class EpochProgress:
 
 
 class ProcessModel:
-    """A token classifier that begins as the policy in `policy_dir`; `tokenizer` may be larger."""
+    """A token classifier that begins as the policy in `policy_dir` with `settings.new_layers`
+    layers that pass on what they get; `tokenizer` may be larger than the policy's.
+    """
 
     def __init__(
-        self, policy_dir: Path, tokenizer: PreTrainedTokenizerBase, device: torch.device, seed: int
+        self,
+        policy_dir: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        settings: ProcessModelSettings,
     ) -> None:
         disable_progress_bar()
         self._tokenizer = tokenizer
         self._device = device
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.manual_seed(settings.seed)
             model: Any = AutoModelForTokenClassification.from_pretrained(
-                policy_dir, dtype=torch.float32, num_labels=2
+                policy_dir,
+                config=_deepened(policy_dir, settings.new_layers),
+                dtype=torch.float32,
             )
             known = model.get_input_embeddings().num_embeddings
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -75,6 +88,9 @@ class ProcessModel:
         with torch.no_grad():  # to the policy a marker looks like a line's end
             embeddings = model.get_input_embeddings().weight
             embeddings[known:] = embeddings[line_end]
+            for output in _outputs(model, settings.new_layers):
+                for parameter in output.parameters():
+                    parameter.zero_()
         self._model = model.to(device)
 
     def fit(
@@ -169,6 +185,34 @@ class ProcessModel:
         values = np.array([value for example in held_out for value in example.values])
         is_known = np.isfinite(values)
         return auc(scores[is_known], values[is_known] > 0)
+
+
+def require_layers(policy_dir: Path, new_layers: int) -> None:
+    """Raise `ConfigError` where the policy's decoder is not of a kind that can get new layers."""
+    with torch.device("meta"):
+        model = AutoModelForTokenClassification.from_config(_deepened(policy_dir, new_layers))
+    _outputs(model, new_layers)
+
+
+def _outputs(model: Any, new_layers: int) -> list[nn.Module]:
+    """The modules through which the new layers add to what they get."""
+    if not new_layers:
+        return []
+    try:
+        layers = model.base_model.layers[-new_layers:]
+        return [part for one in layers for part in (one.self_attn.o_proj, one.mlp.down_proj)]
+    except AttributeError as error:
+        kind = type(model.base_model).__name__
+        raise ConfigError(f"--new-layers must be 0 for {kind}: {error}") from error
+
+
+def _deepened(policy_dir: Path, new_layers: int) -> Any:
+    """The policy's config with two labels and `new_layers` layers more, of its last one's kind."""
+    config = AutoConfig.from_pretrained(policy_dir, num_labels=2)
+    config.num_hidden_layers += new_layers
+    if kinds := getattr(config, "layer_types", None):
+        config.layer_types = [*kinds, *[kinds[-1]] * new_layers]
+    return config
 
 
 def auc(scores: np.ndarray, is_right: np.ndarray) -> float:

@@ -6,6 +6,7 @@ that names its config key.
 
 import asyncio
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ GOLD_TASKS = 8
 JUNK_TASKS = 16
 REWARDS_DEADLINE_S = 120.0
 BUFFER_RETRY_S = 2.0
+WEIGHT_FILES = 3
 LONGEST_PROMPTS = 500  # by characters; only these are tokenized
 
 Announce = Callable[[str], None]
@@ -80,6 +82,8 @@ def build(config: Config, *, address: str, announce: Announce) -> CheckReport:
             announce(f"  preparing the {config.policy.type} policy and its tokenizer")
             prompts = _measure_prompts(config, tasks)
             _check_prompts(config, prompts)
+            if address == "local":
+                _check_memory(config, prompts.num_parameters)
         with report.collect("rewards"):
             announce(f"  rewarding {GOLD_TASKS} gold answers and some junk")
             _check_rewards(config, tasks["train"], report)
@@ -125,6 +129,11 @@ def _check_resources(config: Config, address: str, report: CheckReport) -> None:
         machine = ClusterNode("this machine", {"GPU": plan.available_gpus(), "CPU": math.inf}, {})
         requests = [*placement.requests(), *placement.reward_requests()]
         report.problems += shortages(requests, [machine])
+    if config.rollout.tensor_parallel_size > 1 and not placement.is_gpu:
+        report.problems.append(
+            "rollout.tensor_parallel_size must be 1 without GPUs, got "
+            f"{config.rollout.tensor_parallel_size}"
+        )
     if placement.total_cpus > available:
         report.warnings.append(
             f"rollout.workers ({config.rollout.workers}) and learner.world_size "
@@ -188,6 +197,22 @@ def _check_prompts(config: Config, prompts: Prompts) -> None:
             f"policy.context_length: prompts must leave room for rollout.max_new_tokens, so have "
             f"at most {_prompt_room(config)} tokens; {' and '.join(counts)} "
             f"have more, the longest {prompts.longest}"
+        )
+
+
+def _check_memory(config: Config, num_parameters: int) -> None:
+    """Versions of the weights are handed over in memory: those that are kept and one in the
+    making.
+    """
+    place = Path("/dev/shm")
+    if not place.is_dir():
+        return
+    needed = WEIGHT_FILES * num_parameters * (4 if config.policy.dtype == "float32" else 2)
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise ConfigError(
+            f"policy: {WEIGHT_FILES} versions of its weights need {needed / 2**30:.2f} GiB of "
+            f"/dev/shm, which has {free / 2**30:.2f} free (in a container: `--shm-size`)"
         )
 
 

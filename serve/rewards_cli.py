@@ -129,6 +129,9 @@ def train_process(
         int, typer.Option(min=0, help="Continuations of each step; 0: the traces' own outcomes.")
     ] = 4,
     separator: Annotated[str, typer.Option(help="Regular expression that ends a step.")] = r"\n+",
+    new_layers: Annotated[
+        int, typer.Option(min=0, help="Layers put on top of the policy's, to compare in.")
+    ] = 2,
     epochs: Annotated[int, typer.Option(help="Passes over the traces.")] = 8,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
     seed: Annotated[int, typer.Option(help="Of sampling and training.")] = 0,
@@ -140,7 +143,7 @@ def train_process(
         _open(run),
         dest,
         process_training.TraceSettings(tasks, traces, completions, separator, seed),
-        process_training.ProcessModelSettings(epochs=epochs, lr=lr, seed=seed),
+        process_training.ProcessModelSettings(new_layers, epochs, lr=lr, seed=seed),
     )
 
 

@@ -5,6 +5,7 @@ train until Ctrl-C, go on at once to the end, evaluate.
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from cluster.run_dir import RunDir
+from cluster.status import read
 from tests.processes import KINDS, kinds, left_of, processes_of
 
 pytestmark = pytest.mark.timeout(900)
@@ -61,6 +63,36 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
     return Interrupted(
         place, output, process.returncode, time.monotonic() - sent, before, count_steps(run)
     )
+
+
+def test_an_interrupt_before_the_first_step_leaves_no_process(tmp_path: Path) -> None:
+    process = start(tmp_path, "warm_start.steps=100000")
+    deadline = time.monotonic() + 200
+    run = tmp_path / "runs" / "demo"
+    while phase(run) != "warm_start" and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    sent = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert time.monotonic() - sent < 15
+    assert "nothing saved yet" in output
+    assert left_of(tmp_path) == {}
+
+
+def test_two_ranks_and_two_engines_train_together(tmp_path: Path) -> None:
+    process = start(tmp_path, "run.steps=2", "learner.world_size=2", "rollout.workers=2")
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    run = tmp_path / "runs" / "demo"
+    last = rows(run, "metrics.jsonl")[-1]
+    assert last["step"] == 2
+    assert float(str(last["ratio/mismatch_abs_mean"])) <= 1e-4
+    assert float(str(last["sync/probe_error"])) <= 1e-4
+    state = read(run)
+    assert state is not None
+    names = {actor.name for actor in state.actors}
+    assert {"learner/0", "learner/1", "rollout/0", "rollout/1"} <= names
 
 
 def test_an_interrupt_saves_the_state_and_leaves_no_process(
@@ -131,6 +163,11 @@ def start(cwd: Path, *arguments: str) -> subprocess.Popen[str]:
 def rows(run: Path, name: str) -> list[dict[str, object]]:
     file = run / name
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def phase(run: Path) -> str:
+    state = read(run) if run.is_dir() else None
+    return state.phase if state else ""
 
 
 def count_steps(run: Path) -> int:

@@ -1,6 +1,9 @@
 """`hone check` on real tasks, tokenizers and rewards: what it accepts, and what it refuses."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,13 +119,42 @@ def test_hints_must_have_something_to_come_from(config_file_path: Path, tmp_path
     assert examine(config_file_path, answer).problems == []
 
 
+def test_what_a_cpu_cannot_do_is_said_before_the_start(config_file_path: Path):
+    [problem] = examine(config_file_path, "rollout.tensor_parallel_size=2").problems
+    assert problem == "rollout.tensor_parallel_size must be 1 without GPUs, got 2"
+    with pytest.raises(ConfigError, match=r"policy: 3 versions of its weights need .* /dev/shm"):
+        check._check_memory(config_file.load(config_file_path), 10**13)
+
+
+def test_a_plug_in_beside_the_config_is_found(config_file_path: Path, tmp_path: Path):
+    (tmp_path / "beside.py").write_text(
+        "from rewards.base import VerifierIO\n\n\n"
+        "class Brief:\n"
+        "    async def score(self, group, io: VerifierIO):\n"
+        "        from cluster.types import Verdict\n\n"
+        "        return [Verdict(score=float(len(t.text) < 9)) for t in group.trajectories]\n"
+    )
+    hone = Path(sys.executable).parent / "hone"
+    done = subprocess.run(
+        [hone, "check", config_file_path, "rewards.verifiers.brief={use: 'beside:Brief'}"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_resumed_run_keeps_what_shapes_learning(config_file_path: Path, tmp_path: Path):
     before = config_file.load(config_file_path)
     run = RunDir.create(tmp_path, "demo", config_file.dump(before), exist_ok=False)
     changed = config_file.load(
         config_file_path, ["learner.lr=0.5", "run.steps=7", "warm_start.steps=3"]
     )
-    refuse_changes(changed, run)  # no checkpoint yet
+    refuse_changes(changed, run)  # nothing made yet
+    run.policy.mkdir(exist_ok=True)
+    (run.policy / "config.json").touch()
+    with pytest.raises(ConfigError, match=r"learner\.lr: a resumed run must keep"):
+        refuse_changes(changed, run)
+    (run.policy / "config.json").unlink()  # one from elsewhere
     (run.checkpoints / "step_000001").mkdir()
     (run.checkpoints / "step_000001" / "COMPLETE").touch()
     refuse_changes(before, run)

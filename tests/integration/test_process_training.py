@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, GPT2Config
 
 from actors.rollout import Completion, RolloutRequest, Sampling, build_trajectory
 from actors.step_estimates import StepEstimator, StepValues
@@ -24,13 +24,14 @@ from cluster.types import (
     Verdict,
     VersionSpan,
 )
-from learners.process_model import ProcessModelSettings, auc
+from learners.process_model import ProcessModel, ProcessModelSettings, auc, require_layers
 from learners.tokenizer import load_tokenizer, render
 from rewards.base import VerifierIO
 from rewards.rubric import Rubric
 from rewards.step_models import StepClassifier
 
-SPACES = re.compile(" ")
+# An untrained policy writes anything; about every eighth token ends a step.
+STEP_ENDS = re.compile("[ -@]")
 TASK = Task(
     task_id="t", taskset="x", messages=[Message(role="user", content="4 + 2 =")], reference="6"
 )
@@ -112,10 +113,10 @@ async def test_step_values_are_shares_of_rewarded_continuations_and_own_outcomes
             TrajectoryGroup(group_id="g", task=TASK, trajectories=trajectories)
         )
         sampler.asked.clear()
-        estimator = StepEstimator(sampler, decode, rubric, SAMPLING, SPACES, 6)
+        estimator = StepEstimator(sampler, decode, rubric, SAMPLING, STEP_ENDS, 6)
         traces = await estimator.estimate(group)
         num_asked = len(sampler.asked)
-        frugal = StepEstimator(sampler, decode, rubric, SAMPLING, SPACES, 0)
+        frugal = StepEstimator(sampler, decode, rubric, SAMPLING, STEP_ENDS, 0)
         alone = await frugal.estimate(group)
     finally:
         await rubric.close()
@@ -160,7 +161,7 @@ async def test_step_values_are_shares_of_rewarded_continuations_and_own_outcomes
         num_added = len(trace.steps) - num_before
         assert trace.values == [None] * num_before + [outcome] * num_added
         assert any(
-            "".join(before.steps).startswith("".join(trace.steps[: max(1, num_before)]).strip())
+            "".join(before.steps).startswith("".join(trace.steps[: max(1, num_before)]).rstrip())
             for before in traces
         )
 
@@ -228,3 +229,23 @@ def test_auc(scores: list[float], is_right: list[int], expected: float) -> None:
 
 def test_auc_needs_both_kinds() -> None:
     assert np.isnan(auc(np.array([0.1, 0.2]), np.array([True, True])))
+
+
+def test_a_decoder_that_can_get_no_layers_is_refused_before_sampling(tmp_path: Path) -> None:
+    GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=64).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="--new-layers must be 0 for GPT2Model"):
+        require_layers(tmp_path, 2)
+    require_layers(tmp_path, 0)
+
+
+def test_new_layers_pass_on_what_they_get(tiny_policy_dir: Path) -> None:
+    policy: Any = AutoModel.from_pretrained(tiny_policy_dir, dtype=torch.float32)
+    tokenizer = load_tokenizer(tiny_policy_dir)
+    model = ProcessModel(
+        tiny_policy_dir, tokenizer, torch.device("cpu"), ProcessModelSettings(new_layers=2)
+    )
+    tokens = torch.tensor([tokenizer.encode("4 - 1 = 3\n")])
+    expected = policy(input_ids=tokens).last_hidden_state
+    torch.testing.assert_close(
+        model._model.base_model(input_ids=tokens).last_hidden_state, expected
+    )

