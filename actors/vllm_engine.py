@@ -8,6 +8,7 @@ a rollout worker; the only module besides `weight_transfer` that imports vllm.
 
 import asyncio
 import time
+from collections.abc import Coroutine
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from cluster.types import Author, Segment, TrajectoryStatus, VersionSpan
 GIB = 2**30
 MIN_BATCH_TOKENS = 2048
 BACKEND = "hone"  # registered by actors.weight_transfer in every engine process
+LOOK_S = 0.5  # how soon a dead engine is noticed
 
 
 class VllmEngine:
@@ -87,13 +89,20 @@ class VllmEngine:
         `actors.weight_transfer`. It generates nothing while it waits for the others.
         """
         self._halted_at = self._halted_at or time.monotonic()
-        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
+        await self._unless_dead(
+            self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
+        )
 
     async def load_weights(self, update_info: dict[str, Any], policy_version: int) -> float:
         """Swap weights under running requests (pause keep); returns the pause in seconds, with
         that of attempts which failed before.
         """
         halted_at = self._halted_at = self._halted_at or time.monotonic()
+        await self._unless_dead(self._swap(update_info, policy_version))
+        self._halted_at = None
+        return time.monotonic() - halted_at
+
+    async def _swap(self, update_info: dict[str, Any], policy_version: int) -> None:
         await self._engine.pause_generation(mode="keep", clear_cache=False)
         await self._engine.start_weight_update()
         await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
@@ -101,8 +110,17 @@ class VllmEngine:
         self.policy_version = policy_version
         self._num_loads += 1
         await self._engine.resume_generation()
-        self._halted_at = None
-        return time.monotonic() - halted_at
+
+    async def _unless_dead(self, call: Coroutine[Any, Any, None]) -> None:
+        """Await a control call: vLLM leaves the calls of an engine that has died waiting."""
+        task = asyncio.ensure_future(call)
+        try:
+            while not (await asyncio.wait({task}, timeout=LOOK_S))[0]:
+                if self._engine.errored:
+                    raise self._engine.dead_error
+            task.result()
+        finally:
+            task.cancel()
 
     async def is_alive(self) -> bool:
         return not self._engine.errored

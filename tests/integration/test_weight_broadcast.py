@@ -176,6 +176,7 @@ async def test_an_engine_killed_amid_a_broadcast_costs_a_sync_by_file_and_no_mor
     assert len(parts.failures()) == 1
 
 
+@pytest.mark.slow
 async def test_the_replaced_engine_is_in_the_next_group(parts: Parts) -> None:
     _, replaced = parts.fleet.workers
     assert replaced.repair is not None
