@@ -58,8 +58,6 @@ SMALL = [
     "eval.tasks=4", "eval.samples_per_task=1", "eval.every=100000",
     f"rewards.verifiers.correct={{use: '{RULE}', weight: 0}}",
 ]  # fmt: skip
-
-
 CLAIM = (
     "judge served by vLLM fails for 60 s in a run (hangs, then refuses): it abstains and comes "
     "back by itself, training goes on"
@@ -161,8 +159,8 @@ def judged_by(port: int) -> str:
     """
     settings = (
         f"base_url: 'http://127.0.0.1:{port}/v1', model: {NAME}, first: {{use: '{RULE}'}}, "
-        f"temperature: 1.0, min_mass: {MIN_MASS}, call_timeout_s: {CALL_S}, retries: 0, max_parallel: 2, "
-        f"breaker_failures: 2, breaker_open_s: {OPEN_S}"
+        f"temperature: 1.0, min_mass: {MIN_MASS}, call_timeout_s: {CALL_S}, retries: 0, "
+        f"max_parallel: 2, breaker_failures: 2, breaker_open_s: {OPEN_S}"
     )
     judge = f"{{use: judge, timeout_s: {GROUP_S}, settings: {{{settings}}}}}"
     return f"rewards.verifiers.judged={judge}"
