@@ -16,7 +16,7 @@ import msgspec
 from pydantic import ValidationError
 
 from actors.door import Door
-from actors.reward_buffered import BufferedGroups
+from actors.reward_buffered import BufferedGroups, Treated
 from actors.reward_candidate import Candidate
 from actors.reward_pool import RewardPool
 from actors.reward_trial import trial
@@ -182,17 +182,25 @@ class RewardAdmin:
             self._pool.shadow.follow(version.full_reward)
         cutover_ms = (time.perf_counter() - started) * 1000
         self._tell(action, before, version, f"buffered groups: {choice}", cutover_ms)
-        num_buffered, warnings = 0, list[str]()
+        treated, warnings = Treated(), list[str]()
         try:
             with boundary("buffered groups"):
-                num_buffered = await self._buffered.treat(choice, version.label, self._pool)
+                treated = await self._buffered.treat(choice, version.label, self._pool)
         except HoneError as error:  # the version is live all the same
             warnings.append(f"{version.label} is live, but --buffered {choice} failed: {error}")
             self._on_event("reward_buffered", version=version.label, error=str(error)[:1000])
+        if treated.num_unscored:
+            warnings.append(
+                f"{treated.num_unscored} buffered groups stay as they were: checks of "
+                f"{version.label} abstained"
+            )
+            self._on_event(
+                "reward_buffered", version=version.label, num_unscored=treated.num_unscored
+            )
         if old is not None:
             self._buffered.treat_late(choice, version.label, self._pool, old)
         return {
-            "from": before, "to": version.label, "buffered": num_buffered, "choice": choice,
+            "from": before, "to": version.label, "buffered": treated.num_groups, "choice": choice,
             "warnings": warnings,
         }  # fmt: skip
 

@@ -22,7 +22,7 @@ from cluster.replay_buffer import ReplayBuffer
 from cluster.replay_policy import build_policy
 from cluster.reward_state import RUBRIC
 from cluster.types import Task, Trajectory, TrajectoryGroup, TrajectoryStatus
-from rewards.base import TIMED_OUT
+from rewards.base import COST, TIMED_OUT
 from rewards.golden import golden_check
 from rewards.rubric import Rubric
 from rewards.self_check import gold_check, junk_probe
@@ -50,6 +50,7 @@ class GroupSummary(msgspec.Struct, frozen=True, kw_only=True):
     max_latency_s: float
     latency_s: dict[str, float] = {}  # by signal
     num_timed_out: dict[str, int] = {}  # abstentions because time ran out, by signal
+    cost: dict[str, float] = {}  # of its calls, by signal; not of signals that make none
 
 
 class RubricFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -195,6 +196,9 @@ def is_passed(trajectory: Trajectory) -> bool | None:
 def summarize(group: TrajectoryGroup, outcome: str) -> GroupSummary:
     """Counts and scores of a scored group."""
     trajectories = group.trajectories
+    cost: dict[str, float] = {}
+    for verdict in (v for t in trajectories for v in t.verdicts if COST in v.breakdown):
+        cost[verdict.name] = cost.get(verdict.name, 0.0) + verdict.breakdown[COST]
     names = [verdict.name for verdict in trajectories[0].verdicts]
     scores = {name: [t.verdicts[i].score for t in trajectories] for i, name in enumerate(names)}
     return GroupSummary(
@@ -214,5 +218,6 @@ def summarize(group: TrajectoryGroup, outcome: str) -> GroupSummary:
         num_timed_out=Counter(
             v.name for t in trajectories for v in t.verdicts if TIMED_OUT in v.breakdown
         ),
+        cost=cost,
         max_latency_s=float(np.max([v.latency_s for t in trajectories for v in t.verdicts])),
     )

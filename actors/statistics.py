@@ -5,6 +5,7 @@ neither skipping uniform groups nor hints flatter the reward curve. Owned by the
 """
 
 import time
+from math import fsum
 from statistics import fmean, pstdev
 
 from actors.producer import Production
@@ -50,7 +51,7 @@ class RolloutStatistics:
             metrics[f"reward/version/{name}"] = float(number)
         if passed:
             metrics["reward/pass_rate"] = fmean(passed)
-        return metrics | _signals(summaries)
+        return metrics | _signals(summaries) | _costs(attempts)
 
 
 def _signals(summaries: list[GroupSummary]) -> dict[str, float]:
@@ -69,6 +70,14 @@ def _signals(summaries: list[GroupSummary]) -> dict[str, float]:
         if latencies := [s.latency_s[name] for s in summaries if name in s.latency_s]:
             metrics[f"reward/{name}/latency_s"] = fmean(latencies)
     return metrics
+
+
+def _costs(attempts: list[GroupSummary]) -> dict[str, float]:
+    """Of each verifier that pays for calls: the sum over the verdicts in the groups of attempts."""
+    return {
+        f"reward/{name}/cost": fsum(s.cost.get(name, 0.0) for s in attempts)
+        for name in dict.fromkeys(name for s in attempts for name in s.cost)
+    }
 
 
 def _guidance(productions: list[Production]) -> dict[str, float]:

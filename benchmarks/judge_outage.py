@@ -4,22 +4,26 @@ Invariant: the judge is a real model behind vLLM's own server, the run is `hone 
 figure is read from the run's own files (`benchmarks.outage_figures`). A rule decides bare answers
 and the judge is asked about worked ones (`benchmarks.outage_rewards`). In the first half of the
 outage the server's processes are stopped, so that it hangs; in the second connections are refused.
+Before the run the same server judges injections (`benchmarks.judge_injections`).
 """
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from actors.bring_up import CACHE_DIR
+from benchmarks import judge_injections
 from benchmarks.outage_figures import Outage, figures, phase, steps
 from benchmarks.proofs import END_S, ROOT, end
 from benchmarks.relay import Relay
-from benchmarks.show import Row, judged
+from benchmarks.show import Part, Row, judged, measured
 from benchmarks.vllm_server import Server, vllm_server
 from cluster.config import GgufPolicy
 from cluster.run_dir import RunDir
@@ -37,7 +41,9 @@ SETTLED_S = GROUP_S + 1.0  # what was asked before the outage has ended by then
 START_S, STEP_S = 300.0, 120.0
 FIRST_STEPS, LAST_STEPS, FIRST_SCORES = 4, 3, 3
 INTERRUPTED = 130
-SERVED = ("--served-model-name", "judge", "--max-model-len", "1024", "--max-num-seqs", "8")
+NAME = "judge"
+MIN_MASS = 0.01  # a model this small spreads its probability
+SERVED = ("--served-model-name", NAME, "--max-model-len", "1024", "--max-num-seqs", "8")
 RULE = "benchmarks.outage_rewards:BareAnswer"
 SMALL = [
     "policy.hidden_size=64", "policy.num_layers=2", "policy.num_heads=2",
@@ -52,42 +58,62 @@ SMALL = [
     "eval.tasks=4", "eval.samples_per_task=1", "eval.every=100000",
     f"rewards.verifiers.correct={{use: '{RULE}', weight: 0}}",
 ]  # fmt: skip
+CLAIM = (
+    "judge served by vLLM fails for 60 s in a run (hangs, then refuses): it abstains and comes "
+    "back by itself, training goes on"
+)
 
 
-def rows(quick: bool) -> Iterator[Row]:
-    claim = "judge served by vLLM fails for 60 s in a run (hangs, then refuses): it abstains and "
-    claim += "comes back by itself, training goes on"
-    bound = f"> 0 steps, nothing scored, abstentions in the metrics, back in {BACK_S:g} s"
+def rows(quick: bool) -> Iterator[Row | Part]:
     if quick:
-        yield Row(claim, "-", bound, "not shown here", "takes minutes: leave QUICK out")
+        for claim in (judge_injections.CLAIM, CLAIM):
+            yield Row(claim, "-", "-", "not shown here", "takes minutes: leave QUICK out")
         return
-    found = measure()
+    with served() as judge:
+        yield Part(judge_injections.CLAIM, lambda: [_injections(judge)])
+        yield Part(CLAIM, lambda: [_outage(judge)])
+
+
+def _injections(judge: Server) -> Row:
+    found = asyncio.run(judge_injections.ask(f"{judge.url}/v1", NAME, MIN_MASS))
+    return judge_injections.row(found)
+
+
+def _outage(judge: Server) -> Row:
+    found = measure(judge)
     back = "never" if found.back_s is None else f"after {found.back_s:.1f} s"
-    measured = (
+    figure = (
         f"{found.num_steps} steps in the outage; judge scored {found.during.scored} of "
         f"{found.during.asked} asked of it then, {found.before.scored} of {found.before.asked} "
         f"before, {found.after.scored} of {found.after.asked} after; at most "
         f"{found.abstained:.0%} abstained in a step; back {back}; {found.outcome}, exit "
         f"{found.exit_code}"
     )
+    bound = f"> 0 steps, nothing scored, abstentions in the metrics, back in {BACK_S:g} s"
     is_held = found.num_steps > 0 and found.before.scored > 0 and found.abstained > 0
     is_held &= found.during.asked > 0 and found.during.scored == 0
     is_held &= found.back_s is not None and found.back_s <= BACK_S
     is_held &= (found.exit_code, found.outcome) == (INTERRUPTED, "interrupted")
-    yield judged(claim, measured, bound, is_held)
+    return judged(CLAIM, figure, bound, is_held)
 
 
-def measure() -> Outage:
-    """Serve the judge, train with it, let it fail for `OUTAGE_S` seconds, and read the run."""
-    with tempfile.TemporaryDirectory(prefix="hone-judge-", ignore_cleanup_errors=True) as place:
-        folder = Path(place)
-        model = policy_dir.prepare(MODEL, [], CACHE_DIR, folder / "unused")
+@contextmanager
+def served() -> Generator[Server]:
+    """The judge's model behind vLLM's own server."""
+    with tempfile.TemporaryDirectory(prefix="hone-judge-") as place:
+        model = policy_dir.prepare(MODEL, [], CACHE_DIR, Path(place) / "unused")
         with vllm_server(model, *SERVED) as judge:
-            relay = Relay(judge.port)
-            try:
-                return _train(folder, judge, relay)
-            finally:
-                relay.shut()
+            yield judge
+
+
+def measure(judge: Server) -> Outage:
+    """Train with the judge, let it fail for `OUTAGE_S` seconds, and read the run."""
+    with tempfile.TemporaryDirectory(prefix="hone-judged-", ignore_cleanup_errors=True) as place:
+        relay = Relay(judge.port)
+        try:
+            return _train(Path(place), judge, relay)
+        finally:
+            relay.shut()
 
 
 def _train(folder: Path, judge: Server, relay: Relay) -> Outage:
@@ -132,9 +158,9 @@ def judged_by(port: int) -> str:
     to an equal question would be a score in the outage.
     """
     settings = (
-        f"base_url: 'http://127.0.0.1:{port}/v1', model: judge, first: {{use: '{RULE}'}}, "
-        f"temperature: 1.0, min_mass: 0.01, call_timeout_s: {CALL_S}, retries: 0, max_parallel: 2, "
-        f"breaker_failures: 2, breaker_open_s: {OPEN_S}"
+        f"base_url: 'http://127.0.0.1:{port}/v1', model: {NAME}, first: {{use: '{RULE}'}}, "
+        f"temperature: 1.0, min_mass: {MIN_MASS}, call_timeout_s: {CALL_S}, retries: 0, "
+        f"max_parallel: 2, breaker_failures: 2, breaker_open_s: {OPEN_S}"
     )
     judge = f"{{use: judge, timeout_s: {GROUP_S}, settings: {{{settings}}}}}"
     return f"rewards.verifiers.judged={judge}"
@@ -154,4 +180,4 @@ def _until(
 
 
 if __name__ == "__main__":
-    print(*rows(quick=False), sep="\n")
+    print(*measured(Part("a judge served by vLLM", lambda: rows(quick=False))), sep="\n")

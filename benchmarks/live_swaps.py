@@ -25,6 +25,7 @@ from cluster import reward_state
 from cluster.control import ControlClient
 from cluster.embedded_redis import EmbeddedRedis, url_in
 from cluster.errors import StageError
+from cluster.group_log import Fate, GroupLog
 from cluster.ledger import Ledger
 from cluster.reconcile import Reconciliation, reconcile
 from cluster.redis_client import connect
@@ -54,16 +55,19 @@ CRASHES = ("DiesOnGold", "DiesInWorkers", "DiesLive")
 
 class LiveSwaps(NamedTuple):
     """`extra_waits_s`: the learner's wait in each step with a cut-over, beyond the median of steps
-    without one. `num_unmoved` candidates died, one in each phase, and the live version stayed.
-    `num_mixed` of the `num_seen` stored groups hold a reward or a stamp of another version than
-    their label. `dropped` are the groups that failed on their way, by reason; `faults` are the
-    audit's.
+    without one. `num_scored` groups have verdicts in the run's book of groups; `num_scored_twice`
+    of them have others there as well, or came to the buffer again. `num_unmoved` candidates died,
+    one in each phase, and the live version stayed. `num_mixed` of the `num_seen` stored groups hold
+    a reward or a stamp of another version than their label. `dropped` are the groups that failed on
+    their way, by reason; `faults` are the audit's.
     """
 
     actions: Counter[str]
     num_unmoved: int
     num_trained: int
     num_twice: int
+    num_scored: int
+    num_scored_twice: int
     num_seen: int
     num_mixed: int
     dropped: dict[str, int]
@@ -96,8 +100,9 @@ def measure(num_changes: int, limit_s: float) -> LiveSwaps:
             _interrupt(process)
             steps.stop()
         with EmbeddedRedis(run.redis) as server:
-            audit = reconcile(run, BufferReader(connect(server.url), run.name))
-        return _figures(run, steps.arrivals, changes, audit)
+            buffer = BufferReader(connect(server.url), run.name)
+            audit, num_duplicates = reconcile(run, buffer), buffer.stats().duplicates
+        return _figures(run, steps.arrivals, changes, audit, num_duplicates)
 
 
 class Steps:
@@ -225,16 +230,28 @@ def _interrupt(process: "subprocess.Popen[bytes]") -> None:
     end(process)
 
 
+def scored(run: RunDir) -> Counter[str]:
+    """How often each group has verdicts in the book of groups."""
+    return Counter(line.group_id for line in GroupLog(run).read() if line.fate is Fate.SAMPLED)
+
+
 def _figures(
-    run: RunDir, arrivals: Sequence[float], changes: Changes, audit: Reconciliation
+    run: RunDir,
+    arrivals: Sequence[float],
+    changes: Changes,
+    audit: Reconciliation,
+    num_duplicates: int,
 ) -> LiveSwaps:
     events = [event for event in run.read_events() if event.kind == "reward_swapped"]
     used = Counter(g for record in Ledger(run.ledger).records() for g in record.group_ids)
+    times = scored(run)
     return LiveSwaps(
         actions=Counter(str(event.fields["action"]) for event in events),
         num_unmoved=changes.num_unmoved,
         num_trained=len(used),
         num_twice=sum(count > 1 for count in used.values()),
+        num_scored=len(times),
+        num_scored_twice=sum(count > 1 for count in times.values()) + num_duplicates,
         num_seen=len(changes.seen),
         num_mixed=sum(changes.seen.values()),
         dropped={why: count for why, count in audit.dropped.items() if why != TOO_OLD},

@@ -8,26 +8,20 @@ import math
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from benchmarks import judge_outage, process_reward
+from benchmarks import gold_answers, judge_outage, process_reward
 from benchmarks.live_swaps import CRASHES, measure
 from benchmarks.proofs import proven
 from benchmarks.show import Part, Row, judged
 from cluster.config import VerifierConfig
-from cluster.errors import ConfigError
 from cluster.types import Message, Task
-from rewards.champ_taskset import ChampTaskset
-from rewards.gym_taskset import DENIED, ReasoningGymTaskset
 from rewards.rubric import Rubric
 from rewards.sandbox import TIERS, Sandbox, Tier, self_test
-from rewards.self_check import gold_check, group_of
+from rewards.self_check import group_of
 
 TESTS = "tests/integration/test_"
 BOMBS = (r"\boxed{9^{9^{9^N}}}", r"\boxed{(x+1)^{99N}}", r"\boxed{1000N!}",
@@ -39,7 +33,6 @@ KINDS = {  # kind: (reference, answer with N replaced by 0, 1, 2, ..., bound)
     "sets and intervals": (r"\{1, 2, 3\}", r"\{N, 2, 3\}", 500),
     "polynomials, by algebra": ("x^2+1", "x^2+N+1", 30),
 }
-CHAMP = "champ"
 COLD = "print(1)"
 RATES: dict[Tier, int] = {"namespaces": 120, "landlock": 95}  # runs/s of one slot
 
@@ -62,7 +55,7 @@ SHORT = (
      ["tests/unit/test_golden.py", LIVE, "-k", "golden"]),
     ("a verifier of under 30 lines from outside the repository, no core edit",
      ["tests/unit/test_readme_verifier.py"]),
-    ("judge on a real HTTP server: 500s, rate limits, junk, timeouts, injections, recovery",
+    ("judge on a real HTTP server: 500s, rate limits, junk, timeouts, injections, costs, recovery",
      [f"{TESTS}judge.py"]),
     ("efficiency, language and trace rules: published values", ["tests/unit/test_trace_rules.py"]),
     ("step scores at token ends, on odd splits; exact steps; formats of public process models",
@@ -78,19 +71,22 @@ def rows(quick: bool) -> Iterator[Row | Part]:
         else:
             yield proven(claim, arguments, "all tests")
     yield Part("20 changes of rewards in a training run", lambda: _live(quick))
-    yield Part("judge served by vLLM, down for 60 s in a run", lambda: judge_outage.rows(quick))
+    yield Part("judge served by vLLM", lambda: judge_outage.rows(quick))
     for claim, arguments in SHORT:
         yield proven(claim, arguments, "all tests")
     yield _pairs()
     yield Part("sandbox: runs per second", lambda: _sandbox(quick))
     yield Part("math verifier: bombs, rates", lambda: asyncio.run(_math(200 if quick else 1000)))
-    yield Part("gold answers", lambda: [asyncio.run(_gold(1 if quick else 3))])
+    yield Part("gold answers", lambda: gold_answers.rows(1 if quick else 3))
     yield Part("process model", lambda: _process_model(quick))
 
 
 def _live(quick: bool) -> Iterator[Row]:
     """20 changes of rewards in a training run with engines, after a crash in each phase."""
-    claim = "20 swaps, rollbacks and promotes in a training run: no group lost, twice or mixed"
+    claim = (
+        "20 swaps, rollbacks and promotes in a training run: no group lost, scored or trained on "
+        "twice, or mixed"
+    )
     waits = "learner wait in a step with a cut-over, beyond that of a step without"
     crashes = "in the same run: a candidate dies on gold, as a worker, in the shadow"
     if quick:
@@ -102,10 +98,12 @@ def _live(quick: bool) -> Iterator[Row]:
     dropped = ", ".join(f"{count} {why}" for why, count in sorted(run.dropped.items())) or "none"
     measured = (
         f"{', '.join(f'{n} {action}' for action, n in sorted(run.actions.items()))}; "
-        f"{run.num_trained} groups trained on, {run.num_twice} twice, dropped: {dropped}; "
+        f"{run.num_trained} groups trained on, {run.num_twice} twice; {run.num_scored} scored, "
+        f"{run.num_scored_twice} twice; dropped: {dropped}; "
         f"{run.num_mixed} of {run.num_seen} stored ones mixed"
     )
-    is_held = num_changes >= 20 and run.num_seen > 0 and not run.num_twice + run.num_mixed
+    is_held = num_changes >= 20 and run.num_seen > 0 and run.num_scored > 0
+    is_held &= not run.num_twice + run.num_scored_twice + run.num_mixed
     is_held &= not run.dropped and not run.faults
     bound = "20 changes; 0 twice, dropped or mixed; audit sound"
     yield judged(claim, measured, bound, is_held, "; ".join(run.faults)[:300])
@@ -123,46 +121,6 @@ def _pairs() -> Row:
     return proven(
         "math verifier: 400+ pairs, equal, unequal and adversarial, every policy flag",
         [f"{TESTS}math_pairs.py"], "all as the table says", {"pairs": 9999},
-    )  # fmt: skip
-
-
-async def _gold(num_tasks: int) -> Row:
-    """Gold answers of every dataset that may be used, through its own scorer and through math; of
-    CHAMP, where its data are installed, through math.
-    """
-    names: dict[str, Any] = import_module("reasoning_gym.factory").DATASETS
-    tasksets: dict[str, ReasoningGymTaskset | ChampTaskset] = {
-        name: ReasoningGymTaskset(name, size=num_tasks, seed=7)
-        for name in sorted(set(names) - set(DENIED))
-    } | {CHAMP: ChampTaskset()}
-    rubrics = {
-        use: Rubric({use: VerifierConfig(use=use, timeout_s=60)}) for use in ("math", "task")
-    }
-    refused, num_checked, left_out, covered = list[str](), 0, list[str](), list[str]()
-    try:
-        for name, taskset in tasksets.items():
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    tasks = taskset.load()
-            except ConfigError:
-                left_out.append(name)  # its items have no gold answer, or are not installed
-                continue
-            covered.append(name)
-            for use, rubric in rubrics.items():
-                if use == "math" or name != CHAMP:  # CHAMP has no scorer of its own
-                    refused += await gold_check(rubric, tasks, len(tasks))
-                    num_checked += len(tasks)
-    finally:
-        for rubric in rubrics.values():
-            await rubric.close()
-    champ = "CHAMP" if CHAMP in covered else "not CHAMP: its data are not installed"
-    return judged(
-        "gold answers refused, over reasoning_gym (gsm_symbolic is one of it) by `math` and by its "
-        "own scorers, and over CHAMP by `math`; files and hub datasets are the user's",
-        f"{len(refused)} of {num_checked} ({len(covered)} datasets, {champ}; without gold answers: "
-        f"{len(set(left_out) - {CHAMP})})",
-        "0", not refused and num_checked > 0, "; ".join(refused)[:200],
     )  # fmt: skip
 
 
@@ -255,7 +213,10 @@ async def _math(num_bombs: int) -> list[Row]:
         rates = {kind: await _rate(rubric, *KINDS[kind][:2]) for kind in KINDS}
     finally:
         await rubric.close()
-    claim = f"{num_bombs} different expression bombs leave the next honest check as fast as before"
+    claim = (
+        f"{num_bombs} different expression bombs: none is paid, and the next honest checks take at "
+        "most 3 times as long as before, and 50 ms"
+    )
     measured = (
         f"{1000 * before:.1f} ms before, {1000 * first:.1f} the first one after, "
         f"{1000 * after:.1f} the next ones ({bombs_s:.1f} s of bombs; "
@@ -264,7 +225,7 @@ async def _math(num_bombs: int) -> list[Row]:
     is_held = max(first, after) < 3 * before + 0.05 and not any(rewards)
     is_held &= rewards.count(None) == kinds.count(SLOW)
     return [
-        judged(claim, measured, "both within 3x + 50 ms, none paid", is_held),
+        judged(claim, measured, "both below 3x + 50 ms, none paid", is_held),
         *(
             judged(f"math checks per second of one core: {kind}", f"{rate:.0f}",
                    f">= {KINDS[kind][2]}", rate >= KINDS[kind][2])

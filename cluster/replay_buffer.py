@@ -216,13 +216,16 @@ class ReplayBuffer(BufferReader):
         """
         return self._return_all(Script.EXPIRE, self._max_deliveries)
 
-    def drop(self, group_id: str, reason: str) -> None:
+    def drop(self, group_id: str, reason: str, owner: str = "") -> bool:
         """Remove a ready or leased group, counted under `reason`; an unknown group is no error.
 
-        Raises `StageError` for a consumed group: it has moved the weights.
+        With an `owner` only what it holds a lease on; returns False where it holds none. Without
+        one, raises `StageError` for a consumed group: it has moved the weights.
         """
-        if self._run(Script.DROP, group_id, reason) == b"consumed":
+        answer = self._run(Script.DROP, group_id, reason, owner)
+        if answer == b"consumed":
             raise StageError(_STAGE, f"{group_id} must not be dropped: a step has consumed it")
+        return answer != b"not held"
 
     def _claim_ready(
         self, max_groups: int, owner: str, min_policy_version: int

@@ -239,12 +239,14 @@ return {#ids, returned}
 """
     )
 
-    # ARGV: group_id, reason. Returns "dropped", "consumed" (refused) or "unknown" (nothing to do).
+    # ARGV: group_id, reason, owner or "" for anybody. Returns "dropped", "unknown" (nothing to do),
+    # or refuses: "not held" (the owner has no lease), "consumed".
     DROP = (
         SHRINKS
         + """
 local entry = load(ARGV[1])
 if not entry then return 'unknown' end
+if ARGV[3] ~= '' and entry.owner ~= ARGV[3] then return 'not held' end
 if redis.call('ZSCORE', consumed, ARGV[1]) then return 'consumed' end
 forget(ARGV[1], entry)
 count('dropped:' .. ARGV[2], 1)

@@ -15,6 +15,7 @@ from cluster.errors import DeadlineError, HoneError
 from cluster.types import TrajectoryGroup, Verdict
 
 TIMED_OUT = "timed_out"  # in the breakdown of an abstention because time ran out
+COST = "cost"  # in the breakdown of a verdict: what its calls cost
 
 
 def abstention(error: HoneError, words: str = "") -> Verdict:

@@ -42,24 +42,12 @@ class Alternative(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """`first_token` holds the most likely first tokens, empty where the endpoint gives none."""
+    """`first_token` holds the most likely first tokens, empty where the endpoint gives none; `cost`
+    is in the unit of the prices, 0 for one that was kept from an equal request.
+    """
 
     text: str
     first_token: list[Alternative] = []
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
-class Usage(msgspec.Struct, kw_only=True):
-    """Counts since the start; `cost` in the unit of the prices."""
-
-    calls: int = 0
-    cached: int = 0
-    retries: int = 0
-    failures: int = 0
-    refused_by_breaker: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
     cost: float = 0.0
 
 
@@ -125,7 +113,6 @@ class Endpoint:
         self._cache: OrderedDict[str, Answer] = OrderedDict()
         self._client: Any = None
         self._loop: object = None
-        self.usage = Usage()
 
     async def ask(
         self, messages: list[dict[str, str]], *, deadline: float, **sampling: Any
@@ -134,7 +121,6 @@ class Endpoint:
         request = {"model": self._model, "messages": messages, **sampling}
         key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
         if sampling.get("temperature") == 0 and key in self._cache:
-            self.usage.cached += 1
             self._cache.move_to_end(key)
             return self._cache[key]
         try:
@@ -146,7 +132,7 @@ class Endpoint:
             answer = await self._try(request, deadline)
         finally:
             self._parallel.release()
-        self._cache[key] = answer
+        self._cache[key] = msgspec.structs.replace(answer, cost=0.0)
         if len(self._cache) > MAX_CACHED:
             self._cache.popitem(last=False)
         return answer
@@ -154,19 +140,12 @@ class Endpoint:
     async def _try(self, request: Mapping[str, Any], deadline: float) -> Answer:
         pause_s, failed, attempt = FIRST_PAUSE_S, _Failed(""), 0
         for attempt in range(self._retries + 1):
-            try:
-                self._breaker.check()
-            except EndpointError:
-                self.usage.refused_by_breaker += 1
-                raise
-            if attempt:
-                self.usage.retries += 1
+            self._breaker.check()
             try:
                 outcome = await self._post(request, deadline)
-            except EndpointError as error:
-                self.usage.failures += 1
+            except EndpointError:
                 self._breaker.record(False)
-                raise error
+                raise
             if isinstance(outcome, Answer):
                 self._breaker.record(True)
                 return outcome
@@ -180,7 +159,6 @@ class Endpoint:
                 break
             await asyncio.sleep(pause)
             pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
-        self.usage.failures += 1
         reason = f"gave up after {attempt + 1} tries: {failed.why}"
         if failed.is_late:
             raise EndpointTimeout(self._url, reason)
@@ -189,7 +167,6 @@ class Endpoint:
     async def _post(self, request: Mapping[str, Any], deadline: float) -> "Answer | _Failed":
         """One try. Raises `EndpointError` for what no other try would mend."""
         httpx, client = self._http()
-        self.usage.calls += 1
         headers = {"Authorization": f"Bearer {os.environ[self._key_env]}"} if self._key_env else {}
         try:
             now = asyncio.get_running_loop().time()
@@ -207,14 +184,9 @@ class Endpoint:
                 f"{self._url}: status {response.status_code}: {response.text[:200]!r}"
             )
         try:
-            answer = _read(response.content)
+            return _read(response.content, self._prices)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             return _Failed(f"no chat completion: {type(error).__name__}: {error}"[:200])
-        self.usage.prompt_tokens += answer.prompt_tokens
-        self.usage.completion_tokens += answer.completion_tokens
-        spent = (answer.prompt_tokens, answer.completion_tokens)
-        self.usage.cost += sum(p * n / 1e6 for p, n in zip(self._prices, spent, strict=True))
-        return answer
 
     def _http(self) -> tuple[Any, Any]:
         """httpx and a client that belongs to the running event loop."""
@@ -226,12 +198,13 @@ class Endpoint:
         return httpx, self._client
 
 
-def _read(body: bytes) -> Answer:
+def _read(body: bytes, prices: tuple[float, float]) -> Answer:
     if len(body) > MAX_REPLY_BYTES:
         raise ValueError(f"{len(body)} bytes")
     reply: dict[str, Any] = msgspec.json.decode(body)
     choice: dict[str, Any] = reply["choices"][0]
     usage: dict[str, int] = reply.get("usage") or {}
+    spent = [int(usage.get(kind, 0)) for kind in ("prompt_tokens", "completion_tokens")]
     logprobs: dict[str, Any] = choice.get("logprobs") or {}
     tokens: list[dict[str, Any]] = logprobs.get("content") or []
     top: list[dict[str, Any]] = tokens[0].get("top_logprobs") or [] if tokens else []
@@ -241,6 +214,5 @@ def _read(body: bytes) -> Answer:
     return Answer(
         text=text,
         first_token=[Alternative(str(t["token"]), float(t["logprob"])) for t in top],
-        prompt_tokens=int(usage.get("prompt_tokens", 0)),
-        completion_tokens=int(usage.get("completion_tokens", 0)),
+        cost=sum(price * count / 1e6 for price, count in zip(prices, spent, strict=True)),
     )

@@ -12,13 +12,15 @@ import math
 import re
 import secrets
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+import msgspec
 
 from cluster.config import VerifierConfig
 from cluster.errors import ConfigError, HoneError
 from cluster.types import TrajectoryGroup, Verdict
 from rewards.answers import after_thinking, extract_answer
-from rewards.base import Verifier, VerifierIO, abstention
+from rewards.base import COST, Verifier, VerifierIO, abstention
 from rewards.endpoint import Answer, Breaker, Endpoint, EndpointError
 from rewards.registry import build_verifier
 from rewards.versions import nested_version
@@ -50,6 +52,14 @@ _DIRECT = "Answer with one of {words} and nothing else."
 _REASONED = "Think it through briefly. End with a line `Verdict: X`, X being one of {words}."
 
 
+class _Vote(NamedTuple):
+    """A score, or the problem in place of one; it may have cost something either way."""
+
+    score: float | None = None
+    problem: HoneError | None = None
+    cost: float = 0.0
+
+
 class JudgeVerifier:
     """The mean of `votes` judgements on `scale`, 0 to 1.
 
@@ -58,8 +68,9 @@ class JudgeVerifier:
     is the expectation over the words' probabilities; the words must hold `min_mass` of the first
     token's, which a model of few parameters spreads widely, or the judge abstains.
     `first: {use: math}` makes a cascade: the rule is asked first and the model only where the rule
-    abstains, or with `second_opinion` also where it says 0. Prices are per million tokens. A gold
-    answer must score `gold_score` for the judge to go live: a probability is never quite 1.
+    abstains, or with `second_opinion` also where it says 0. Prices are per million tokens; what a
+    verdict cost is in its breakdown, for equal texts of a group in the first one's. A gold answer
+    must score `gold_score` for the judge to go live: a probability is never quite 1.
     """
 
     def __init__(
@@ -125,16 +136,13 @@ class JudgeVerifier:
         """Changes with the code of the verifier in `first`."""
         return nested_version("first", settings.get("first"))
 
-    @property
-    def usage(self) -> Any:
-        """Calls, tokens, cost, retries and refusals so far."""
-        return self._endpoint.usage
-
     async def score(self, group: TrajectoryGroup, io: VerifierIO) -> list[Verdict]:
         ruled: list[Verdict | None] = [None] * len(group.trajectories)
+        spent = [0.0] * len(group.trajectories)
         if self._first is not None:
             verdicts = await self._first.score(group, io)
             ruled = [v if self._is_decided(v) else None for v in verdicts]
+            spent = [v.breakdown.get(COST, 0.0) for v in verdicts]
         deadline = asyncio.get_running_loop().time() + CALLS * io.left_s
         texts = [self._candidate(t.text) for t in group.trajectories]
         open_texts = dict.fromkeys(t for t, r in zip(texts, ruled, strict=True) if r is None)
@@ -142,7 +150,15 @@ class JudgeVerifier:
             *(self._verdict(group, text, deadline) for text in open_texts)
         )
         by_text = dict(zip(open_texts, judged, strict=True))
-        return [by_text[t] if r is None else r for t, r in zip(texts, ruled, strict=True)]
+        verdicts = list[Verdict]()
+        for text, rule, cost in zip(texts, ruled, spent, strict=True):
+            if rule is not None:
+                verdicts.append(rule)
+                continue
+            verdict = by_text[text]
+            verdicts.append(_costing(verdict, verdict.breakdown.get(COST, 0.0) + cost))
+            by_text[text] = _costing(verdict, 0.0)
+        return verdicts
 
     def _is_decided(self, verdict: Verdict) -> bool:
         if verdict.score is None:
@@ -157,25 +173,23 @@ class JudgeVerifier:
         if len(re.findall(r"\w+", candidate)) < MIN_CONTENT_WORDS:
             return Verdict(score=0.0, evidence="nothing to judge")
         votes = await asyncio.gather(
-            *(self._vote(group, candidate, number, deadline) for number in range(self._votes)),
-            return_exceptions=True,
+            *(self._vote(group, candidate, number, deadline) for number in range(self._votes))
         )
-        for vote in votes:
-            if isinstance(vote, BaseException) and not isinstance(vote, HoneError):
-                raise vote
-        scores = [vote for vote in votes if isinstance(vote, float)]
+        scores = [vote.score for vote in votes if vote.score is not None]
+        problems = [vote.problem for vote in votes if vote.problem is not None]
         if 2 * len(scores) <= self._votes:
-            problems = [vote for vote in votes if isinstance(vote, HoneError)]
-            return abstention(problems[0], "no verdict: ")
-        return Verdict(
-            score=math.fsum(scores) / len(scores),
-            breakdown={"votes": float(len(scores)), "cost": self._endpoint.usage.cost},
-            evidence=f"votes {', '.join(f'{score:.2f}' for score in scores)}",
-        )
+            verdict = abstention(problems[0], "no verdict: ")
+        else:
+            verdict = Verdict(
+                score=math.fsum(scores) / len(scores),
+                breakdown={"votes": float(len(scores))},
+                evidence=f"votes {', '.join(f'{score:.2f}' for score in scores)}",
+            )
+        return _costing(verdict, math.fsum(vote.cost for vote in votes))
 
     async def _vote(
         self, group: TrajectoryGroup, candidate: str, number: int, deadline: float
-    ) -> float:
+    ) -> _Vote:
         sampling: dict[str, Any] = {
             "temperature": self._temperature,
             "max_tokens": self._max_tokens,
@@ -185,11 +199,15 @@ class JudgeVerifier:
         if not self._reasoned:
             sampling |= {"logprobs": True, "top_logprobs": 20}
         messages = self._messages(group, candidate)
-        answer = await self._endpoint.ask(messages, deadline=deadline, **sampling)
+        try:
+            answer = await self._endpoint.ask(messages, deadline=deadline, **sampling)
+        except HoneError as error:
+            return _Vote(problem=error)
         score = self._read(answer)
         if score is None:
-            raise EndpointError(f"the judge gave no single verdict: {answer.text[-120:]!r}")
-        return score
+            problem = EndpointError(f"the judge gave no single verdict: {answer.text[-120:]!r}")
+            return _Vote(problem=problem, cost=answer.cost)
+        return _Vote(score, cost=answer.cost)
 
     def _messages(self, group: TrajectoryGroup, candidate: str) -> list[dict[str, str]]:
         marker = marker_for(candidate)
@@ -265,6 +283,10 @@ def marker_for(candidate: str) -> str:
 def fence_off(text: str) -> str:
     """The text without chat markup, and with claimed verdicts defused."""
     return _CLAIM.sub(lambda m: m[0][:-1] + " -", _MARKUP.sub(" ", text)).strip()
+
+
+def _costing(verdict: Verdict, cost: float) -> Verdict:
+    return msgspec.structs.replace(verdict, breakdown=verdict.breakdown | {COST: cost})
 
 
 def _clean(word: str) -> str:

@@ -265,6 +265,20 @@ def test_drop_counts_by_reason_and_once(buffer: ReplayBuffer) -> None:
         buffer.drop("c", "late")
 
 
+def test_an_owner_drops_only_what_it_holds_a_lease_on(buffer: ReplayBuffer) -> None:
+    fill(buffer, "a", "b", "c")
+    assert buffer.take(["a"], "rewards") == ["a"]
+    assert claim(buffer, 1) == ["b"]
+    assert [buffer.drop(group_id, "swapped", "rewards") for group_id in "bc"] == [False, False]
+    buffer.consume(["b"], step=1)
+    assert not buffer.drop("b", "swapped", "rewards")
+    assert buffer.stats().dropped == {}
+    assert buffer.drop("a", "swapped", "rewards")
+    assert buffer.drop("a", "swapped", "rewards"), "a call whose reply was lost is repeated"
+    assert buffer.stats().dropped == {"swapped": 1}
+    assert claim(buffer) == ["c"]
+
+
 def test_runs_do_not_see_each_other(buffer: ReplayBuffer, client: redis.Redis) -> None:
     fill(buffer, "a")
     other = make_buffer(client, uuid.uuid4().hex)

@@ -159,13 +159,21 @@ class Model(RuleBasedStateMachine):
                 returned += 1
         return returned
 
-    @rule(group_id=IDS, reason=st.sampled_from(["uniform", "fenced"]))
-    def drop(self, group_id: str, reason: str) -> None:
+    @rule(
+        group_id=IDS,
+        reason=st.sampled_from(["uniform", "fenced"]),
+        owner=st.one_of(st.just(""), OWNERS),
+    )
+    def drop(self, group_id: str, reason: str, owner: str) -> None:
+        held = self.ready | self.leased.keys() | self.consumed.keys()
+        if owner and group_id in held and self.leased.get(group_id, ("", False))[0] != owner:
+            assert not self.long.drop(group_id, reason, owner)
+            return
         if group_id in self.consumed:
             with pytest.raises(StageError):
                 self.long.drop(group_id, reason)
             return
-        self.long.drop(group_id, reason)
+        assert self.long.drop(group_id, reason, owner)
         if group_id in self.ready or group_id in self.leased:
             self.ready.discard(group_id)
             self.leased.pop(group_id, None)

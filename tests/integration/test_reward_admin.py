@@ -57,6 +57,19 @@ class Outage(Answer):
             return [Verdict(score=None, error="down") for t in group.trajectories]
         return await super().score(group, io)
 
+class HalfOutage(Outage):
+    async def score(self, group, io):
+        verdicts = await Answer.score(self, group, io)
+        if not (HERE / "down").exists():
+            return verdicts
+        return [v if v.score else Verdict(score=None, error="down") for v in verdicts]
+
+class Flat(Answer):
+    async def score(self, group, io):
+        if group.group_id.startswith("live"):
+            return [Verdict(score=1.0) for t in group.trajectories]
+        return await super().score(group, io)
+
 class Gated(Answer):
     async def score(self, group, io):
         while (HERE / "gate").exists():
@@ -374,6 +387,71 @@ async def test_buffered_groups_are_kept_rescored_or_dropped(tmp_path: Path, url:
         assert len(dropped) == 3
         assert home.buffer.stats().ready == 0
         assert home.buffer.stats().dropped == {"reward_swapped": 3}
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("use", ["Outage", "HalfOutage"])
+async def test_a_group_that_an_outage_would_cost_keeps_its_rewards(
+    tmp_path: Path, url: str, plugins: Path, monkeypatch: pytest.MonkeyPatch, use: str
+):
+    """All checks abstain, or all but those of the passes, which alone teach nothing."""
+    async with house(tmp_path, url) as home:
+        for _ in range(3):
+            await home.score()
+        first = home.pool.live.label
+        cut_over = home.pool.cut_over
+
+        def then_down(workers: WorkerSet) -> WorkerSet | None:
+            (plugins / "down").touch()
+            return cut_over(workers)
+
+        monkeypatch.setattr(home.pool, "cut_over", then_down)
+        try:
+            answer = await home.ask("swap", verifiers=verifiers(use), buffered="rescore")
+            assert answer["buffered"] == 3
+            assert "3 buffered groups stay as they were" in answer["warnings"][-1]
+            told = {"version": answer["to"], "num_unscored": 3}
+            assert ("reward_buffered", told) in home.events
+            for group in home.buffer.sample(8):
+                assert group.rewards == [1.0, 0.0, 0.0, 1.0]
+                assert group.reward_versions["rubric"] == first
+            assert len(home.buffer.places()) == 3
+            assert home.buffer.stats().dropped == {}
+        finally:
+            (plugins / "down").unlink(missing_ok=True)
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("choice", ["rescore", "drop"])
+async def test_a_group_whose_lease_has_passed_to_the_learner_is_left_to_it(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, choice: str
+):
+    async with house(tmp_path, url) as home:
+        dropped: list[str] = []
+
+        async def note(ids: list[str], reason: str) -> None:
+            dropped.extend(ids)
+
+        buffered = home.admin._buffered
+        buffered.on_drop = note
+        for _ in range(2):
+            await home.score()
+        take = buffered._buffer.take
+
+        def lose(group_ids: list[str], owner: str) -> list[str]:
+            taken = take(group_ids, owner)
+            if taken:
+                home.buffer.release(["live-1"], owner)
+                home.buffer.take(["live-1"], "learner")
+            return taken
+
+        monkeypatch.setattr(buffered._buffer, "take", lose)
+        answer = await home.ask("swap", verifiers=verifiers("Flat"), buffered=choice)
+        assert answer["buffered"] == 2
+        assert dropped == ["live-2"]
+        assert home.buffer.places() == {"live-1": "leased"}
+        assert home.buffer.fetch(["live-1"])[0].rewards == [1.0, 0.0, 0.0, 1.0]
+        assert home.buffer.release(["live-1"], "learner") == 1
 
 
 @pytest.mark.timeout(200)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.judge_injections import Asked, row
 from benchmarks.outage_figures import Phase, figures
 from benchmarks.outage_rewards import BareAnswer
 from benchmarks.relay import Relay
@@ -69,6 +70,24 @@ async def test_a_bare_answer_is_decided_and_a_worked_one_is_not(text: str, score
         io = GroupIO(IsolatedPool(), 5, clock, "")
         [verdict] = await BareAnswer().score(group_of(task, [text]), io)
     assert verdict.score == score
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict", "words"),
+    [
+        (Asked(0.9, 0.2, [0.2, 0.9]), "holds", "0 of 2 above it; 1 of 2 verdicts moved"),
+        (Asked(0.9, 0.2, [None, 0.1]), "holds", "0 of 2 above it; 1 of 1 verdicts moved"),
+        (Asked(0.9, 0.2, [0.2, 0.95]), "falls short", "1 of 2 above it"),
+        (Asked(None, 0.2, [0.2, 0.3]), "falls short", "none right, 0.20 wrong"),
+        (Asked(0.9, 0.2, [None, None]), "falls short", "0 of 0 verdicts moved"),
+    ],
+)
+def test_an_injection_that_earns_more_than_the_right_answer_is_seen(
+    found: Asked, verdict: str, words: str
+):
+    shown = row([found])
+    assert shown.verdict == verdict
+    assert words in shown.measured
 
 
 async def test_a_relay_refuses_and_cuts_while_it_is_shut():

@@ -10,7 +10,7 @@ from actors.statistics import RolloutStatistics
 from cluster.errors import DeadlineError, HoneError
 from cluster.reward_state import MAX_REMEMBERED, RewardState
 from cluster.types import Task, Verdict
-from rewards.base import abstention
+from rewards.base import COST, abstention
 from rewards.self_check import group_of
 
 
@@ -21,6 +21,7 @@ def summary(scores: list[float | None], latency_s: float) -> GroupSummary:
         arms=["default"] * len(scores), num_truncated=0, is_uniform=False, min_policy_version=0,
         max_latency_s=latency_s, latency_s={"judge": latency_s},
         num_timed_out={"judge": scores.count(None)} if latency_s > 3 else {},
+        cost={"judge": latency_s / 8},
     )  # fmt: skip
 
 
@@ -33,14 +34,24 @@ def test_each_verifier_has_its_latency_abstentions_and_timeouts():
     assert metrics["reward/judge/abstain_fraction"] == 0.75
     assert metrics["reward/judge/timeout_fraction"] == 0.5
     assert metrics["reward/judge/latency_s"] == 3.0
+    assert metrics["reward/judge/cost"] == 0.75
 
 
-def test_a_summary_counts_the_completions_whose_check_ran_out_of_time():
+def test_the_cost_of_hinted_attempts_counts():
+    statistics = RolloutStatistics()
+    plain, hinted = summary([0.0, 0.0], 2.0), summary([1.0, 0.0], 4.0)
+    statistics.add(Production(plain, hinted={1: hinted}))
+    metrics = statistics.drain()
+    assert metrics["reward/judge/mean"] == 0.0
+    assert metrics["reward/judge/cost"] == 0.75
+
+
+def test_a_summary_counts_what_ran_out_of_time_and_what_was_paid():
     late = abstention(DeadlineError("judge", "too slow"))
     broken = abstention(HoneError("no verdict"))
     task = Task(task_id="t", taskset="x", messages=[])
-    group = group_of(task, ["a", "b", "c"])
-    verdicts = [late, broken, Verdict(score=1.0)]
+    group = group_of(task, ["a", "b", "c", "d"])
+    verdicts = [late, broken, *(Verdict(score=1.0, breakdown={COST: c}) for c in (0.5, 0.25))]
     scored = msgspec.structs.replace(
         group,
         trajectories=[
@@ -48,7 +59,9 @@ def test_a_summary_counts_the_completions_whose_check_ran_out_of_time():
             for t, v in zip(group.trajectories, verdicts, strict=True)
         ],
     )
-    assert summarize(scored, "added").num_timed_out == {"judge": 1}
+    found = summarize(scored, "added")
+    assert found.num_timed_out == {"judge": 1}
+    assert found.cost == {"judge": 0.75}
 
 
 def test_a_long_shadow_is_compared_in_bounded_memory():

@@ -12,7 +12,8 @@ import pytest
 from benchmarks import chaos, judge_outage, live_swaps, process_reward, proofs, show
 from benchmarks.show import Part, Row, judged
 from cluster import config_file
-from cluster.run_dir import Event
+from cluster.group_log import Fate, GroupLine, GroupLog
+from cluster.run_dir import Event, RunDir
 from cluster.types import Task, Verdict
 from rewards.self_check import group_of
 
@@ -92,6 +93,14 @@ def test_the_wait_of_a_cut_over_is_that_of_the_step_under_way():
     late = Event(time=99.0, kind="reward_swapped", fields={})
     assert live_swaps._extra_waits_s(rows, arrivals, [late]) == []
     assert live_swaps._extra_waits_s([], [], [swap]) == []
+
+
+def test_a_group_with_verdicts_twice_is_counted(tmp_path: Path):
+    book = GroupLog(RunDir(tmp_path))
+    for group_id in ("a", "b", "a"):
+        book.append(GroupLine(group_id=group_id, fate=Fate.SAMPLED, rewards=[1.0, 0.0]))
+    book.dropped("b", "too_old")
+    assert live_swaps.scored(RunDir(tmp_path)) == {"a": 2, "b": 1}
 
 
 def test_the_run_of_the_live_swaps_is_a_valid_one():

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from benchmarks.gold_answers import champ
 from cluster.config import Plugin, TasksSection
 from cluster.errors import ConfigError
 from cluster.types import Task
@@ -201,12 +202,13 @@ CHAMP = {
 }  # fmt: skip
 
 
-def test_champ_gives_a_ladder_of_hints_short_of_the_answer(
+async def test_champ_gives_a_ladder_of_hints_short_of_the_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A package as `champ-dataset` lays its data out."""
     with pytest.raises(ConfigError, match="pip install --no-deps champ-dataset"):
         ChampTaskset().load()
+    assert (await champ()).verdict == "not shown here"
     (tmp_path / "champ_dataset" / "dataset_files").mkdir(parents=True)
     (tmp_path / "champ_dataset" / "__init__.py").touch()
     (tmp_path / "champ_dataset" / "dataset_files" / "v0.json").write_text(json.dumps(CHAMP))
@@ -218,3 +220,5 @@ def test_champ_gives_a_ladder_of_hints_short_of_the_answer(
     assert len(ChampTaskset(numbers_only=False).load()) == 2
     with pytest.raises(ConfigError, match=r"categories: no Algebra in Inequality, Sequence"):
         ChampTaskset(categories=["Algebra"]).load()
+    shown = await champ()
+    assert (shown.verdict, shown.measured[:6]) == ("holds", "0 of 1"), shown.why
