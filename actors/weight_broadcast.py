@@ -59,7 +59,7 @@ class WeightBroadcast:
         members = [self._learner.ranks[0], *[worker.handle for worker in workers]]
         has_met = members == self._members
         self._members = []  # until all is well
-        results = [] if has_met else await self._meet(workers)
+        results: list[Any] = [] if has_met else await self._meet(workers)
         failures = [result for result in results if isinstance(result, StageError)]
         if failures:
             not_met = StageError("sync", f"the group did not meet: {failures[0]}")
