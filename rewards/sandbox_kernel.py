@@ -206,9 +206,8 @@ _Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, v
 @functools.cache
 def seccomp_program(tier: str) -> bytes:
     """The filter as the kernel reads it. In tier `landlock`, whose files are the machine's, no call
-    changes a path, and `open` truncates only what it opens for writing, which Landlock guards.
-
-    Raises `OSError` on a machine without a call table.
+    changes a path, and `open` asks for reading or writing, which Landlock guards: to truncate, for
+    writing. Raises `OSError` on a machine without a call table.
     """
     if platform.machine() != "x86_64":
         raise OSError(_ENOSYS, f"no system call table for {platform.machine()}")
@@ -248,7 +247,8 @@ def seccomp_program(tier: str) -> bytes:
         for number, index in ((_SYS_OPEN, 1), (_SYS_OPENAT, 2)):
             rules[number] = [
                 argument(index), (0x54, 0, 0, _O_TRUNC | _O_ACCMODE),
-                *when(_O_TRUNC, deny), *when(_O_TRUNC | _O_ACCMODE, deny), allow,
+                *when(_O_TRUNC, deny), *when(_O_ACCMODE, deny),
+                *when(_O_TRUNC | _O_ACCMODE, deny), allow,
             ]  # fmt: skip
     rules = rules | {number: [allow] for number in allowed if number not in rules}
     program = [load(4), *unless(_AUDIT_ARCH_X86_64, kill)]

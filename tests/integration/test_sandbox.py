@@ -62,6 +62,7 @@ ATTACKS = {
     "truncate by opening": "import os\nfor mode in range(4):\n"
     "  try: os.open('{canary}', os.O_TRUNC | mode)\n"
     "  except OSError: continue\n  print('ESCAPED', mode)",
+    "open for neither": "import os\nos.open('{canary}', 3)\nprint('ESCAPED')",
     "symlink out": "import os\nos.symlink('{canary}', '/tmp/l')\n"
     "print('ESCAPED', open('/tmp/l').read())",
     "device": "import os, stat\nos.mknod('/tmp/d', 0o600 | stat.S_IFBLK, os.makedev(8, 0))\n"
