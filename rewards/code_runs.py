@@ -5,6 +5,7 @@ ends before that, nothing is said about the program. Runs inside an isolated wor
 (`rewards.isolation`); called by `rewards.code_verifier` by its path.
 """
 
+import json
 import math
 import time
 from typing import Any, cast
@@ -16,7 +17,7 @@ from rewards.sandbox import Limits, RunResult, Sandbox, Tier, sandbox_of
 
 MAX_DEPTH = 32
 TIMEOUTS = ("wall_timeout", "cpu_timeout")
-Answer = tuple[str, Any]  # status and what was printed, or the function's value
+Answer = tuple[str, str]  # status and what was printed, or the function's value as JSON
 
 
 class BudgetError(HoneError):
@@ -55,17 +56,20 @@ def run_cases(
     tier: Tier,
     code: str,
     function: str,
-    inputs: list[Any],
+    inputs: str,
     limits: dict[str, Any],
     one_run_per_case: bool,
     budget_s: float,
 ) -> list[Answer]:
-    """One answer per input. Raises `BudgetError`."""
+    """One answer per input of a JSON list: JSON because its integers have any size. Raises
+    `BudgetError`.
+    """
     sandbox, bound = sandbox_of(tier), msgspec.convert(limits, Limits)
     clock = _Clock(budget_s, bound)
+    given: list[Any] = json.loads(inputs)
     if not function:
-        return [_run_program(sandbox, code, text, clock) for text in inputs]
-    batches = [[i] for i in inputs] if one_run_per_case else [inputs]
+        return [_run_program(sandbox, code, text, clock) for text in given]
+    batches = [[arguments] for arguments in given] if one_run_per_case else [given]
     return [a for batch in batches for a in _run_calls(sandbox, code, function, batch, clock)]
 
 
@@ -94,7 +98,7 @@ def _run_calls(
         if not done and clock.is_overrun(reply.status, limits):
             done = given[:1]
         answers += done
-    return answers + [("wall_timeout", None)] * (len(calls) - len(answers))
+    return answers + [("wall_timeout", "")] * (len(calls) - len(answers))
 
 
 def run_tests(
@@ -119,7 +123,7 @@ def read_answers(reply: RunResult, count: int) -> list[Answer]:
     """One answer per call from distrusted lines; too many lines spoil all of them."""
     lines = reply.result.splitlines()
     if len(lines) > count:
-        return [("result_invalid", None)] * count
+        return [("result_invalid", "")] * count
     answers: list[Answer] = []
     for line in lines:
         try:
@@ -127,13 +131,14 @@ def read_answers(reply: RunResult, count: int) -> list[Answer]:
         except (msgspec.DecodeError, RecursionError):
             value = None
         if not isinstance(value, dict) or _depth(line) > MAX_DEPTH:
-            answers.append(("result_invalid", None))
+            answers.append(("result_invalid", ""))
         elif "value" in value:
-            answers.append(("ok", cast(dict[str, Any], value)["value"]))
+            text = msgspec.json.encode(cast(dict[str, Any], value)["value"]).decode()
+            answers.append(("ok", text))
         else:
-            answers.append(("model_error", None))
+            answers.append(("model_error", ""))
     missing = "model_error" if reply.status == "ok" else reply.status
-    return answers + [(missing, None)] * (count - len(answers))
+    return answers + [(missing, "")] * (count - len(answers))
 
 
 def _depth(line: str) -> int:

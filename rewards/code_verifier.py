@@ -126,14 +126,12 @@ class CodeVerifier:
                 tally = msgspec.convert(raw, dict[str, int])
                 passed, total = tally["passed"], tally["tests"]
             else:
-                inputs: list[object] = [
-                    cast(object, c.args) if tests.function else c.input for c in tests.cases
-                ]
+                inputs = json.dumps([c.args if tests.function else c.input for c in tests.cases])
                 raw = await io.run_isolated(
                     RUN_CASES, self._tier, code, tests.function, inputs, limits,
                     self._one_run_per_case, budget_s, timeout_s=limit_s,
                 )  # fmt: skip
-                answers = msgspec.convert(raw, list[tuple[str, Any]])
+                answers = msgspec.convert(raw, list[tuple[str, str]])
                 passed, total = 0, len(tests.cases)
                 for case, (status, answer) in zip(tests.cases, answers, strict=True):
                     is_right = status == "ok" and self._is_right(tests, case, answer)
@@ -148,10 +146,10 @@ class CodeVerifier:
             evidence=f"{passed} of {total} tests" + (f", first fault: {note}" if note else ""),
         )
 
-    def _is_right(self, tests: Tests, case: Case, answer: Any) -> bool:
+    def _is_right(self, tests: Tests, case: Case, answer: str) -> bool:
         if tests.function:
-            return is_same(case.expected, answer, self._tolerance)
-        return _is_same_output(case.output or "", str(answer), self._tolerance)
+            return is_same(case.expected, json.loads(answer), self._tolerance)
+        return _is_same_output(case.output or "", answer, self._tolerance)
 
 
 @lru_cache(maxsize=2)
@@ -216,8 +214,8 @@ def is_same(expected: Any, answer: Any, tolerance: float) -> bool:
             is_same(value, given[key], tolerance) for key, value in wanted.items()
         )
     if tolerance and _is_number(cast(object, expected)) and _is_number(cast(object, answer)):
-        return math.isclose(
-            cast(float, expected), cast(float, answer), rel_tol=tolerance, abs_tol=tolerance
+        return expected == answer or _is_close(
+            cast(float, expected), cast(float, answer), tolerance
         )
     return type(cast(object, expected)) is type(cast(object, answer)) and expected == answer
 
@@ -240,10 +238,10 @@ def _is_same_output(expected: str, printed: str, tolerance: float) -> bool:
     )
 
 
-def _is_close(expected: str, answer: str, tolerance: float) -> bool:
+def _is_close(expected: str | float, answer: str | float, tolerance: float) -> bool:
     try:
         return math.isclose(
             float(expected), float(answer), rel_tol=tolerance, abs_tol=tolerance
         )  # fmt: skip
-    except ValueError:
+    except (ValueError, OverflowError):
         return False

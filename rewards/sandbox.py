@@ -4,9 +4,14 @@ Covered in tier `namespaces`, layer by layer: user, PID, network, IPC, UTS, cgro
 namespaces; a root that holds Python, its libraries (read-only), three devices and a 32 MiB /tmp;
 no capabilities, no_new_privs; Landlock; a seccomp allow list of system calls, without processes,
 sockets or exec; rlimits for memory, CPU, files, threads; a keeper outside that owns the clock and
-the pipes. Tier `landlock` (no namespaces) keeps Landlock, seccomp and rlimits and has no writable
-directory at all. Both must pass `self_test` before any program runs; without either, Hone refuses,
-unless `unsafe_ok` asks for tier `none` (rlimits only).
+the pipes. Tier `landlock` has no namespaces, but the same lack of capabilities, Landlock, seccomp
+and rlimits; all it can write is /dev/null, and seccomp also denies what changes a path (no Landlock
+guards modes and times). `stat` tells a program there that a path exists, not what is in it.
+Both must pass `self_test` before any program runs; without either, Hone refuses, unless `unsafe_ok`
+asks for tier `none` (rlimits only).
+Any Landlock will do (version 1, Linux 5.13). What later versions add is denied by seccomp as well,
+and by it alone before them: truncation (3), TCP (4), ioctls of devices (5), signals and abstract
+sockets outside (6).
 Not covered: kernel bugs, side channels (timing, caches), other languages, GPUs, network access on
 purpose, C extensions outside the standard library, programs that start processes (they fail).
 
@@ -22,6 +27,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -212,7 +218,9 @@ def self_test(tier: Tier) -> list[str]:
     """What of the machine a program could reach in this tier; empty when it is contained."""
     sandbox = Sandbox(tier)
     try:
-        reply = sandbox.run("program", _PROBES.replace("PARENT", str(os.getpid())))
+        with tempfile.NamedTemporaryFile() as ours:
+            probes = _PROBES.replace("PARENT", str(os.getpid())).replace("OURS", repr(ours.name))
+            reply = sandbox.run("program", probes)
     except SandboxError as error:
         return [str(error)]
     finally:
@@ -234,7 +242,7 @@ def _read_only() -> list[str]:
 
 
 _PROBES = """
-import ctypes, os, signal, socket, threading
+import ctypes, fcntl, os, signal, socket, threading
 libc = ctypes.CDLL(None, use_errno=True)
 
 def attempt(name, action):
@@ -255,6 +263,12 @@ attempt("list /root", lambda: [f for f in os.listdir("/root") if f != ".pyenv"] 
 attempt("list /home", lambda: os.listdir("/home"))
 attempt("write to /", lambda: open("/canary", "w"))
 attempt("write to /usr/lib", lambda: open("/usr/lib/canary", "w"))
+attempt("change modes", lambda: os.chmod(OURS, 0o600))
+attempt("change times", lambda: os.utime(OURS))
+attempt("truncate", lambda: os.truncate(OURS, 0))
+attempt("truncate by opening", lambda: os.open(OURS, os.O_TRUNC | 3))
+attempt("choose who is signalled", lambda: fcntl.fcntl(0, fcntl.F_SETOWN, PARENT))
+attempt("choose the signal", lambda: fcntl.fcntl(0, fcntl.F_SETSIG, signal.SIGKILL))
 attempt("open a TCP socket", lambda: socket.socket())
 attempt("open a unix socket", lambda: socket.socket(socket.AF_UNIX))
 attempt("start a process", os.fork)

@@ -24,17 +24,23 @@ _MNT_DETACH = 2
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP = 1, 4, 22
 _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 24, 38
 _AUDIT_ARCH_X86_64 = 0xC000003E
-_EPERM, _ENOSYS = 1, 38
+_EPERM, _ENOTTY, _ENOSYS = 1, 25, 38
 _SYS_PIVOT_ROOT, _SYS_CAPSET, _SYS_CLONE, _SYS_CLONE3, _SYS_IOCTL = 155, 126, 56, 435, 16
-_SYS_PRLIMIT = 302
+_SYS_OPEN, _SYS_OPENAT, _SYS_FCNTL, _SYS_PRLIMIT = 2, 257, 72, 302
 _IOCTLS = (0x5401, 0x5421, 0x5450, 0x5451)  # TCGETS, FIONBIO, FIONCLEX, FIOCLEX
+# Copies, flags and record locks; no owner or choice of signals, no leases.
+_FCNTLS = (*range(8), 1030)
+_O_TRUNC, _O_ACCMODE = 0x200, 3
 # x86-64 numbers of all that single-process Python needs: memory, open files, time, threads, polls.
 _ALLOWED = (
-    *range(16), *range(17, 29), 32, 33, 34, 35, 36, 37, 38, 39, 53, 60, 63, 72, 74, 75, 76, 77,
+    *range(16), *range(17, 29), 32, 33, 34, 35, 36, 37, 38, 39, 53, 60, 63, 74, 75, 76, 77,
     78, 79, 80, 82, 83, 84, 85, 87, 89, 90, 95, 96, 97, 98, 99, 100, 102, 104, 107, 108, 110, 111,
     131, 158, 186, 202, 204, 217, 218, 219, 228, 229, 230, 231, 232, 233, 257, 258, 262, 263, 264,
     267, 269, 270, 271, 273, 274, 280, 281, 290, 291, 292, 293, 316, 318, 332, 334, 439,
 )  # fmt: skip
+# Of these, what changes a path: truncate, rename, mkdir, rmdir, creat, unlink, chmod, utimensat and
+# their kin. Landlock knows nothing of modes and times.
+_PATH_CHANGES = (76, 82, 83, 84, 85, 87, 90, 258, 263, 264, 280, 316)
 
 
 def _check(result: int, what: str) -> int:
@@ -184,9 +190,9 @@ def enter_landlock(readable: list[str], writable: list[str]) -> None:
     os.close(ruleset)
 
 
-def enter_seccomp() -> None:
+def enter_seccomp(tier: str) -> None:
     """Only `_ALLOWED` system calls, threads but no processes; a foreign ABI is killed."""
-    code = seccomp_program()
+    code = seccomp_program(tier)
     buffer = ctypes.create_string_buffer(code, len(code))
     filters = ctypes.create_string_buffer(
         struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(buffer))
@@ -194,31 +200,60 @@ def enter_seccomp() -> None:
     _check(_libc.prctl(_PR_SET_SECCOMP, 2, filters, 0, 0), "seccomp")
 
 
+_Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, value
+
+
 @functools.cache
-def seccomp_program() -> bytes:
-    """The filter as the kernel reads it; raises `OSError` on a machine without a call table."""
+def seccomp_program(tier: str) -> bytes:
+    """The filter as the kernel reads it. In tier `landlock`, whose files are the machine's, no call
+    changes a path, and `open` asks for reading or writing, which Landlock guards: to truncate, for
+    writing. Raises `OSError` on a machine without a call table.
+    """
     if platform.machine() != "x86_64":
         raise OSError(_ENOSYS, f"no system call table for {platform.machine()}")
-    allow, deny = (0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050000 | _EPERM)
+    allow, kill = (0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x80000000)
+    deny, no_tty, no_call = ((0x06, 0, 0, 0x00050000 | e) for e in (_EPERM, _ENOTTY, _ENOSYS))
 
-    def load(offset: int) -> tuple[int, int, int, int]:
+    def load(offset: int) -> _Instruction:
         return (0x20, 0, 0, offset)
 
-    def when_equal(value: int, block: list[tuple[int, int, int, int]]) -> None:
-        program.extend([(0x15, 0, len(block), value), *block])
+    def argument(index: int, half: int = 0) -> _Instruction:
+        return load(16 + 8 * index + 4 * half)
 
-    program: list[tuple[int, int, int, int]] = [
-        load(4), (0x15, 1, 0, _AUDIT_ARCH_X86_64), (0x06, 0, 0, 0x80000000),
-        load(0), (0x35, 0, 1, 0x40000000), deny,
-    ]  # fmt: skip
-    when_equal(_SYS_CLONE, [load(16), (0x45, 0, 1, _CLONE_THREAD), allow, deny])
-    when_equal(_SYS_CLONE3, [(0x06, 0, 0, 0x00050000 | _ENOSYS)])
-    when_equal(_SYS_PRLIMIT, [load(16), (0x15, 0, 1, 0), allow, deny])
-    request = [load(24)]
-    for value in _IOCTLS:
-        request += [(0x15, 0, 1, value), allow]
-    when_equal(_SYS_IOCTL, [*request, (0x06, 0, 0, 0x00050000 | 25)])
-    for number in _ALLOWED:
-        when_equal(number, [allow])
+    def when(value: int, result: _Instruction) -> list[_Instruction]:
+        return [(0x15, 0, 1, value), result]
+
+    def unless(value: int, result: _Instruction) -> list[_Instruction]:
+        return [(0x15, 1, 0, value), result]
+
+    def one_of(values: tuple[int, ...], otherwise: _Instruction) -> list[_Instruction]:
+        return [*(i for value in values for i in when(value, allow)), otherwise]
+
+    rules: dict[int, list[_Instruction]] = {
+        _SYS_CLONE: [argument(0), (0x45, 0, 1, _CLONE_THREAD), allow, deny],
+        _SYS_CLONE3: [no_call],
+        _SYS_IOCTL: [argument(1), *one_of(_IOCTLS, no_tty)],
+        _SYS_FCNTL: [argument(1), *one_of(_FCNTLS, deny)],
+        # Its own limits, and CPU time only to be read: who shortens it looks killed from outside.
+        _SYS_PRLIMIT: [
+            argument(0), *unless(0, deny),
+            argument(1), *unless(resource.RLIMIT_CPU, allow),
+            argument(2), *unless(0, deny), argument(2, half=1), *unless(0, deny), allow,
+        ],
+    }  # fmt: skip
+    allowed = _ALLOWED
+    if tier == "landlock":
+        allowed = tuple(number for number in _ALLOWED if number not in _PATH_CHANGES)
+        for number, index in ((_SYS_OPEN, 1), (_SYS_OPENAT, 2)):
+            rules[number] = [
+                argument(index), (0x54, 0, 0, _O_TRUNC | _O_ACCMODE),
+                *when(_O_TRUNC, deny), *when(_O_ACCMODE, deny),
+                *when(_O_TRUNC | _O_ACCMODE, deny), allow,
+            ]  # fmt: skip
+    rules = rules | {number: [allow] for number in allowed if number not in rules}
+    program = [load(4), *unless(_AUDIT_ARCH_X86_64, kill)]
+    program += [load(0), (0x35, 0, 1, 0x40000000), deny]
+    for number, block in rules.items():
+        program += [(0x15, 0, len(block), number), *block]
     program.append(deny)
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)

@@ -77,7 +77,7 @@ def enter(tier: str, roots: list[str]) -> str:
             kernel.enter_slot(roots)
             kernel.die_with_parent()  # a change of user had cleared it
         if tier != "none":
-            kernel.seccomp_program()
+            kernel.seccomp_program(tier)
     except OSError as problem:
         return str(problem)
     return ""
@@ -257,11 +257,10 @@ def isolate(limits: dict[str, Any], tier: str, roots: list[str]) -> None:
                       OUR_PROCESSES + limits["threads"] if tier == "namespaces" else 0)  # fmt: skip
     if tier == "none":
         return
-    if tier == "namespaces":
-        kernel.drop_capabilities()
+    kernel.drop_capabilities()
     kernel.no_new_privileges()
     kernel.enter_landlock([*roots, "/dev/zero", "/dev/urandom"], [*writable, "/dev/null"])
-    kernel.enter_seccomp()
+    kernel.enter_seccomp(tier)
 
 
 def move(descriptor: int, target: int) -> int:

@@ -1,6 +1,7 @@
 """Right code passes and wrong code fails, whatever the form of its tests and however slow it is."""
 
 import json
+import math
 import os
 import time
 
@@ -38,7 +39,7 @@ async def test_with_default_settings_a_loop_is_wrong_and_slow_right_code_is_righ
 
 
 def cases(code: str, inputs: list[object], function: str = "", budget_s: float = 5.0) -> list[str]:
-    answers = run_cases(TIER, code, function, inputs, LIMITS, False, budget_s)
+    answers = run_cases(TIER, code, function, json.dumps(inputs), LIMITS, False, budget_s)
     return [status if status != "ok" else str(answer) for status, answer in answers]
 
 
@@ -67,6 +68,22 @@ async def test_a_test_limit_beyond_the_verifiers_is_refused_in_one_line() -> Non
     assert "test_timeout_s: 9 s for a test needs a timeout_s of at least 11.25 s" in (
         trajectory.verdicts[0].error
     )
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1e-6])
+async def test_integers_of_any_size_are_right_or_wrong_like_others(tolerance: float) -> None:
+    rubric = Rubric({"code": VerifierConfig(use="code", settings={"tolerance": tolerance})})
+    factorial = {"args": [30], "expected": math.factorial(30)}
+    huge = {"args": [10**400], "expected": math.factorial(10)}
+    right = "import math\ndef f(n): return math.factorial(n if n < 99 else 10)"
+    raw = "import os\nos.write(3, (b'{\"value\": ' + b'9' * 5000 + b'}\\n') * 2)\nos._exit(0)"
+    big = [f"def f(n): return {value}" for value in ("10**30", "-10**400", "10**9999", "[10**30]")]
+    try:
+        tests = {"function": "f", "cases": [factorial, huge]}
+        scored = await rubric.score(group(tests, right, raw, *big))
+    finally:
+        await rubric.close()
+    assert scored.rewards == [1.0] + [0.0] * 5
 
 
 def tally(tests: str, code: str, budget_s: float = 5.0) -> tuple[int, int]:

@@ -56,12 +56,23 @@ ATTACKS = {
     "print('ESCAPED')",
     "inode fill": "for i in range(100000): open(f'/tmp/{{i}}', 'w').close()\nprint('ESCAPED')",
     "write outside": "open('{dir}/escaped', 'w').write('x')\nprint('ESCAPED')",
+    "change modes": "import os\nos.chmod('{canary}', 0o777)\nprint('ESCAPED')",
+    "change times": "import os\nos.utime('{canary}', (1, 1))\nprint('ESCAPED')",
+    "truncate": "import os\nos.truncate('{canary}', 0)\nprint('ESCAPED')",
+    "truncate by opening": "import os\nfor mode in range(4):\n"
+    "  try: os.open('{canary}', os.O_TRUNC | mode)\n"
+    "  except OSError: continue\n  print('ESCAPED', mode)",
+    "open for neither": "import os\nos.open('{canary}', 3)\nprint('ESCAPED')",
     "symlink out": "import os\nos.symlink('{canary}', '/tmp/l')\n"
     "print('ESCAPED', open('/tmp/l').read())",
     "device": "import os, stat\nos.mknod('/tmp/d', 0o600 | stat.S_IFBLK, os.makedev(8, 0))\n"
     "print('ESCAPED')",
     "kill the parent": "import os, signal\nos.kill({pid}, 0)\nprint('ESCAPED')",
     "kill everybody": "import os, signal\nos.kill(-1, signal.SIGTERM)\nprint('ESCAPED')",
+    "signal by descriptor": "import fcntl, struct\n"
+    "for n, v in ((8, {pid}), (10, 9), (15, struct.pack('ii', 1, {pid}))):\n"
+    "  try: fcntl.fcntl(0, n, v)\n  except OSError: continue\n  print('ESCAPED', n)",
+    "lease": "import fcntl, os\nfcntl.fcntl(open(os.__file__), 1024, 0)\nprint('ESCAPED')",
     "ptrace": "import ctypes\nif ctypes.CDLL(None).ptrace(16, {pid}, 0, 0) == 0: print('ESCAPED')",
     "read memory of others": "print('ESCAPED', open('/proc/{pid}/mem', 'rb'))",
     "proc writes": "open('/proc/self/oom_score_adj', 'w').write('-1000')\nprint('ESCAPED')",
@@ -69,6 +80,7 @@ ATTACKS = {
     "if ctypes.CDLL(None).unshare(0x10000000) == 0: print('ESCAPED')",
     "mount": "import ctypes\n"
     "if ctypes.CDLL(None).mount(b'n', b'/tmp', b'tmpfs', 0, 0) == 0: print('ESCAPED')",
+    "capabilities": "import os\nif os.access('{dir}/locked', os.R_OK): print('ESCAPED')",
     "chroot": "import os\nos.chroot('/tmp')\nprint('ESCAPED')",
     "become root": "import os\nos.setresuid(0, 0, 0)\nprint('ESCAPED')"
     " if os.access('/etc/shadow', os.R_OK) else None",
@@ -77,6 +89,8 @@ ATTACKS = {
     "io_uring and friends": "import ctypes\nlibc = ctypes.CDLL(None)\n"
     "for n in (425, 321, 298, 323, 248, 250, 272, 308, 310, 311, 434, 438, 155, 165, 175, 246):\n"
     "  if libc.syscall(n, 0, 0, 0, 0, 0) >= 0: print('ESCAPED', n)",
+    "less CPU time": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))\n"
+    "print('ESCAPED')",
     "undo the limits": "import resource\n"
     "resource.setrlimit(resource.RLIMIT_AS, (-1, -1))\nprint('ESCAPED')",
     "a terminal's input": "import fcntl\nfcntl.ioctl(0, 0x5412, b'x')\nprint('ESCAPED')",
@@ -87,6 +101,8 @@ ATTACKS = {
 def test_an_attack_is_contained(box: Sandbox, name: str, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     canary.write_text(SECRET)
+    before = canary.stat()
+    (tmp_path / "locked").touch(0)
     os.environ["HONE_TEST_SECRET"] = SECRET
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as unix:
         unix.bind("\0" + SECRET + box.tier)
@@ -100,6 +116,9 @@ def test_an_attack_is_contained(box: Sandbox, name: str, tmp_path: Path) -> None
     assert result.status == "memory_limit" or name != "memory bomb"
     assert SECRET not in result.stdout + result.stderr.replace(str(canary), "")
     assert not (tmp_path / "escaped").exists()
+    after = canary.stat()
+    assert (after.st_mode, after.st_size) == (before.st_mode, before.st_size)
+    assert after.st_mtime_ns == before.st_mtime_ns
     assert box.run("program", "print(6 * 7)", BOUNDS).stdout == "42\n"
 
 
@@ -146,6 +165,43 @@ def test_a_run_leaves_nothing_for_the_next(box: Sandbox) -> None:
     assert box.run("program", code, BOUNDS).stdout == "2.0 False\n"
 
 
+# Each prints `works` if, and only if, what honest programs do goes on working.
+HONEST = {
+    "threads": "import threading\nseen = []\n"
+    "all = [threading.Thread(target=seen.append, args=(i,)) for i in range(8)]\n"
+    "for t in all: t.start()\nfor t in all: t.join()\nassert sorted(seen) == list(range(8))",
+    "nowhere": "import contextlib, os\nwith open(os.devnull, 'w') as f:\n"
+    "  with contextlib.redirect_stdout(f): print('unseen')\nopen(os.devnull, 'r+b').close()",
+    "limits": "import resource\nassert resource.getrlimit(resource.RLIMIT_CPU)[0] == 2\n"
+    "resource.setrlimit(resource.RLIMIT_STACK, (1 << 22, 1 << 22))",
+    "descriptors": "import asyncio, fcntl, os\nos.close(os.dup(1))\n"
+    "fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_NONBLOCK)\n"
+    "assert not os.get_blocking(0)\nasyncio.run(asyncio.sleep(0.01))",
+}
+IN_TMP = {
+    "new file": "with open('a', 'w') as f: f.write('x')\nassert open('a').read() == 'x'\n"
+    "open('a', 'w').close()\nassert open('a').read() == ''",
+    "modes, times": "import os\nopen('a', 'w').close()\n"
+    "os.chmod('a', 0o600)\nos.utime('a', (1, 2))\n"
+    "assert os.stat('a').st_mtime == 2\nos.truncate('a', 5)\nassert os.path.getsize('a') == 5",
+    "copy": "import shutil\nwith open('a', 'w') as f: f.write('x')\nshutil.copy('a', 'b')\n"
+    "shutil.move('b', 'd')\nassert open('d').read() == 'x'",
+    "temporary": "import tempfile\nwith tempfile.TemporaryDirectory() as d, \\\n"
+    "  tempfile.NamedTemporaryFile('w+', dir=d) as f, tempfile.TemporaryFile() as g:\n"
+    "  f.write('x')\n  f.truncate(0)\n  g.write(b'x')",
+    "database": "import sqlite3\nd = sqlite3.connect('d.db')\nd.execute('create table t (a)')\n"
+    "d.execute('insert into t values (1)')\nd.commit()",
+}
+
+
+@pytest.mark.parametrize("name", HONEST | IN_TMP)
+def test_honest_programs_work(box: Sandbox, name: str) -> None:
+    if name in IN_TMP and box.tier == "landlock":
+        pytest.skip("the tier has nothing to write to")
+    result = box.run("program", (HONEST | IN_TMP)[name] + "\nprint('works')", BOUNDS)
+    assert result.stdout == "works\n", result
+
+
 def test_many_threads_share_a_sandbox(box: Sandbox) -> None:
     outputs: dict[int, str] = {}
 
@@ -188,6 +244,8 @@ HACKS = {
     "    f = f.f_back\n"
     "  for o in gc.get_objects():\n"
     "    if isinstance(o, dict) and 'expected' in o: return o['expected']\n  return 0",
+    "starves itself": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))\n"
+    "while True: pass",
     "kills the harness": "import os, signal\nos.kill(os.getppid(), 9)\ndef add(a, b): return 0",
 }
 
