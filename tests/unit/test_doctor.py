@@ -122,7 +122,7 @@ def test_gpus_with_and_without_a_working_driver(program, versions):
     finding = doctor.gpus()
     assert finding.level == Level.WARN
     assert "NVIDIA H200" in finding.text
-    assert "gpu extra" in finding.remedy
+    assert "make setup VARIANT=gpu" in finding.remedy
 
 
 def test_the_sandbox_is_the_one_that_runs_code(monkeypatch):
