@@ -130,7 +130,8 @@ def train(
     for trace in traces:
         row = form.encode(tokenizer, trace.task, trace.steps)
         values = [float("nan") if value is None else value for value in trace.values]
-        example = StepExample(row.token_ids, row.positions, values)
+        begin = len(form.encode(tokenizer, trace.task, []).token_ids)
+        example = StepExample(row.token_ids, row.positions, values, begin)
         examples[trace.task.task_id in held_out_tasks].append(example)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = ProcessModel(policy_dir, tokenizer, device, settings)

@@ -132,6 +132,9 @@ def train_process(
     new_layers: Annotated[
         int, typer.Option(min=0, help="Layers put on top of the policy's, to compare in.")
     ] = 2,
+    lm_weight: Annotated[
+        float, typer.Option(min=0.0, help="Weight of learning to write the steps, by their value.")
+    ] = 1.0,
     epochs: Annotated[int, typer.Option(help="Passes over the traces.")] = 8,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
     seed: Annotated[int, typer.Option(help="Of sampling and training.")] = 0,
@@ -143,7 +146,7 @@ def train_process(
         _open(run),
         dest,
         process_training.TraceSettings(tasks, traces, completions, separator, seed),
-        process_training.ProcessModelSettings(new_layers, epochs, lr=lr, seed=seed),
+        process_training.ProcessModelSettings(new_layers, lm_weight, epochs, lr=lr, seed=seed),
     )
 
 
