@@ -29,14 +29,18 @@ class LiveGauges:
         self._actors = _gauge("actors", "Actors by role and state", "role", "state")
         self._dropped = _gauge("groups_dropped", "Groups not trained on, by reason", "reason")
         self._step = _gauge("live_step", "Optimizer steps so far")
-        bounds = _gauge("bound", "Settings that alerts compare with", "key")
-        bounds.set(config.rollout.max_policy_age, self._tags(key="max_policy_age"))
-        bounds.set(config.rollout.groups_per_step, self._tags(key="groups_per_step"))
-        bounds.set(config.sync.probe_bound, self._tags(key="probe_bound"))
+        self._bound = _gauge("bound", "Settings that alerts compare with", "key")
+        self._bounds = {
+            "max_policy_age": config.rollout.max_policy_age,
+            "groups_per_step": config.rollout.groups_per_step,
+            "probe_bound": config.sync.probe_bound,
+        }
 
     def publish(self, status: RunStatus, drops: Mapping[str, int]) -> None:
         """Set everything to the state that `status` shows; `drops` counts since the start."""
         self._step.set(status.step, self._tags())
+        for key, value in self._bounds.items():  # Ray forgets a series that nobody sets again
+            self._bound.set(value, self._tags(key=key))
         for stage in status.stages:
             waits = stage.waiting_for and status.phase == "training"  # a long start is no stall
             waited_s = stage.since_s if waits else 0.0
