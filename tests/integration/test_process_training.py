@@ -1,5 +1,6 @@
 """Monte-Carlo step values by a real policy, and a process model that learns from step values."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,7 +25,13 @@ from cluster.types import (
     Verdict,
     VersionSpan,
 )
-from learners.process_model import ProcessModel, ProcessModelSettings, auc, require_layers
+from learners.process_model import (
+    ProcessModel,
+    ProcessModelSettings,
+    StepExample,
+    auc,
+    require_layers,
+)
 from learners.tokenizer import load_tokenizer, render
 from rewards.base import VerifierIO
 from rewards.rubric import Rubric
@@ -229,6 +236,32 @@ def test_auc(scores: list[float], is_right: list[int], expected: float) -> None:
 
 def test_auc_needs_both_kinds() -> None:
     assert np.isnan(auc(np.array([0.1, 0.2]), np.array([True, True])))
+
+
+@pytest.mark.parametrize("new_layers", [0, 2])
+def test_the_loss_of_writing_is_the_policys_own_weighted_by_step_values(
+    tiny_policy_dir: Path, new_layers: int
+) -> None:
+    policy: Any = AutoModelForCausalLM.from_pretrained(tiny_policy_dir, dtype=torch.float32)
+    model = ProcessModel(
+        tiny_policy_dir,
+        load_tokenizer(tiny_policy_dir),
+        torch.device("cpu"),
+        ProcessModelSettings(new_layers=new_layers),
+    )
+    batch = [
+        StepExample([5, 9, 7, 30, 31, 8, 40], [4, 6], [0.25, 1.0], begin=3),
+        StepExample([11, 12, 13], [1, 2], [math.nan, 0.5], begin=1),
+    ]
+    tokens = model._tokens(batch)
+    output = model._model.base_model(input_ids=tokens, output_hidden_states=True)
+    total, weight = torch.zeros(()), 0.0
+    for row, places, value in ((0, (3, 4), 0.25), (0, (5, 6), 1.0), (1, (2,), 0.5)):
+        logprobs = policy(input_ids=tokens[row : row + 1]).logits[0].log_softmax(-1)
+        for place in places:
+            total = total - value * logprobs[place - 1, tokens[row, place]]
+            weight += value
+    torch.testing.assert_close(model._writing_loss(batch, tokens, output), total / weight)
 
 
 def test_a_decoder_that_can_get_no_layers_is_refused_before_sampling(tmp_path: Path) -> None:
