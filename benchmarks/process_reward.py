@@ -78,7 +78,7 @@ def measure(run: str, model: str) -> dict[str, Any]:
 
 def _hone(place: Path, *arguments: str) -> None:
     subprocess.run(
-        [sys.executable, "-m", "serve.cli", *arguments], cwd=place, check=True, timeout=1200,
+        [sys.executable, "-m", "serve.cli", *arguments], cwd=place, check=True, timeout=1800,
         env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
     )  # fmt: skip
 

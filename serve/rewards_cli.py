@@ -6,6 +6,7 @@ is exit code 1 with the run's reason, and the run goes on as before. The work is
 """
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -140,6 +141,9 @@ def train_process(
     seed: Annotated[int, typer.Option(help="Of sampling and training.")] = 0,
 ) -> None:
     """Train a process reward model on step values estimated with a run's newest checkpoint."""
+    from actors.placement import QUIET_ENV
+
+    os.environ.update(QUIET_ENV)  # read when torch is loaded
     from serve import process_training
 
     process_training.run(
