@@ -104,7 +104,8 @@ def test_one_rank_goes_on_from_a_checkpoint_of_two(
 def test_microbatches_and_calls_do_not_change_a_step(policy_dir: Path, tmp_path: Path) -> None:
     results: list[StepResult] = []
     for budget in (CONTEXT_LENGTH, 4096):
-        with open_learner(make_config(), policy_dir) as learner:
+        # AdamW's first step is about lr whatever the gradient: one of rounding errors counts fully.
+        with open_learner(make_config(lr=3e-4), policy_dir) as learner:
             results.append(train_step(learner, 0, budget=budget))
             learner.export_weights(tmp_path / f"{budget}.safetensors")
     assert_same_weights(

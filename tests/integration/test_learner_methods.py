@@ -205,7 +205,9 @@ def test_two_ranks_equal_one(name: str, policy_dir: Path, two_ranks: Path, tmp_p
             theirs = json.loads((two_ranks / f"{name}_{step}_{rank}.json").read_text())
             assert theirs.keys() == ours.keys()
             for key in ours.keys() - {"learner/tokens_per_s"}:
-                assert theirs[key] == pytest.approx(ours[key], abs=2e-5, rel=2e-5), key
+                # Of 98 tokens one may lie on the edge, where a rounding error decides.
+                one = 1.01 / 98 if "clip_fraction" in key else 0.0
+                assert theirs[key] == pytest.approx(ours[key], abs=2e-5 + one, rel=2e-5), key
 
 
 @pytest.mark.parametrize("name", ["siren", "kl", "guide", "lora", "ppo"])
