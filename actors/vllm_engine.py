@@ -26,12 +26,12 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from actors.placement import EngineSettings
 from actors.rollout import Completion, Sampling
+from actors.weight_transfer import BACKEND
 from cluster.errors import StageError
 from cluster.types import Author, Segment, TrajectoryStatus, VersionSpan
 
 GIB = 2**30
 MIN_BATCH_TOKENS = 2048
-BACKEND = "hone"  # registered by actors.weight_transfer in every engine process
 LOOK_S = 0.5  # how soon a dead engine is noticed
 
 

@@ -41,7 +41,7 @@ WARM_START = ("run.steps=1", "eval.every=1", "eval.tasks=8", "policy.hidden_size
               "rollout.max_new_tokens=48")  # fmt: skip
 EVAL_SIZE = 800  # of 4,000 questions; about half are left when those of the traces are taken out
 TRAINING = ("--tasks", "2000", "--traces", "12", "--completions", "0",
-            "--epochs", "14", "--lr", "2e-3")  # fmt: skip
+            "--epochs", "8", "--lr", "2e-3")  # fmt: skip
 STAND_INS = ("arithmetic", "likelihood_answer", "likelihood_step")
 NUM_TASKS, NUM_SAMPLES = 200, 8
 LINES = compile_separator(r"\n+")

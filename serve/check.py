@@ -25,7 +25,6 @@ GOLD_TASKS = 8
 JUNK_TASKS = 16
 REWARDS_DEADLINE_S = 120.0
 BUFFER_RETRY_S = 2.0
-WEIGHT_FILES = 3
 LONGEST_PROMPTS = 500  # by characters; only these are tokenized
 
 Announce = Callable[[str], None]
@@ -204,14 +203,17 @@ def _check_memory(config: Config, num_parameters: int) -> None:
     """Versions of the weights are handed over in memory: those that are kept and one in the
     making.
     """
+    from actors.weight_sync import KEEP_FILES
+
     place = Path("/dev/shm")
     if not place.is_dir():
         return
-    needed = WEIGHT_FILES * num_parameters * (4 if config.policy.dtype == "float32" else 2)
+    num_files = KEEP_FILES + 1
+    needed = num_files * num_parameters * (4 if config.policy.dtype == "float32" else 2)
     free = shutil.disk_usage(place).free
     if needed > free:
         raise ConfigError(
-            f"policy: {WEIGHT_FILES} versions of its weights need {needed / 2**30:.2f} GiB of "
+            f"policy: {num_files} versions of its weights need {needed / 2**30:.2f} GiB of "
             f"/dev/shm, which has {free / 2**30:.2f} free (in a container: `--shm-size`)"
         )
 

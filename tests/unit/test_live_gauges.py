@@ -34,3 +34,6 @@ def test_a_learner_that_waits_while_the_run_starts_has_not_stalled(
     gauges.publish(RunStatus(run="demo", phase=phase, stages=[learn], actors=[engine]), {})
     assert Gauge.values["hone_stage_waiting_s", "learn"] == waited_s
     assert Gauge.values["hone_actors", "quarantined"] == 1
+    Gauge.values.clear()  # as Ray forgets what is not set again
+    gauges.publish(RunStatus(run="demo", phase=phase, stages=[learn], actors=[engine]), {})
+    assert ("hone_bound", "") in Gauge.values
