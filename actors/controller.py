@@ -198,7 +198,7 @@ class Controller:
         self._statistics.add(production)
         summary = production.last
         self._books.note_scored(summary)
-        known = [reward for reward in summary.rewards if reward is not None]
+        known = [reward for reward in production.plain.rewards if reward is not None]
         if known:
             self._supervisor.group_scored()
             is_idle = summary.is_uniform and self._config.tasks.skip_uniform

@@ -102,7 +102,8 @@ class Guide:
         if self._place == "prompt":
             context = io.render(with_hint(task.messages, self._template, hint))
         else:
-            prefix = io.encode(hint + "\n")
+            goes_on = getattr(self._source, "is_beginning", False)
+            prefix = io.encode(hint if goes_on else hint + "\n")
         room = io.context_length - request.sampling.max_new_tokens
         if len(context) + len(prefix) > room:
             raise HintError(

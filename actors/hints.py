@@ -29,7 +29,11 @@ _SYSTEM = (
 
 
 class HintSource(Protocol):
-    """`template` puts a `{hint}` beside the `{prompt}`; `needs` names what a task must have."""
+    """`template` puts a `{hint}` beside the `{prompt}`; `needs` names what a task must have.
+
+    May also have `is_beginning = True`: a completion that begins with the hint goes on in its last
+    line instead of the next one.
+    """
 
     template: str
     needs: str
@@ -72,6 +76,7 @@ class SolutionHints:
 
     template = "{prompt}\n\nA solution begins like this:\n{hint}"
     needs = "a worked solution (column `solution` of a file)"
+    is_beginning = True
 
     def __init__(self, shares: Sequence[float] = (0.25, 0.5, 0.75)) -> None:
         if not shares or list(shares) != sorted(set(shares)) or not 0 < shares[0] <= shares[-1] < 1:

@@ -137,13 +137,13 @@ class RewardWorker:
         """Score, then add to the buffer unless the group can teach nothing; waits while it is
         full. Raises `FencedError` when the controller of `epoch` has a successor.
 
-        With `must_solve` a group that failed throughout is not added, whatever its rewards. With
-        `failed`, an earlier attempt at the same task, both are scored together and the group is
-        made of the passes of this one and the failures of that one.
+        With `must_solve` a group that failed throughout (see `is_failed`) is not added, whatever
+        its rewards. With `failed`, an earlier attempt at the same task, both are scored together
+        and the group is made of the passes of this one and the failures of that one.
         """
         with boundary("score"):
             group = await self._score(encoded, failed)
-            if must_solve and all(is_passed(t) is False for t in group.trajectories):
+            if must_solve and all(is_failed(t) for t in group.trajectories):
                 return summarize(group, UNSOLVED)
             if not group.is_trainable:
                 return summarize(group, "unscored")
@@ -191,6 +191,13 @@ def is_passed(trajectory: Trajectory) -> bool | None:
     """By the first verifier of the config; None where it abstained."""
     score = trajectory.verdicts[0].score
     return None if score is None else score >= PASSED
+
+
+def is_failed(trajectory: Trajectory) -> bool:
+    """Known not to have passed: by its verdict, or because the program gave it up, as with a hinted
+    rollout that leans on its hint. An abstention is no failure.
+    """
+    return trajectory.status is TrajectoryStatus.ERROR or is_passed(trajectory) is False
 
 
 def summarize(group: TrajectoryGroup, outcome: str) -> GroupSummary:

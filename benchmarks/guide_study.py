@@ -95,6 +95,7 @@ def drawing(results: Results) -> str:
 def rows(quick: bool, folder: Path) -> Iterator[Row]:
     """One row an arm; QUICK takes one seed."""
     results = measure(folder, range(1 if quick else 3), list(ARMS))
+    (folder / "guide_study.svg").write_text(drawing(results))
     Console().print(table(results))
     plain = max(run.last(PASS) for run in results["GRPO"])
     for arm, runs in results.items():
@@ -110,7 +111,6 @@ def rows(quick: bool, folder: Path) -> Iterator[Row]:
             bound,
             held,
         )
-    (folder / "guide_study.svg").write_text(drawing(results))
 
 
 if __name__ == "__main__":

@@ -119,9 +119,10 @@ def _hone(*arguments: str) -> None:
 
 
 def mean_curve(runs: Sequence[Run], key: str) -> list[Point]:
-    """Mean over `runs` of the same length, at each step that has `key`."""
-    curves = [run.curve(key) for run in runs]
-    return [(points[0][0], fmean(y for _, y in points)) for points in zip(*curves, strict=True)]
+    """Mean over `runs` at each step at which all of them have `key`."""
+    curves = [dict(run.curve(key)) for run in runs]
+    steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+    return [(step, fmean(curve[step] for curve in curves)) for step in steps]
 
 
 def figure(charts: Sequence[Chart]) -> str:
@@ -141,7 +142,12 @@ def figure(charts: Sequence[Chart]) -> str:
 
 def main(rows: Callable[[bool, Path], Iterable[Row]]) -> None:
     """Measure and print the rows of one study in the folder that the command names; QUICK=1 takes
-    one seed, which a later call without it takes over.
+    one seed, which a later call without it takes over. Exit code 1 when a row falls short.
     """
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: [QUICK=1] python -m benchmarks.{Path(sys.argv[0]).stem} FOLDER")
+    has_short = False
     for row in rows(os.environ.get("QUICK", "0") not in ("", "0"), Path(sys.argv[1]).absolute()):
         print(f"{row.verdict}: {row.claim}: {row.measured} (bound: {row.bound}) {row.why}")
+        has_short |= row.verdict == "falls short"
+    sys.exit(int(has_short))

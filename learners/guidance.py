@@ -14,10 +14,10 @@ With g the hint, mu the engine that sampled and prox the learner at the start of
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -59,8 +59,9 @@ class GuidedPolicyGradient(PolicyGradient):
     `"truncate"` takes min(r, cap) with the gradient of importance sampling. `factors="apart"`
     clips the policy step as PPO does, and weights it, without gradient, by f(context shift) and by
     min(engine and age, `engine_cap`). gamma is the `gamma_quantile` of what f is applied to, over
-    the guided tokens of the whole update, or `gamma`. r = [.6065, .1003, 1.1052], A = 1: gamma
-    1.005443, mean loss -.330189. The mean log of each factor is logged as `guide/log_*`.
+    the guided tokens of the whole update, or `gamma`. `ratio_to` and `correction` are those of
+    plain rows. r = [.6065, .1003, 1.1052], A = 1: gamma 1.005443, mean loss -.330189. The mean log
+    of each factor is logged as `guide/log_*`.
     """
 
     needs_sampled_context = True
@@ -76,11 +77,17 @@ class GuidedPolicyGradient(PolicyGradient):
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         ratio_to: RatioTo = "rollout",
+        correction: dict[str, Any] | None = None,
         aggregation: Name = "seq_mean_token_mean",
         constant: int | None = None,
     ) -> None:
         super().__init__(
-            clip_low, clip_high, ratio_to=ratio_to, aggregation=aggregation, constant=constant
+            clip_low,
+            clip_high,
+            ratio_to=ratio_to,
+            correction=correction,
+            aggregation=aggregation,
+            constant=constant,
         )
         if shaping not in get_args(Shaping):
             raise ValueError(f"shaping must be ratio or truncate, got {shaping!r}")
@@ -120,6 +127,9 @@ class GuidedPolicyGradient(PolicyGradient):
         high = ordered[min(int(place) + 1, len(ordered) - 1)].item()
         self._gamma = max(_MIN_GAMMA, low + (place - int(place)) * (high - low))
         return metrics | {"guide/gamma": self._gamma}
+
+    def _is_corrected(self, rows: MicroBatch) -> Bool[Tensor, " N"]:
+        return ~rows.is_guided
 
     def _token_losses(self, ratio_log: Tensor, rows: MicroBatch, outputs: TokenOutputs) -> Losses:
         plain, is_clipped = super()._token_losses(ratio_log, rows, outputs)

@@ -167,9 +167,10 @@ class WeightedLosses:
 
         With the global `counts` each loss is divided by its own, without them by none (their
         common one divides later). `ratio/mismatch_kl` is the k3 estimate of KL(rollout ||
-        learner), from tokens of the rollout.
+        learner), from tokens of the rollout; guided ones are compared given their hint, and count
+        0 where no loss asked for that.
         """
-        gap = outputs.logprobs.detach() - rows.rollout_logprobs
+        gap = _mismatch(rows, outputs)
         sums = {
             "ratio/mismatch_kl": (gap.clamp(max=_MAX_LOG_RATIO).exp() - 1 - gap).sum(),
             "ratio/mismatch_abs_mean": gap.abs().sum(),
@@ -201,3 +202,10 @@ class WeightedLosses:
         for name, values in state.items():
             objective: Any = self._objectives[name]
             objective.restore(values.tolist())
+
+
+def _mismatch(rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, " N"]:
+    """log of learner / rollout without gradient, both in the context that was sampled from."""
+    sampled = rows.rollout_logprobs if rows.sampled_logprobs is None else rows.sampled_logprobs
+    learner = torch.where(rows.is_guided, sampled, outputs.logprobs.detach())
+    return learner - rows.rollout_logprobs

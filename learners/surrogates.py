@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from learners.aggregation import Aggregation, Denominator, Name
@@ -66,7 +66,8 @@ class Surrogate(ABC):
         }
         if self._correction is not None:
             weights, corrected = self._correction.weights(rows, outputs)
-            losses, metrics = losses * weights, metrics | corrected
+            losses = torch.where(self._is_corrected(rows), losses * weights, losses)
+            metrics |= corrected
         if self._filter is not None:
             is_kept = self._filter.keeps(rows, outputs, is_clipped)
             losses = torch.where(is_kept, losses, 0.0)
@@ -79,6 +80,10 @@ class Surrogate(ABC):
     def begin(self, table: Tensor) -> dict[str, float]:
         assert self._filter is not None
         return self._filter.begin(table)
+
+    def _is_corrected(self, rows: MicroBatch) -> Bool[Tensor, " N"]:
+        """Tokens that `correction` weights."""
+        return torch.ones_like(rows.is_guided)
 
     @abstractmethod
     def _token_losses(self, ratio_log: Tensor, rows: MicroBatch, outputs: TokenOutputs) -> Losses:

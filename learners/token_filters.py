@@ -96,8 +96,9 @@ class ClipCovariance:
     """Clip-Cov (arXiv 2505.22617): a random `fraction` of all tokens, drawn from those whose
     covariance lies between `low` and `high`, has no gradient.
 
-    The draw is a hash of the token and of the number of the update: the same on any number of
-    ranks, another one each time. A drawn token that PPO clipped anyway is left alone.
+    The draw is a hash of the token and its rollout log-prob: the same on any number of ranks and
+    after a restart, another one for every rollout. A drawn token that PPO clipped anyway is left
+    alone.
     """
 
     def __init__(self, fraction: float = 2e-4, low: float = 1.0, high: float = 5.0) -> None:
@@ -109,15 +110,12 @@ class ClipCovariance:
         self._fraction = fraction
         self._low, self._high = low, high
         self._covariance = Covariance()
-        self._num_updates = 0
         self._last_draw = -1.0
 
     def survey(self, rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, "N 3"]:
-        draws = self._draws(rows, self._num_updates + 1)
-        return torch.cat([Covariance.survey(rows, outputs), draws[:, None]], -1)
+        return torch.cat([Covariance.survey(rows, outputs), self._draws(rows)[:, None]], -1)
 
     def begin(self, table: Float[Tensor, "N 3"]) -> dict[str, float]:
-        self._num_updates += 1
         self._covariance = Covariance.of(table)
         draws = table[self._is_eligible(table), 2]
         num_dropped = min(len(draws), max(1, int(self._fraction * len(table))))
@@ -127,7 +125,7 @@ class ClipCovariance:
     def keeps(
         self, rows: MicroBatch, outputs: TokenOutputs, is_clipped: Bool[Tensor, " N"]
     ) -> Bool[Tensor, " N"]:
-        is_drawn = self._draws(rows, self._num_updates) <= self._last_draw
+        is_drawn = self._draws(rows) <= self._last_draw
         is_eligible = self._is_eligible(Covariance.survey(rows, outputs))
         return ~(is_eligible & is_drawn & ~is_clipped)
 
@@ -136,10 +134,10 @@ class ClipCovariance:
         return (covariance > self._low) & (covariance < self._high)
 
     @staticmethod
-    def _draws(rows: MicroBatch, salt: int) -> Float[Tensor, " N"]:
+    def _draws(rows: MicroBatch) -> Float[Tensor, " N"]:
         """A number in [0, 1) per token: a multiplicative hash of what identifies it."""
         bits = rows.rollout_logprobs.contiguous().view(torch.int32).long() & 0xFFFFFFFF
-        mixed = bits * 2654435761 + rows.labels * 40503 + salt * 97531
+        mixed = bits * 2654435761 + rows.labels * 40503
         mixed = ((mixed ^ (mixed >> 15)) * 2246822519) & 0xFFFFFFFF
         mixed = ((mixed ^ (mixed >> 13)) * 3266489917) & 0xFFFFFFFF
         return (mixed ^ (mixed >> 16)).double() / 2**32

@@ -77,14 +77,15 @@ def test_kl_cov(split: bool) -> None:
 
 
 # TV-E1
-def test_clip_cov_drops_one_eligible_token_and_another_next_time() -> None:
+def test_clip_cov_drops_one_eligible_token_and_another_of_other_rollouts() -> None:
     """With ratio e^.1 everywhere, dropping token 0 gives .552585 and token 1 -.276293."""
     objective = PolicyGradient(
         0.5, 0.5, token_filter={"use": "clip_cov", "settings": {"fraction": 0.25}}
     )
-    rows = rows_of([ADVANTAGES], [[value - 0.1 for value in LOGPROBS]])
+    rollout = rows_of([ADVANTAGES], [[value - 0.1 for value in LOGPROBS]])
     seen = set()
-    for _ in range(20):
+    for number in range(20):
+        rows = dataclasses.replace(rollout, labels=rollout.labels + number)
         outputs = outputs_of(LOGPROBS)
         table = objective.survey(rows, outputs)
         assert table is not None

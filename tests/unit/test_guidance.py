@@ -1,12 +1,15 @@
 """Guided rows: published values of the shaped ratio, and plain rows left alone."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from learners.guidance import GuidedPolicyGradient
+from cluster.config import LossConfig, ObjectiveSection
+from learners.guidance import Factors, GuidedPolicyGradient
+from learners.objectives import WeightedLosses
 from tests.loss_cases import gradient, outputs_of, rows_of
 
 
@@ -80,6 +83,36 @@ def test_apart_the_policy_step_is_clipped_and_the_engine_factor_bounded() -> Non
     expected = [-weight, 0.0, weight * math.exp(0.5)]
     assert gradient(outputs.logprobs) == pytest.approx(expected, abs=1e-6)
     assert term.metrics["ratio/clip_fraction"].item() == 1
+
+
+@pytest.mark.parametrize("factors", ["joint", "apart"])
+def test_old_plain_rollouts_are_corrected_and_guided_ones_have_factors_of_their_own(
+    factors: Factors,
+) -> None:
+    """TV-D1 on the plain row: w = e^.3 and the clip lies around the proximal policy."""
+    rows = rows_of([[1.0], [1.0]], [[-1.3], [-1.3]], [True, False], None, None, [-1.0, -1.0])
+    correction = {"level": "token", "action": "truncate", "high": 2.0}
+    settings: list[dict[str, Any]] = [{}, {"ratio_to": "proximal", "correction": correction}]
+    gradients: list[list[float]] = []
+    for values in settings:
+        outputs = outputs_of([-0.9, -0.9])
+        objective = GuidedPolicyGradient("truncate", factors, **values)
+        objective.loss(rows, outputs).total.backward()
+        gradients.append(gradient(outputs.logprobs))
+    (guided, naive), (still, corrected) = gradients
+    assert naive == 0.0
+    assert corrected == pytest.approx(-1.491825, abs=1e-6)
+    assert still == guided != 0.0
+
+
+def test_the_shift_of_context_is_no_mismatch_of_the_engine() -> None:
+    rows = rows_of([[1.0], [1.0]], [[-0.65], [-0.5]], guided=[True, False], sampled=[-0.6, 0.0])
+    section = ObjectiveSection(losses={"policy": LossConfig(use="guide")})
+    _, sums = WeightedLosses(section).sums(rows, outputs_of([-3.0, -0.4]))
+    assert sums["ratio/mismatch_abs_mean"].item() == pytest.approx(0.05 + 0.1, abs=1e-6)
+    unknown = replace(rows, sampled_logprobs=None)
+    _, sums = WeightedLosses(ObjectiveSection()).sums(unknown, outputs_of([-3.0, -0.4]))
+    assert sums["ratio/mismatch_abs_mean"].item() == pytest.approx(0.1, abs=1e-6)
 
 
 @pytest.mark.parametrize("values", [{"factors": "both"}, {"engine_cap": 0.0}, {"gamma": -1.0}])

@@ -170,6 +170,14 @@ def test_a_solution_begun_in_the_completion_has_no_gradient_on_what_was_given(
         assert trajectory.rollout_logprobs.dtype == np.float32
 
 
+def test_a_worked_solution_goes_on_where_it_was_cut() -> None:
+    program = Guide({"use": "solution", "settings": {"shares": [0.4]}}, place="completion")
+    group, policy = run(program, request(TASK, 1))
+    for trajectory in group.trajectories:
+        begun = trajectory.token_ids[~trajectory.loss_mask]
+        assert begun.tolist() == policy.encode("1 + 1 =").tolist()
+
+
 @given(prompt=TEXTS, text=TEXTS)
 def test_neither_prompt_nor_hint_is_read_as_a_template(prompt: str, text: str) -> None:
     messages = [Message(role="user", content=prompt + "{hint}")]

@@ -5,11 +5,11 @@ import pytest
 
 from actors.producer import Production
 from actors.reward_candidate import MAX_LATENCIES, Tally
-from actors.reward_worker import GroupSummary, summarize
+from actors.reward_worker import GroupSummary, is_failed, summarize
 from actors.statistics import RolloutStatistics
 from cluster.errors import DeadlineError, HoneError
 from cluster.reward_state import MAX_REMEMBERED, RewardState
-from cluster.types import Task, Verdict
+from cluster.types import Task, TrajectoryStatus, Verdict
 from rewards.base import COST, abstention
 from rewards.self_check import group_of
 
@@ -62,6 +62,17 @@ def test_a_summary_counts_what_ran_out_of_time_and_what_was_paid():
     found = summarize(scored, "added")
     assert found.num_timed_out == {"judge": 1}
     assert found.cost == {"judge": 0.75}
+
+
+def test_a_rollout_that_was_given_up_has_failed_and_an_abstained_one_has_not():
+    group = group_of(Task(task_id="t", taskset="x", messages=[]), ["a", "b", "c"])
+    verdicts = [Verdict(score=1.0), Verdict(score=0.0), Verdict(score=None)]
+    passed, wrong, unknown = (
+        msgspec.structs.replace(trajectory, verdicts=[verdict])
+        for trajectory, verdict in zip(group.trajectories, verdicts, strict=True)
+    )
+    rejected = msgspec.structs.replace(unknown, status=TrajectoryStatus.ERROR)
+    assert [is_failed(t) for t in (passed, wrong, unknown, rejected)] == [False, True, False, True]
 
 
 def test_a_long_shadow_is_compared_in_bounded_memory():

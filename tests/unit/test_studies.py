@@ -1,0 +1,135 @@
+"""What the studies make of finished runs: rows, verdicts and figures, from files as a run leaves
+them; that the runs themselves do what is claimed is for the studies.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from benchmarks import entropy_study, guide_study, ppo_quickstart, staleness_study, study
+from benchmarks.show import Row
+from benchmarks.study import Run, mean_curve
+from cluster.run_dir import RunDir
+
+Metrics = Mapping[str, float]
+
+
+def _finish(folder: Path, name: str, rows: Sequence[Metrics], outcome: str = "done") -> None:
+    """A run with one row of metrics per step, from step 0 on."""
+    run = RunDir(folder / name)
+    run.path.mkdir(parents=True)
+    for step, row in enumerate(rows):
+        run.append_metrics(step, row)
+    run.append_event("run_finished", step=len(rows) - 1, outcome=outcome)
+
+
+def _verdicts(rows: Callable[[bool, Path], Iterable[Row]], folder: Path) -> list[str]:
+    return [row.verdict for row in rows(True, folder)]
+
+
+def _riddles(peak: float, pass_at_1: float, pass_at_k: float) -> list[Metrics]:
+    evaluated = {"eval/pass@1": pass_at_1, "eval/pass@k": pass_at_k}
+    step = {"siren/anchor": 1.2, "siren/peak_entropy": peak, "policy/entropy": 0.2}
+    return [evaluated, *[step | {"reward/mean": 0.5}] * 99, step | evaluated | {"reward/mean": 0.5}]
+
+
+@pytest.mark.parametrize(
+    ("siren", "expected"),
+    [
+        ((1.1, 0.49, 0.9), ["holds", "holds", "holds"]),
+        ((0.3, 0.49, 0.9), ["falls short", "holds", "holds"]),
+        ((1.1, 0.49, 0.515), ["holds", "falls short", "holds"]),
+        ((1.1, 0.4, 0.9), ["holds", "holds", "falls short"]),
+    ],
+)
+def test_siren_must_keep_its_entropy_and_gain_by_it(
+    tmp_path: Path, siren: tuple[float, float, float], expected: list[str]
+):
+    (tmp_path / "policy-0").mkdir()
+    _finish(tmp_path, "GRPO-0", _riddles(0.2, 0.5, 0.5))
+    _finish(tmp_path, "SIREN-0.05-0", _riddles(*siren))
+    assert _verdicts(entropy_study.rows, tmp_path) == expected
+    assert ElementTree.parse(tmp_path / "entropy_study.svg").getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize(
+    ("grpo", "expected"),
+    [
+        (0.0, ["holds", "holds", "holds"]),
+        (0.06, ["holds", "falls short", "falls short"]),
+    ],
+)
+def test_hints_count_only_where_plain_rollouts_learn_nothing(
+    tmp_path: Path, grpo: float, expected: list[str]
+):
+    place = tmp_path / "code-0"
+    (place / "warm").mkdir(parents=True)
+    hinted = {"guide/guided_fraction": 0.9}
+    for arm, last in {"Guide-GRPO": 0.6, "Guide-PPO": 0.06}.items():
+        rows = [{"eval/pass@1": 0.0}, hinted, hinted | {"eval/pass@1": last}]
+        _finish(place, arm, rows)
+    _finish(place, "GRPO", [{"eval/pass@1": 0.0}, {}, {"eval/pass@1": grpo}])
+    assert _verdicts(guide_study.rows, tmp_path) == expected
+    assert ElementTree.parse(tmp_path / "guide_study.svg").getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize(("age", "expected"), [(8.0, "holds"), (3.0, "falls short")])
+def test_a_study_of_young_groups_shows_nothing(tmp_path: Path, age: float, expected: str):
+    (tmp_path / "policy-0").mkdir()
+    for name in staleness_study.METHODS:
+        own = 0.0 if name == "on-policy" else age
+        step = {
+            "policy_age/mean": own,
+            "policy_age/max": own,
+            "reward/mean": 0.9,
+            "ratio/mismatch_kl": 0.1,
+            "ratio/clip_fraction": 0.1,
+        }
+        evaluated = {"eval/pass@1": 0.9}
+        _finish(tmp_path, f"{name}-0", [evaluated, *[step] * 59, step | evaluated])
+    assert _verdicts(staleness_study.rows, tmp_path) == [expected]
+
+
+def _accuracies(values: Mapping[int, float], explained: float | None = None) -> list[Metrics]:
+    more = {} if explained is None else {"value/explained_variance": explained}
+    return [
+        more | ({"eval/pass@1": values[step]} if step in values else {})
+        for step in range(max(values) + 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("grpo", "ppo", "explained", "expected"),
+    [
+        ({0: 0.4, 30: 0.7}, {0: 0.4, 30: 0.6, 50: 0.72, 60: 0.8}, 0.6, ["holds", "holds"]),
+        ({0: 0.4, 30: 0.7}, {0: 0.4, 30: 0.6, 60: 0.69}, 0.3, ["falls short", "falls short"]),
+        ({0: 0.4, 30: 0.41}, {0: 0.41, 60: 0.5}, 0.6, ["falls short", "falls short"]),
+    ],
+)
+def test_ppo_must_reach_a_mark_that_had_to_be_learned(
+    tmp_path: Path,
+    grpo: Mapping[int, float],
+    ppo: Mapping[int, float],
+    explained: float,
+    expected: list[str],
+):
+    (tmp_path / "quickstart-0").mkdir()
+    _finish(tmp_path, "quickstart-grpo-0", _accuracies(grpo))
+    _finish(tmp_path, "quickstart-ppo-0", _accuracies(ppo, explained))
+    assert _verdicts(ppo_quickstart.rows, tmp_path) == expected
+
+
+def test_a_run_that_was_interrupted_is_not_taken_over(tmp_path: Path):
+    _finish(tmp_path, "whole", [{}])
+    _finish(tmp_path, "broken", [{}], outcome="interrupted")
+    assert study.is_done(RunDir(tmp_path / "whole"))
+    assert not study.is_done(RunDir(tmp_path / "broken"))
+    assert not study.is_done(RunDir(tmp_path / "absent"))
+
+
+def test_a_mean_curve_has_the_steps_that_all_runs_have():
+    runs = [Run([{"step": 1, "x": 1.0}, {"step": 2, "x": 2.0}]), Run([{"step": 2, "x": 4.0}])]
+    assert mean_curve(runs, "x") == [(2, 3.0)]
+    assert mean_curve(runs, "y") == []
