@@ -5,14 +5,15 @@ ends before that, nothing is said about the program. Runs inside an isolated wor
 (`rewards.isolation`); called by `rewards.code_verifier` by its path.
 """
 
-import json
 import math
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import msgspec
 
 from cluster.errors import HoneError
+from rewards.code_tests import is_right, read_tests
 from rewards.sandbox import Limits, RunResult, Sandbox, Tier, sandbox_of
 
 MAX_DEPTH = 32
@@ -52,25 +53,49 @@ class _Clock:
         return self._has_overrun
 
 
+def check_cases(
+    tier: Tier,
+    code: str,
+    entry: str,
+    limits: dict[str, Any],
+    one_run_per_case: bool,
+    tolerance: float,
+    budget_s: float,
+) -> tuple[int, str]:
+    """How many cases of a task's `entry` pass, and what was wrong with the first of the others.
+
+    Each answer is compared here as it comes: together they may be larger than a worker's reply.
+    Raises `BudgetError`.
+    """
+    tests = read_tests(entry)
+    inputs = [case.args if tests.function else case.input for case in tests.cases]
+    bound = msgspec.convert(limits, Limits)
+    answers = run_cases(tier, code, tests.function, inputs, bound, one_run_per_case, budget_s)
+    num_passed, fault = 0, ""
+    for case, (status, answer) in zip(tests.cases, answers, strict=True):
+        if status == "ok" and is_right(tests, case, answer, tolerance):
+            num_passed += 1
+        else:
+            fault = fault or status.replace("ok", "wrong answer")
+    return num_passed, fault
+
+
 def run_cases(
     tier: Tier,
     code: str,
     function: str,
-    inputs: str,
-    limits: dict[str, Any],
+    inputs: Sequence[Any],
+    limits: Limits,
     one_run_per_case: bool,
     budget_s: float,
-) -> list[Answer]:
-    """One answer per input of a JSON list: JSON because its integers have any size. Raises
-    `BudgetError`.
-    """
-    sandbox, bound = sandbox_of(tier), msgspec.convert(limits, Limits)
-    clock = _Clock(budget_s, bound)
-    given: list[Any] = json.loads(inputs)
+) -> Iterator[Answer]:
+    """One answer per input, as they come. Raises `BudgetError`."""
+    sandbox, clock = sandbox_of(tier), _Clock(budget_s, limits)
     if not function:
-        return [_run_program(sandbox, code, text, clock) for text in given]
-    batches = [[arguments] for arguments in given] if one_run_per_case else [given]
-    return [a for batch in batches for a in _run_calls(sandbox, code, function, batch, clock)]
+        yield from (_run_program(sandbox, code, text, clock) for text in inputs)
+        return
+    for batch in [[arguments] for arguments in inputs] if one_run_per_case else [list(inputs)]:
+        yield from _run_calls(sandbox, code, function, batch, clock)
 
 
 def _run_program(sandbox: Sandbox, code: str, text: str, clock: _Clock) -> Answer:
@@ -130,7 +155,7 @@ def read_answers(reply: RunResult, count: int) -> list[Answer]:
             value: Any = msgspec.json.decode(line)
         except (msgspec.DecodeError, RecursionError):
             value = None
-        if not isinstance(value, dict) or _depth(line) > MAX_DEPTH:
+        if not isinstance(value, dict) or _is_deep(cast(object, value)):
             answers.append(("result_invalid", ""))
         elif "value" in value:
             text = msgspec.json.encode(cast(dict[str, Any], value)["value"]).decode()
@@ -141,9 +166,12 @@ def read_answers(reply: RunResult, count: int) -> list[Answer]:
     return answers + [(missing, "")] * (count - len(answers))
 
 
-def _depth(line: str) -> int:
-    depth = deepest = 0
-    for character in line:
-        depth += (character in "[{") - (character in "]}")
-        deepest = max(deepest, depth)
-    return deepest
+def _is_deep(value: object, max_depth: int = MAX_DEPTH) -> bool:
+    """Whether lists and objects are nested more than `max_depth` deep; it goes no deeper itself."""
+    if isinstance(value, dict):
+        children = list(cast(dict[str, object], value).values())
+    elif isinstance(value, list):
+        children = cast(list[object], value)
+    else:
+        return False
+    return max_depth == 0 or any(_is_deep(child, max_depth - 1) for child in children)

@@ -40,7 +40,7 @@ Tier = Literal["namespaces", "landlock", "none"]
 TIERS: tuple[Tier, ...] = ("namespaces", "landlock")
 START_S = 10.0
 GRACE_S = 2.0  # of the keeper beyond the program's own limit
-MAX_REPLY = 4 << 20
+ESCAPED_BYTES = 6  # of JSON at the most, for a byte that a program wrote
 SOLUTION_ENDED = '"solution_ended": 1'  # in the tally of a test module
 _REPOSITORY = str(Path(__file__).resolve().parents[1])
 _MAIN = "rewards.sandbox_zygote:main"
@@ -122,7 +122,7 @@ class Sandbox:
         try:
             with theirs:
                 socket.send_fds(self._open(), [b"x"], descriptors)
-            running = Running(ours, limits.wall_s + GRACE_S)
+            running = Running(ours, limits)
             ours.settimeout(START_S)
             ours.sendall(struct.pack("<I", len(body)) + body)
         except OSError as error:
@@ -156,14 +156,16 @@ class Sandbox:
 class Running:
     """A program that runs."""
 
-    def __init__(self, connection: socket.socket, limit_s: float) -> None:
+    def __init__(self, connection: socket.socket, limits: Limits) -> None:
         self._connection = connection
-        self._deadline = time.monotonic() + limit_s
+        self._deadline = time.monotonic() + limits.wall_s + GRACE_S
+        # Of a reply: what was printed, its result, and room for the rest of it.
+        self._max_bytes = ESCAPED_BYTES * (2 * limits.output_bytes + (128 << 10))
 
     def result(self) -> RunResult:
         with self._connection:
             (size,) = struct.unpack("<I", self._read(4))
-            if size > MAX_REPLY:
+            if size > self._max_bytes:
                 raise SandboxError(f"sandbox: a reply of {size} bytes")
             reply = msgspec.json.decode(self._read(size), type=RunResult)
         if reply.status == "infra_error":

@@ -11,7 +11,7 @@ import pytest
 from cluster.config import VerifierConfig
 from cluster.errors import HoneError
 from cluster.types import Message, Task, TrajectoryGroup
-from rewards import self_check
+from rewards import isolation, self_check
 from rewards.code_runs import BudgetError, run_cases, run_tests
 from rewards.rubric import Rubric
 from rewards.sandbox import Limits, Sandbox, SandboxError, choose
@@ -39,8 +39,34 @@ async def test_with_default_settings_a_loop_is_wrong_and_slow_right_code_is_righ
 
 
 def cases(code: str, inputs: list[object], function: str = "", budget_s: float = 5.0) -> list[str]:
-    answers = run_cases(TIER, code, function, json.dumps(inputs), LIMITS, False, budget_s)
+    answers = run_cases(TIER, code, function, inputs, Limits(wall_s=1, cpu_s=1), False, budget_s)
     return [status if status != "ok" else str(answer) for status, answer in answers]
+
+
+async def test_what_a_hundred_cases_print_in_all_does_not_keep_them_from_a_score() -> None:
+    """Each output is within its limit; all of them as text are larger than a worker's reply."""
+    noise = "import os\nif input() == '0': print(1)\nelse: os.write(1, b'\\xff' * 65000)"
+    cases = [{"input": str(i), "output": "1"} for i in range(100)]
+    assert len(cases) * 65000 * len("\ufffd".encode()) > isolation.MAX_FRAME
+    rubric = Rubric({"code": VerifierConfig(use="code", timeout_s=60)})
+    try:
+        scored = await rubric.score(group(cases, noise))
+    finally:
+        await rubric.close()
+    assert scored.rewards == [0.01], scored.trajectories[0].verdicts
+
+
+def test_a_reply_may_be_as_large_as_its_limits_make_it() -> None:
+    box = Sandbox(TIER)
+    try:
+        reply = box.run(
+            "program",
+            "import os\nfor f in (1, 3): os.write(f, b'\\0' * (1 << 20))",
+            Limits(output_bytes=1 << 20),
+        )
+    finally:
+        box.close()
+    assert (reply.status, len(reply.stdout), len(reply.result)) == ("ok", 1 << 20, 1 << 20)
 
 
 def test_each_call_may_take_the_limit_of_a_test_and_only_a_slow_one_fails() -> None:
