@@ -44,12 +44,11 @@ STATUS_EVERY_S = 0.5
 class Controller:
     """Runs one training run from start to end; see the diagram above."""
 
-    def __init__(self, config: Config, run_path: str, buffer_url: str, is_resumed: bool) -> None:
+    def __init__(self, config: Config, run_path: str, buffer_url: str) -> None:
         log.setup("controller", run_path)
         self._config = config
         self._run = RunDir(run_path)
         self._url = buffer_url
-        self._is_resumed = is_resumed
         self._stages = Stages(["dispatch", "rollout", "score", "learn", "sync", "eval"])
         self._stopping = asyncio.Event()
         self._statistics = RolloutStatistics()
@@ -69,7 +68,7 @@ class Controller:
     async def run(self) -> int:
         """Train to `run.steps` or until `stop`; returns the number of steps taken."""
         publisher = asyncio.create_task(self._publish())
-        self._observer.event("resumed" if self._is_resumed else "run_started", run=self._run.name)
+        self._observer.begin()
         try:
             await self._train()
             self._observer.phase("finished", "", 0.0)

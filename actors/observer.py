@@ -49,6 +49,11 @@ class Observer:
         self._error = ""
         self._gauges = LiveGauges(config, run.name)
 
+    def begin(self) -> None:
+        """A controller takes the run up: `run_started`, or `resumed` where one did before it."""
+        has_begun = any(event.kind == "run_started" for event in self._run.read_events())
+        self.event("resumed" if has_begun else "run_started", run=self._run.name)
+
     def phase(self, name: str, detail: str, expected_s: float) -> None:
         """The run enters a phase that should take `expected_s` (0 = unknown)."""
         self._phase = (name, detail, expected_s, time.time())

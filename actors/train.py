@@ -46,7 +46,7 @@ REDIS_START_S = 60.0  # with the data of a long run
 logger = logging.getLogger(__name__)
 
 
-def run(config: Config, *, run_dir: RunDir, resume: bool, address: str) -> int:
+def run(config: Config, *, run_dir: RunDir, address: str) -> int:
     """Train and wait; 0 when done, 130 when interrupted (`cluster.resume.saved_state`).
 
     `address` is `local` (a Ray of our own, stopped at the end), `auto`, or the address of a
@@ -76,14 +76,13 @@ def run(config: Config, *, run_dir: RunDir, resume: bool, address: str) -> int:
             run_dir.share_weights()
             _refuse_unfit_cluster(config, run_dir)
         _announce(config, run_dir, "starting the controller", 4.0)
-        return _conduct(config, run_dir, url, resume, interrupt, server)
+        return _conduct(config, run_dir, url, interrupt, server)
 
 
 def _conduct(
     config: Config,
     run_dir: RunDir,
     url: str,
-    resume: bool,
     interrupt: list[int],
     server: EmbeddedRedis | None,
 ) -> int:
@@ -107,7 +106,7 @@ def _conduct(
                     ray.get_runtime_context().get_node_id(), soft=False
                 ),
             )
-            .remote(config, str(run_dir.path), url, resume)
+            .remote(config, str(run_dir.path), url)
         )
         finished = controller.run.remote()
         while not ray.wait([finished], timeout=POLL_S)[0]:
@@ -130,7 +129,6 @@ def _conduct(
             lost = StageError("controller", f"died: {error}; see {run_dir.logs}")
             supervisor.controller_lost(lost)
             run_dir.append_event("worker_died", actor="controller", cause=str(error)[:300])
-            resume = True
         if interrupt:
             break
     return INTERRUPTED
@@ -267,7 +265,7 @@ def main(arguments: list[str]) -> int:
         run_dir = RunDir.create(
             config.run.dir, config.run.name, config_file.dump(config), exist_ok=True
         )
-        code = run(config, run_dir=run_dir, resume=True, address="auto")
+        code = run(config, run_dir=run_dir, address="auto")
     print(saved_state(run_dir))
     return code
 

@@ -134,7 +134,7 @@ def train(
             settings.run.dir, settings.run.name, config_file.dump(settings), exist_ok=resume
         )
         log.setup("launcher", run_dir)
-        code = _run_to_the_end(settings, run_dir, resume=resume, address=address)
+        code = _run_to_the_end(settings, run_dir, address=address)
     _leave(code)
 
 
@@ -209,13 +209,13 @@ def _refuse_problems(config: "Config", *, address: str, show_plan: bool) -> None
             print(f"  {name:<{width}}  {value}")
 
 
-def _run_to_the_end(config: "Config", run_dir: "RunDir", *, resume: bool, address: str) -> int:
+def _run_to_the_end(config: "Config", run_dir: "RunDir", *, address: str) -> int:
     from actors import train as run_loop
     from serve.live_view import LiveView
 
     try:
         with LiveView(run_dir):
-            return run_loop.run(config, run_dir=run_dir, resume=resume, address=address)
+            return run_loop.run(config, run_dir=run_dir, address=address)
     finally:
         _conclude(run_dir)
 

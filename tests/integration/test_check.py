@@ -189,7 +189,7 @@ def test_a_launcher_outside_the_cluster_is_refused(config_file_path: Path, tmp_p
 
     run = RunDir(tmp_path / "demo")
     with pytest.raises(ConfigError, match="hone submit --address"):
-        train.run(config_file.load(config_file_path), run_dir=run, resume=False, address="ray://x")
+        train.run(config_file.load(config_file_path), run_dir=run, address="ray://x")
 
 
 def test_a_prompt_of_the_evaluation_must_fit_too(config_file_path: Path, tmp_path: Path):

@@ -32,6 +32,15 @@ def observer(run: RunDir, tiny_config: Config) -> Iterator[Observer]:
     watched.close()
 
 
+def test_a_run_is_resumed_only_where_it_has_begun_before(observer: Observer, run: RunDir) -> None:
+    """However it is launched: a job goes on with what there is, and at first there is nothing."""
+    run.append_event("waiting_for_redis")
+    for _ in range(3):
+        observer.begin()
+    kinds = [event.kind for event in run.read_events()]
+    assert kinds == ["waiting_for_redis", "run_started", "resumed", "resumed"]
+
+
 def test_what_was_not_measured_leaves_the_status_readable(observer: Observer, run: RunDir) -> None:
     observer.log_step(0, {"eval/pass@1": 0.5, "policy/entropy": 1.0, "rollout/tokens_per_s": 9.0})
     nothing = ("eval/pass@1", "policy/entropy", "reward/mean", "rollout/tokens_per_s")
