@@ -212,7 +212,7 @@ class WorkerSet:
             self._pool_statuses = await self._pools.statuses()
             for name, status in self._pool_statuses.items():
                 if status.num_died > num_died.get(name, 0):
-                    self._home.on_event("worker_died", worker=f"reward/{name}", pid=0)
+                    self._home.on_event("worker_died", actor=f"reward/{name}", pid=0)
                 num_died[name] = status.num_died
             await asyncio.sleep(POOL_STATUS_S)
 

@@ -14,7 +14,7 @@ from cluster.reward_state import RUBRIC
 
 
 class RolloutStatistics:
-    """Collects productions; `drain` turns them into metric keys of the contract."""
+    """Collects productions; `drain` turns them into metric keys of docs/reference.md."""
 
     def __init__(self) -> None:
         self._productions: list[Production] = []

@@ -49,7 +49,7 @@ class SyncReport:
     num_by_broadcast: int = 0
 
     def metrics(self) -> dict[str, float]:
-        """Metric keys of the contract; a probe that was not made has none."""
+        """Metric keys of docs/reference.md; a probe that was not made has none."""
         metrics = {"sync/total_s": self.total_s, "sync/pause_s": self.pause_s}
         return (
             metrics

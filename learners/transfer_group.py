@@ -28,26 +28,22 @@ def open_store(host: str, timeout_s: float) -> TCPStore:
     """Where a group meets: a free port of `host`; torch by itself would listen on all addresses."""
     listener = socket.create_server((host, 0))
     port = listener.getsockname()[1]
-    return TCPStore(
-        host,
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=timeout_s),
-        master_listen_fd=listener.detach(),
-        use_libuv=False,  # not every libuv server of torch takes over a socket
-    )
+    return _store(host, port, timeout_s, is_master=True, master_listen_fd=listener.detach())
 
 
 def find_store(host: str, port: int, timeout_s: float) -> TCPStore:
     """The store that rank 0 has opened."""
+    return _store(host, port, timeout_s, is_master=False)
+
+
+def _store(host: str, port: int, timeout_s: float, **role: Any) -> TCPStore:
     return TCPStore(
         host,
         port,
-        is_master=False,
         wait_for_workers=False,
         timeout=timedelta(seconds=timeout_s),
-        use_libuv=False,
+        use_libuv=False,  # not every libuv server of torch takes over a socket
+        **role,
     )
 
 

@@ -19,7 +19,36 @@ from rewards.step_scorer import StepScores
 _TWO_LAYER_HEAD = "Qwen2ForProcessRewardModel"
 
 
-class StepClassifier:
+class _MarkerScorer:
+    """A model that is asked at the marker behind each step; what is read there is its subclass's
+    matter.
+    """
+
+    def __init__(self, form: StepFormat, local: LocalModel) -> None:
+        self._form = form
+        self._local = local
+
+    @staticmethod
+    def fingerprint(settings: Mapping[str, Any]) -> str:
+        return fingerprint(settings)
+
+    async def score(self, task: Task, completions: list[list[str]]) -> list[StepScores]:
+        rows = [self._form.encode(self._local.tokenizer, task, steps) for steps in completions]
+        values = await self._local.ask(rows, self._probabilities)
+        limit = self._local.max_length
+        return [
+            StepScores(scores=scores)
+            if scores is not None
+            else StepScores(error=f"{len(row.token_ids)} tokens, the model reads at most {limit}")
+            for row, scores in zip(rows, values, strict=True)
+        ]
+
+    def _probabilities(self, hidden: Any, rows: list[Asked]) -> Any:
+        """One per row of `hidden`, which are the states at the markers of all `rows`."""
+        raise NotImplementedError
+
+
+class StepClassifier(_MarkerScorer):
     """P(class 1) at a separator token after each step: softmax over labels, or sigmoid of one.
 
     Reads token-classification checkpoints (those that `hone rewards train-process` writes) and
@@ -38,23 +67,18 @@ class StepClassifier:
         device: str = "",
         batch_tokens: int = 16384,
     ) -> None:
-        self._form = StepFormat(marker, joiner, question_format, system)
-        self._local = LocalModel(ModelSettings(model, dtype, device, batch_tokens), _classifier)
+        super().__init__(
+            StepFormat(marker, joiner, question_format, system),
+            LocalModel(ModelSettings(model, dtype, device, batch_tokens), _classifier),
+        )
         self._local.token_of("marker", marker)
-
-    @staticmethod
-    def fingerprint(settings: Mapping[str, Any]) -> str:
-        return fingerprint(settings)
-
-    async def score(self, task: Task, completions: list[list[str]]) -> list[StepScores]:
-        return await _score(self._local, self._form, task, completions, self._probabilities)
 
     def _probabilities(self, hidden: Any, rows: list[Asked]) -> Any:
         logits = self._local.model.score(hidden).float()
         return logits.softmax(-1)[:, 1] if logits.shape[-1] > 1 else logits[:, 0].sigmoid()
 
 
-class StepTokenProbability:
+class StepTokenProbability(_MarkerScorer):
     """P(`good`) against `bad` as the next token at a marker after each step.
 
     Math-Shepherd (arXiv 2312.08935) has `marker: " ки"`, `joiner: "\\n"`, `good: "+"`, `bad: "-"`
@@ -74,35 +98,15 @@ class StepTokenProbability:
         device: str = "",
         batch_tokens: int = 16384,
     ) -> None:
-        self._form = StepFormat(marker, joiner, question_format, system)
-        self._local = LocalModel(ModelSettings(model, dtype, device, batch_tokens), causal_lm)
+        super().__init__(
+            StepFormat(marker, joiner, question_format, system),
+            LocalModel(ModelSettings(model, dtype, device, batch_tokens), causal_lm),
+        )
         self._choices = [self._local.token_of("good", good), self._local.token_of("bad", bad)]
-
-    @staticmethod
-    def fingerprint(settings: Mapping[str, Any]) -> str:
-        return fingerprint(settings)
-
-    async def score(self, task: Task, completions: list[list[str]]) -> list[StepScores]:
-        return await _score(self._local, self._form, task, completions, self._probabilities)
 
     def _probabilities(self, hidden: Any, rows: list[Asked]) -> Any:
         head = self._local.model.get_output_embeddings()
         return head(hidden)[:, self._choices].float().softmax(-1)[:, 0]
-
-
-async def _score(
-    local: LocalModel, form: StepFormat, task: Task, completions: list[list[str]], head: Any
-) -> list[StepScores]:
-    rows = [form.encode(local.tokenizer, task, steps) for steps in completions]
-    values = await local.ask(rows, head)
-    return [
-        StepScores(scores=scores)
-        if scores is not None
-        else StepScores(
-            error=f"{len(row.token_ids)} tokens, the model reads at most {local.max_length}"
-        )
-        for row, scores in zip(rows, values, strict=True)
-    ]
 
 
 def causal_lm(transformers: Any, model: str, dtype: Any) -> Any:

@@ -76,14 +76,18 @@ def attach(app: FastAPI, opened: Opened, errors: dict[int | str, Any]) -> None:
             raise ApiError(status, str(error), code=code) from error
         return JSONResponse(msgspec.to_builtins(answer))
 
+    async def look(
+        request: Request, run: str, query: Callable[..., msgspec.Struct], *asked: str | int
+    ) -> JSONResponse:
+        return await ask(partial(query, opened(request, run, "view"), *asked), 404)
+
     @app.get(
         "/admin/runs/{run}/rewards",
         responses=errors | answers(reward_changes.Listing),
         summary="Rubric versions, the live one, and how the shadow compares",
     )
     async def list_rewards(request: Request, run: str) -> JSONResponse:
-        found = opened(request, run, "view")
-        return await ask(partial(reward_changes.listing, found), 404)
+        return await look(request, run, reward_changes.listing)
 
     @app.post(
         "/admin/runs/{run}/rewards",
@@ -101,8 +105,7 @@ def attach(app: FastAPI, opened: Opened, errors: dict[int | str, Any]) -> None:
         summary="Counts of the replay buffer",
     )
     async def replay_stats(request: Request, run: str) -> JSONResponse:
-        found = opened(request, run, "view")
-        return await ask(partial(replay_queries.stats, found), 404)
+        return await look(request, run, replay_queries.stats)
 
     @app.get(
         "/admin/runs/{run}/replay/groups/{group}",
@@ -112,8 +115,7 @@ def attach(app: FastAPI, opened: Opened, errors: dict[int | str, Any]) -> None:
     async def replay_show(
         request: Request, run: str, group: Annotated[str, Path(max_length=200)]
     ) -> JSONResponse:
-        found = opened(request, run, "view")
-        return await ask(partial(replay_queries.show, found, group), 404)
+        return await look(request, run, replay_queries.show, group)
 
     @app.get(
         "/admin/runs/{run}/replay/steps/{step}",
@@ -123,8 +125,7 @@ def attach(app: FastAPI, opened: Opened, errors: dict[int | str, Any]) -> None:
     async def replay_why(
         request: Request, run: str, step: Annotated[int, Path(ge=0, le=2**53)]
     ) -> JSONResponse:
-        found = opened(request, run, "view")
-        return await ask(partial(replay_queries.why, found, step), 404)
+        return await look(request, run, replay_queries.why, step)
 
 
 def _is_bad_edit(error: HoneError) -> bool:

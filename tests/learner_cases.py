@@ -3,8 +3,9 @@
 Invariant: all is drawn from the step number, so every process and test sees the same groups.
 """
 
+import multiprocessing
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from learners.packing import plan_groups
 from learners.policy_dir import prepare
 
 CONTEXT_LENGTH = 36
+RANKS_S = 240  # of processes that load torch on busy cores, and then train
 VOCAB = 259  # odd sizes: shards of unequal length
 
 
@@ -113,6 +115,19 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def run_ranks(num_ranks: int, target: Callable[..., None], *args: Any) -> None:
+    """`target(rank, *args)` in a process of its own for each rank; all must end well."""
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=target, args=(rank, *args)) for rank in range(num_ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(RANKS_S)
+        if process.is_alive():
+            process.kill()
+    assert [process.exitcode for process in processes] == [0] * num_ranks
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """The learner on real process groups: equal to the reference, to itself split, and across ranks."""
 
 import json
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -26,11 +25,11 @@ from tests.learner_cases import (
     make_groups,
     make_policy,
     open_learner,
+    run_ranks,
     train_step,
 )
 from tests.reference_grpo import ReferenceSettings, grpo_loss, sequence_logprobs
 
-START_TIMEOUT_S = 120
 Recorder = Callable[[str, float], None]
 
 
@@ -54,18 +53,7 @@ def _run_rank(rank: int, world_size: int, port: int, policy_dir: Path, out: Path
 def two_ranks(policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files of a two-rank run of four steps, with a checkpoint after the third."""
     out = tmp_path_factory.mktemp("two_ranks")
-    port = free_port()
-    spawn = multiprocessing.get_context("spawn")
-    processes = [
-        spawn.Process(target=_run_rank, args=(rank, 2, port, policy_dir, out)) for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(START_TIMEOUT_S)
-        if process.is_alive():
-            process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    run_ranks(2, _run_rank, 2, free_port(), policy_dir, out)
     return out
 
 

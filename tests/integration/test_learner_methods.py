@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -28,10 +27,10 @@ from tests.learner_cases import (
     make_groups,
     make_policy,
     open_learner,
+    run_ranks,
     train_step,
 )
 
-START_TIMEOUT_S = 240
 ANCHOR, BETA = 2.0, 0.7
 
 
@@ -177,18 +176,7 @@ def _run_rank(rank: int, ports: list[int], policy_dir: Path, out: Path) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("two_ranks")
-    ports = [free_port() for _ in METHODS]
-    spawn = multiprocessing.get_context("spawn")
-    processes = [
-        spawn.Process(target=_run_rank, args=(rank, ports, policy_dir, out)) for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(START_TIMEOUT_S)
-        if process.is_alive():
-            process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    run_ranks(2, _run_rank, [free_port() for _ in METHODS], policy_dir, out)
     return out
 
 

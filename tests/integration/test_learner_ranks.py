@@ -1,7 +1,6 @@
 """One, two and four ranks give the same update, with odd batch sizes and idle ranks."""
 
 import json
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,9 +18,9 @@ from tests.learner_cases import (
     make_groups,
     make_policy,
     open_learner,
+    run_ranks,
 )
 
-START_TIMEOUT_S = 240
 NUM_STEPS = 2
 
 
@@ -66,19 +65,8 @@ def test_one_two_and_four_ranks_give_the_same_update(
     assert sum(not any(share) for share in shares) == 2, "two of four ranks have an empty pack"
 
     ports = {4: free_port(), 2: free_port()}
-    spawn = multiprocessing.get_context("spawn")
-    processes = [
-        spawn.Process(target=_run_rank, args=(rank, ports, policy_dir, tmp_path))
-        for rank in range(4)
-    ]
-    for process in processes:
-        process.start()
+    run_ranks(4, _run_rank, ports, policy_dir, tmp_path)
     _run(policy_dir, tmp_path, 0, 1, free_port())
-    for process in processes:
-        process.join(START_TIMEOUT_S)
-        if process.is_alive():
-            process.kill()
-    assert [process.exitcode for process in processes] == [0] * 4
 
     for step in range(NUM_STEPS):
         ours = json.loads((tmp_path / f"1_{step}_0.json").read_text())

@@ -18,28 +18,17 @@ import pytest_asyncio
 from ray import cloudpickle
 from safetensors import safe_open
 
-from actors.fleet import RolloutFleet, WorkerState
+from actors.fleet import WorkerState
 from actors.fleet_worker import Worker
-from actors.placement import Placement
-from actors.weight_sync import WeightSync
 from cluster.config import Config
-from learners.group import LearnerGroup
 from learners.learner import ScoreRequest
+from tests.engine_cases import Parts, move_weights, running_parts
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import test modules
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 TIMEOUT_S = 40.0
 AGREES = 1e-5  # nats a token
 SEQUENCES = [np.arange(5, 45, dtype=np.int32), np.array([9, 10, 11, 30, 7], dtype=np.int32)]
-
-
-class Parts:
-    def __init__(self, learner: LearnerGroup, fleet: RolloutFleet, sync: WeightSync) -> None:
-        self.learner, self.fleet, self.sync = learner, fleet, sync
-        self.events: list[tuple[str, dict[str, Any]]] = []
-
-    def failures(self) -> list[dict[str, Any]]:
-        return [fields for kind, fields in self.events if kind == "broadcast_failed"]
 
 
 @pytest.fixture(scope="module")
@@ -58,37 +47,13 @@ async def parts(
     broadcast_config: Config, tiny_policy_dir: Path, redis_url: str, local_ray: None,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[Parts]:  # fmt: skip
-    run_dir = tmp_path_factory.mktemp("run")
-    placement = Placement.of(broadcast_config)
-    events: list[tuple[str, dict[str, Any]]] = []
-
-    def on_event(kind: str, **fields: Any) -> None:
-        events.append((kind, fields))
-
-    fleet = RolloutFleet("broadcast-test", placement, tiny_policy_dir, str(run_dir), on_event)
-    learner, _ = await asyncio.gather(
-        LearnerGroup.start(
-            run_id="broadcast-test", config=broadcast_config, policy_dir=tiny_policy_dir,
-            buffer_url=redis_url, run_dir=str(run_dir), actor_options=placement.learner_options(),
-        ),
-        fleet.start(),
-    )  # fmt: skip
-    for rank in learner.ranks:
-        await rank.__ray_call__.remote(_use_small_buckets)
-    sync = WeightSync(
-        broadcast_config.sync,
-        learner,
-        fleet,
-        run_dir / "weights",
-        on_event,
-        context_length=broadcast_config.policy.context_length,
-        prompts=[sequence.tolist() for sequence in SEQUENCES],
-    )
-    parts = Parts(learner, fleet, sync)
-    parts.events = events
-    yield parts
-    await fleet.stop()
-    learner.shutdown()
+    run_dir, prompts = tmp_path_factory.mktemp("run"), [each.tolist() for each in SEQUENCES]
+    async with running_parts(
+        broadcast_config, "broadcast-test", tiny_policy_dir, redis_url, run_dir, prompts
+    ) as parts:
+        for rank in parts.learner.ranks:
+            await rank.__ray_call__.remote(_use_small_buckets)
+        yield parts
 
 
 def _use_small_buckets(rank: Any) -> None:
@@ -96,20 +61,8 @@ def _use_small_buckets(rank: Any) -> None:
     rank._learner.sender.bucket_bytes = 10_000
 
 
-async def move_weights(parts: Parts, seed: int) -> None:
-    """Change the learner's weights for real."""
-    for rank in parts.learner.ranks:
-        await rank.__ray_call__.remote(_perturb, seed)
-
-
-def _perturb(rank: Any, seed: int) -> None:
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in rank._learner._policy.parameters():
-            local = parameter.to_local()
-            local.add_(torch.randn(local.shape, generator=generator) * 0.05)
+def failures(parts: Parts) -> list[dict[str, Any]]:
+    return [fields for kind, fields in parts.events if kind == "broadcast_failed"]
 
 
 async def scores(worker: Worker) -> np.ndarray:
@@ -129,7 +82,7 @@ async def test_engines_after_a_broadcast_equal_engines_after_the_file(
     record_property("probe_error_after_broadcast", report.probe_error)
     assert report.probe_error <= AGREES
     assert 0 < report.pause_s <= report.total_s
-    assert parts.failures() == []
+    assert failures(parts) == []
 
     requests = [ScoreRequest(each.tolist(), num_context=1) for each in SEQUENCES]
     expected = np.concatenate(await parts.learner.score(requests))
@@ -158,7 +111,7 @@ async def test_an_engine_killed_amid_a_broadcast_costs_a_sync_by_file_and_no_mor
     started = time.monotonic()
     report = await asyncio.wait_for(parts.sync.sync(2), 2 * TIMEOUT_S)
     assert time.monotonic() - started < TIMEOUT_S
-    [failure] = parts.failures()
+    [failure] = failures(parts)
     assert failure["policy_version"] == 2
     assert failure["cause"]
     assert (report.num_engines, report.num_by_broadcast) == (1, 0)
@@ -173,7 +126,7 @@ async def test_an_engine_killed_amid_a_broadcast_costs_a_sync_by_file_and_no_mor
     assert report.num_by_broadcast == report.num_engines >= 1
     assert report.probe_error is not None
     assert report.probe_error <= AGREES
-    assert len(parts.failures()) == 1
+    assert len(failures(parts)) == 1
 
 
 @pytest.mark.slow
@@ -187,7 +140,7 @@ async def test_the_replaced_engine_is_in_the_next_group(parts: Parts) -> None:
     assert report.num_by_broadcast == report.num_engines == 2
     assert report.probe_error is not None
     assert report.probe_error <= AGREES
-    assert len(parts.failures()) == 1
+    assert len(failures(parts)) == 1
 
 
 def _arm(worker: Any) -> None:

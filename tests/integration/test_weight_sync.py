@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,38 +19,27 @@ import pytest
 import pytest_asyncio
 from ray import cloudpickle
 
-from actors.fleet import RolloutFleet, WorkerState
-from actors.placement import Placement
-from actors.producer import Producer
-from actors.reward_pool import RewardPool
-from actors.reward_set import RewardHome
+from actors.fleet import WorkerState
 from actors.reward_worker import UNSOLVED
 from actors.rollout import RolloutRequest, Sampling
-from actors.stages import Stages
 from actors.statistics import RolloutStatistics
 from actors.vllm_engine import MIN_BATCH_TOKENS
-from actors.weight_sync import WeightSync
-from cluster import wire
-from cluster.config import Config, LossConfig, ObjectiveSection, Plugin, VerifierConfig
+from cluster.config import Config, LossConfig, ObjectiveSection, Plugin
 from cluster.errors import LearnerLostError, StageError
-from cluster.redis_client import connect
-from cluster.replay_buffer import ReplayBuffer
-from cluster.reward_state import RubricVersion
-from cluster.run_dir import RunDir
-from cluster.types import Message, Task, TrajectoryGroup
-from learners.group import LearnerGroup
+from cluster.types import Message, Task
 from learners.learner import ScoreRequest
-from rewards.rubric import Rubric
+from tests.engine_cases import (
+    TASK,
+    Parts,
+    move_weights,
+    producer,
+    request,
+    rollout,
+    running_parts,
+)
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import test modules
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-TASK = Task(task_id="t", taskset="demo", messages=[Message(role="user", content="1 + 2 =")])
-
-
-class Parts:
-    def __init__(self, learner: LearnerGroup, fleet: RolloutFleet, sync: WeightSync) -> None:
-        self.learner, self.fleet, self.sync = learner, fleet, sync
-        self.events: list[tuple[str, dict[str, Any]]] = []
 
 
 @pytest.fixture(scope="module")
@@ -72,60 +60,12 @@ async def parts(
     guided_config: Config, tiny_policy_dir: Path, redis_url: str, local_ray: None,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[Parts]:  # fmt: skip
-    run_dir = tmp_path_factory.mktemp("run")
-    placement = Placement.of(guided_config)
-    events: list[tuple[str, dict[str, Any]]] = []
-
-    def on_event(kind: str, **fields: Any) -> None:
-        events.append((kind, fields))
-
-    fleet = RolloutFleet("sync-test", placement, tiny_policy_dir, str(run_dir), on_event)
-    fleet._max_groups = 100  # engines are crowded here more than a run would
-    learner, _ = await asyncio.gather(
-        LearnerGroup.start(
-            run_id="sync-test", config=guided_config, policy_dir=tiny_policy_dir,
-            buffer_url=redis_url, run_dir=str(run_dir), actor_options=placement.learner_options(),
-        ),
-        fleet.start(),
-    )  # fmt: skip
-    sync = WeightSync(
-        guided_config.sync,
-        learner,
-        fleet,
-        run_dir / "weights",
-        on_event,
-        context_length=guided_config.policy.context_length,
-        prompts=[[5, 6, 7, 8], [9, 10, 11]],
-    )
-    parts = Parts(learner, fleet, sync)
-    parts.events = events
-    yield parts
-    await fleet.stop()
-    learner.shutdown()
-
-
-def request(group_id: str, max_new_tokens: int = 8, seed: int = 1) -> RolloutRequest:
-    return RolloutRequest(group_id, TASK, 4, Sampling(max_new_tokens, 1.0, [1], seed))
-
-
-async def rollout(parts: Parts, asked: RolloutRequest) -> TrajectoryGroup:
-    return wire.decode(await (await parts.fleet.rollout(asked)), TrajectoryGroup)
-
-
-async def move_weights(parts: Parts, policy_version: int, scale: float = 0.05) -> None:
-    """Change the learner's weights for real, by noise of `scale`."""
-    for rank in parts.learner.ranks:
-        await rank.__ray_call__.remote(_perturb, policy_version, scale)
-
-
-def _perturb(rank: Any, seed: int, scale: float) -> None:
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in rank._learner._policy.parameters():
-            local = parameter.to_local()
-            local.add_(torch.randn(local.shape, generator=generator) * scale)
+    run_dir, prompts = tmp_path_factory.mktemp("run"), [[5, 6, 7, 8], [9, 10, 11]]
+    async with running_parts(
+        guided_config, "sync-test", tiny_policy_dir, redis_url, run_dir, prompts
+    ) as parts:
+        parts.fleet._max_groups = 100  # engines are crowded here more than a run would
+        yield parts
 
 
 async def test_engine_and_learner_agree_before_and_after_a_sync(
@@ -203,32 +143,6 @@ async def test_a_lost_learner_starts_anew_and_goes_on_from_its_checkpoint(
 
 
 HINTED = msgspec.structs.replace(TASK, task_id="hinted", hints=["2 + 2 = 5", "1 + 2 = 3"])
-
-
-@asynccontextmanager
-async def producer(parts: Parts, config: Config, url: str, path: Path, level: int):
-    """Producer and buffer of a run whose verifier passes hints of `level`."""
-    verifiers = {
-        "right": VerifierConfig(use="tests.hint_rewards:PassesAtLevel", settings={"level": level})
-    }
-    rubric = Rubric(verifiers)
-    version = RubricVersion(
-        ordinal=1, hash=rubric.version, signals=rubric.versions, created_at=0.0,
-        verifiers={name: v.model_dump() for name, v in verifiers.items()},
-    )  # fmt: skip
-    await rubric.close()
-    run = RunDir.create(path, "sync-test", "", exist_ok=True)
-    home = RewardHome(run, Placement.of(config), url, lambda kind, **fields: None)
-    pool = RewardPool(home)
-    pool.cut_over(await pool.prepare(version, []))
-    buffer = ReplayBuffer(
-        connect(url), "sync-test", capacity_groups=64, lease_s=60.0, max_deliveries=3
-    )
-    yield (
-        Producer(config.rollout.program, parts.fleet, pool, Stages(["rollout", "score"])),
-        buffer,
-    )
-    pool.stop()
 
 
 async def test_a_failed_task_is_sampled_with_hints_and_learned_without(
