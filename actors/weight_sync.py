@@ -37,25 +37,24 @@ Outcome = tuple[float, float | None]  # pause_s and probe error of a worker that
 @dataclass(frozen=True)
 class SyncReport:
     """One sync. `probe_error` is the largest mean |engine - learner| log-prob over engines, in
-    nats; None when all of them had to be replaced. `num_by_broadcast` of the `num_engines` needed
-    no file.
+    nats; None when all of them had to be replaced. `probe_s` is what it took the learner and the
+    slowest engine. `num_by_broadcast` of the `num_engines` needed no file.
     """
 
     policy_version: int
     total_s: float
     pause_s: float
     probe_error: float | None
+    probe_s: float
     num_engines: int
     num_by_broadcast: int = 0
 
     def metrics(self) -> dict[str, float]:
         """Metric keys of docs/reference.md; a probe that was not made has none."""
         metrics = {"sync/total_s": self.total_s, "sync/pause_s": self.pause_s}
-        return (
-            metrics
-            if self.probe_error is None
-            else metrics | {"sync/probe_error": self.probe_error}
-        )
+        if self.probe_error is None:
+            return metrics
+        return metrics | {"sync/probe_error": self.probe_error, "sync/probe_s": self.probe_s}
 
 
 class WeightSync:
@@ -87,6 +86,7 @@ class WeightSync:
         self._max_probe_tokens = context_length - 1  # an engine adds one token to what it scores
         self._probes: list[np.ndarray] = []
         self._expected: list[np.ndarray] = []
+        self._probe_s = 0.0  # of the slowest engine in this sync
         self._published: tuple[Path, int] | None = None
         self._lock = asyncio.Lock()
         self._probe_with([np.asarray(prompt) for prompt in prompts])
@@ -115,9 +115,11 @@ class WeightSync:
             self._directory.mkdir(parents=True, exist_ok=True)  # whoever may have removed it
             workers = [(w, w.handle) for w in self._fleet.serving]
             sent = await self._send([w for w, _ in workers], policy_version)
+            self._probe_s, began = 0.0, time.monotonic()
             if self._probes:
                 requests = [ScoreRequest(probe.tolist(), num_context=1) for probe in self._probes]
                 self._expected = await self._learner.score(requests)
+            scoring_s = time.monotonic() - began
             proven = await asyncio.gather(
                 *[self._take(w, s, policy_version) for (w, _), s in zip(workers, sent, strict=True)]
             )
@@ -147,6 +149,7 @@ class WeightSync:
             total_s=time.monotonic() - started,
             pause_s=max(pause for pause, _ in done),
             probe_error=max((e for _, e in done if e is not None), default=None),
+            probe_s=scoring_s + self._probe_s,
             num_engines=len(done),
             num_by_broadcast=sum(outcome is not None for outcome in proven),
         )
@@ -250,7 +253,9 @@ class WeightSync:
         """Mean |engine - learner| log-prob over all probe tokens, in nats; None without probes."""
         if not self._probes:
             return None
+        started = time.monotonic()
         measured = await self._call(worker, "score", self._probes)
+        self._probe_s = max(self._probe_s, time.monotonic() - started)
         return float(np.abs(np.concatenate(measured) - np.concatenate(self._expected)).mean())
 
     async def _call(self, worker: Worker, method: str, *arguments: object):

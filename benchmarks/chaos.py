@@ -58,6 +58,10 @@ class Recovery(NamedTuple):
     working_s: float
 
 
+class RunEndedError(RuntimeError):
+    """The run has ended by itself, well or not."""
+
+
 class LiveRun:
     """One `hone train` in a process group of its own. Example: `LiveRun(folder, "calm", [...])`."""
 
@@ -109,9 +113,9 @@ class LiveRun:
             time.sleep(POLL_S)
 
     def check(self) -> None:
-        """Raise when the run has ended by itself."""
+        """Raises `RunEndedError` when the run has ended by itself."""
         if self._process is not None and self._process.poll() is not None:
-            raise RuntimeError(f"the run ended with {self._process.returncode}: {self.tail()}")
+            raise RunEndedError(f"the run ended with {self._process.returncode}: {self.tail()}")
 
     def tail(self) -> str:
         return self.output.read_text(errors="replace")[-2000:]

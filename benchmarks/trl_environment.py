@@ -21,6 +21,7 @@ from cluster.errors import StageError
 CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hone"
 INSTALL_S, PEER_S = 1200.0, 1800.0
 COMPLETE = ".complete"
+OURS = ("GOMP_SPINCOUNT", "OMP_NUM_THREADS")  # what Hone sets for its threads; the peer has its own
 
 
 class PeerRun(msgspec.Struct, frozen=True):
@@ -103,7 +104,9 @@ def measure(config: Config, tasks: Path, micro_batch: int, num_steps: int) -> Pe
         "steps": num_steps,
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    run = run_timed([environment(), "-m", "benchmarks.trl_peer", *words], ROOT, PEER_S)
+    without = [word for name in OURS for word in ("-u", name)]
+    command = ["env", *without, environment(), "-m", "benchmarks.trl_peer", *words]
+    run = run_timed(command, ROOT, PEER_S)
     lines = [line for line in run.output.splitlines() if line.startswith('{"system": "trl"')]
     if run.code != 0 or not lines:
         raise StageError("trl", f"exit code {run.code}: {run.output[-2000:]}")

@@ -3,13 +3,16 @@
 import ast
 import json
 import re
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 
 from benchmarks import soak, throughput, trl_environment, trl_peer
+from benchmarks.proofs import Timed
 from benchmarks.stage_ceilings import Ceilings
 from benchmarks.tailed import Tailed
 from cluster import config_file
@@ -73,11 +76,13 @@ def test_a_turn_is_of_the_steps_after_the_first_and_without_the_evaluation(tmp_p
         with run.events.open("a") as file:
             file.write(json.dumps(event) + "\n")
         row = {"rollout/completion_tokens_mean": 10.0 * step, "learner/busy_fraction": 0.9}
+        row |= {"sync/pause_s": 0.01 * step, "sync/probe_s": 0.02}
         run.append_metrics(step, row | ({"eval/pass@1": 0.5} if step in (0, 4) else {}))
     turn = throughput.turn_of(run, num_first=2)
     assert turn.step_s == [3.0, 4.0]
     assert turn.tokens == 30.0
     assert turn.waits == pytest.approx(0.1)
+    assert (turn.pause_s, turn.probe_s) == pytest.approx((0.03, 0.02))
 
 
 def test_the_slower_stage_bounds_a_step() -> None:
@@ -91,6 +96,29 @@ def test_the_peer_is_given_the_tasks_of_the_run(tmp_path: Path) -> None:
     tasks = Tailed(size=3, seed=1).load()
     assert [row["prompt"][-1]["content"] for row in rows] == [t.messages[0].content for t in tasks]
     assert all(row["prompt"][-1]["role"] == "user" for row in rows)
+
+
+def test_the_peer_does_not_run_with_what_hone_sets_for_its_threads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found: list[str] = []
+
+    def note(command: Sequence[str | Path], _cwd: Path, _timeout_s: float) -> Timed:
+        found.extend(map(str, command))
+        return Timed(1, 0.0, 0.0, "")
+
+    monkeypatch.setattr(trl_environment, "environment", lambda: Path(sys.executable))
+    monkeypatch.setattr(trl_environment, "run_timed", note)
+    config = config_file.load(throughput.CONFIG, ["policy={type: pretrained, model: policy}"])
+    with pytest.raises(StageError):
+        trl_environment.measure(config, tmp_path / "tasks.jsonl", 128, 1)
+    place = found.index(sys.executable)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "3000")
+    shown = subprocess.run(found[:place], capture_output=True, text=True, check=True).stdout
+    assert "PATH=" in shown
+    assert "OMP_NUM_THREADS" not in shown
+    assert "GOMP_SPINCOUNT" not in shown
 
 
 def test_an_environment_that_cannot_be_made_says_so() -> None:
