@@ -8,7 +8,7 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -21,10 +21,11 @@ ROUNDS, QUICK_ROUNDS = 9, 3
 
 @dataclass(frozen=True)
 class Load:
-    """One load level: tokens per second as the server counts them, and percentiles of the time to
-    first token in seconds.
+    """One load level, or the medians of several: tokens per second as the server counts them, and
+    percentiles of the time to first token in seconds; all requests are counted.
     """
 
+    num_requests: int
     tokens_per_s: float
     p50_s: float
     p99_s: float
@@ -66,28 +67,27 @@ class Side:
     model: str
 
 
-def compare(ours: Side, theirs: Side, quick: bool) -> dict[int, Paired]:
+def compare(ours: Side, theirs: Side, quick: bool) -> Iterator[tuple[int, Paired]]:
     """Both sides by number of clients, in turns; which one is first changes every round."""
     per_client = {1: 8, 8: 4, 64: 1} if quick else {1: 16, 8: 8, 64: 3}
     rounds = QUICK_ROUNDS if quick else ROUNDS
     for side in (ours, theirs):
         asyncio.run(_load(side, 8, 2))  # the first batches pay for warming up
-    found: dict[int, Paired] = {}
     for clients, count in per_client.items():
         pairs: list[tuple[Load, Load]] = []
         for number in range(rounds):
             order = (ours, theirs) if number % 2 == 0 else (theirs, ours)
             loads = {side: asyncio.run(_load(side, clients, count)) for side in order}
             pairs.append((loads[ours], loads[theirs]))
-        found[clients] = Paired(pairs)
-    return found
+        yield clients, Paired(pairs)
 
 
 def _median(loads: Sequence[Load]) -> Load:
     def middle(name: str) -> float:
         return median(getattr(load, name) for load in loads)
 
-    return Load(middle("tokens_per_s"), middle("p50_s"), middle("p99_s"))
+    num_requests = sum(load.num_requests for load in loads)
+    return Load(num_requests, middle("tokens_per_s"), middle("p50_s"), middle("p99_s"))
 
 
 async def _load(side: Side, clients: int, per_client: int) -> Load:
@@ -124,7 +124,7 @@ async def _load(side: Side, clients: int, per_client: int) -> Load:
         elapsed = time.monotonic() - started
     firsts.sort()
     p99 = firsts[min(len(firsts) - 1, int(0.99 * len(firsts)))]
-    return Load(num_tokens / elapsed, firsts[len(firsts) // 2], p99)
+    return Load(len(firsts), num_tokens / elapsed, firsts[len(firsts) // 2], p99)
 
 
 def _completion_tokens(last_event: bytes) -> int:

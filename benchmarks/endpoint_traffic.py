@@ -13,6 +13,7 @@ from typing import Any
 import openai
 
 PROMPT = "12 + 34 ="
+MAX_FAILED = 100  # then it is known
 
 
 @dataclass
@@ -58,7 +59,9 @@ def send(
     tokens: int = 64,
     timeout_s: float = 400.0,
 ) -> Traffic:
-    """At least `count` requests, and more until `is_enough`; stops at `timeout_s`."""
+    """At least `count` requests, and more until `is_enough`; stops at `timeout_s` or when
+    `MAX_FAILED` have failed.
+    """
     return asyncio.run(_send(url, key, count, is_enough, clients, tokens, timeout_s))
 
 
@@ -75,7 +78,7 @@ async def _send(
     deadline = time.monotonic() + timeout_s
 
     async def client(asking: openai.AsyncOpenAI) -> None:
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and traffic.num_failed < MAX_FAILED:
             if traffic.num_requests >= count and is_enough():
                 return
             traffic.num_requests += 1

@@ -5,10 +5,13 @@ weights a stand-in publishes. `hone serve` and plain `vllm serve` run side by si
 """
 
 import asyncio
+import os
+import shutil
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,39 +72,44 @@ def rows(quick: bool) -> Iterator[Row | Part]:
     )  # fmt: skip
 
 
-def published_rows(quick: bool) -> Iterator[Row]:
-    with tempfile.TemporaryDirectory() as folder:
+def published_rows(quick: bool) -> Iterator[Row | Part]:
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        ExitStack() as stack,
+    ):
         root = Path(folder)
         config = config_file.parse(TINY, "show_serve")
         texts = [f"{a} + {b} = {a + b}" for a in range(50) for b in range(50)]
         policy_dir = prepare(config.policy, texts, root / "cache", root / "tiny")
         run = make_run(config, policy_dir, root / "runs")
+        stack.callback(shutil.rmtree, run.weights, ignore_errors=True)
         publish(run, 1)
         keys = KeyStore(root / "runs" / "keys.json")
         query, admin = keys.create("user", ["query"]), keys.create("operator", ["admin"])
         flood = keys.create("flood", ["query"], requests_per_minute=FLOOD_PER_MINUTE)
         settings = endpoint_settings.resolve(
             str(run.path), runs=root / "runs",
+            max_engines=max(2, os.cpu_count() or 2),  # one math thread each, as vllm_server has
             overrides=["limits.requests_per_minute=0", "limits.tokens_per_minute=0",
                        "guards.window_s=10"],
         )  # fmt: skip
         door = endpoint_settings.Door(port=free_port())
         with endpoint.running(settings, door):
             served = Published(run, door.url, query, admin, flood)
-            with vllm_server(policy_dir, *PLAIN) as plain:
-                yield from load_rows(served, Side(plain.url, "none", str(policy_dir)), quick)
-            yield _share(served, quick)
-            yield _bad_version(served)
-            yield _doors(served)
-            yield _fuzz(served, quick)
-            yield _flood(served)
-            yield _page(served)
+            yield Part("load", lambda: load_rows(served, policy_dir, quick))
+            yield Part("canary share", lambda: [_share(served, quick)])
+            yield Part("a bad version goes by itself", lambda: [_bad_version(served)])
+            yield Part("wrong key, wrong scope, no key", lambda: [_doors(served)])
+            yield Part("random requests", lambda: [_fuzz(served, quick)])
+            yield Part("a flood", lambda: [_flood(served)])
+            yield Part("the page", lambda: [_page(served)])
 
 
-def load_rows(served: Published, plain: Side, quick: bool) -> Iterator[Row]:
-    found = compare(Side(served.url, served.query, "policy"), plain, quick)
-    for clients, paired in found.items():
-        yield from _compare(clients, paired)
+def load_rows(served: Published, policy_dir: Path, quick: bool) -> Iterator[Row]:
+    with vllm_server(policy_dir, *PLAIN) as plain:
+        theirs = Side(plain.url, "none", str(policy_dir))
+        for clients, paired in compare(Side(served.url, served.query, "policy"), theirs, quick):
+            yield from _compare(clients, paired)
 
 
 def _share(served: Published, quick: bool) -> Row:
@@ -230,16 +238,17 @@ def _page(served: Published) -> Row:
 
 
 def _compare(clients: int, paired: Paired) -> Iterator[Row]:
-    ours, theirs, rounds = paired.ours, paired.theirs, len(paired.rounds)
+    ours, theirs = paired.ours, paired.theirs
+    rounds = f"{len(paired.rounds)} paired rounds, {ours.num_requests} requests a side"
     ratio, extra_s = paired.tokens_ratio, paired.extra_p50_s
     yield judged(
-        f"tokens/s with {clients} clients beside vllm serve, {rounds} paired rounds",
+        f"tokens/s with {clients} clients beside vllm serve, {rounds}",
         f"{ratio:.0%} in the median pair ({ours.tokens_per_s:.0f} against "
         f"{theirs.tokens_per_s:.0f})",
         f"at least {1 - MAX_OVERHEAD:.0%}", ratio >= 1 - MAX_OVERHEAD,
     )  # fmt: skip
     yield judged(
-        f"time to first token with {clients} clients, p50 (p99), {rounds} paired rounds",
+        f"time to first token with {clients} clients, p50 (p99), {rounds}",
         f"{1e3 * extra_s:+.0f} ms in the median pair ({1e3 * ours.p50_s:.0f} "
         f"({1e3 * ours.p99_s:.0f}) ms against {1e3 * theirs.p50_s:.0f} "
         f"({1e3 * theirs.p99_s:.0f}) ms)",

@@ -6,22 +6,22 @@ from pathlib import Path
 
 from benchmarks.endpoint_load import free_port
 from benchmarks.endpoint_traffic import send
-from benchmarks.show import Row, judged
+from benchmarks.show import Part, Row, judged
 from tests import browser
 from tests.live_run import LiveRun, live_run
 
 TOKENS = 32
 
 
-def live_rows(quick: bool) -> Iterator[Row]:
+def live_rows(quick: bool) -> Iterator[Row | Part]:
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         live_run(Path(folder), free_port()) as live,
     ):
-        yield _readme(live)
-        yield _traffic(live, quick)
-        yield _swap(live)
-        yield _end(live)
+        yield Part("the README's script", lambda: [_readme(live)])
+        yield Part("requests while the run trains", lambda: [_traffic(live, quick)])
+        yield Part("a reward swap from the page", lambda: [_swap(live)])
+        yield Part("the endpoint when the run ends", lambda: [_end(live)])
 
 
 def _readme(live: LiveRun) -> Row:
@@ -37,16 +37,18 @@ def _readme(live: LiveRun) -> Row:
 def _traffic(live: LiveRun, quick: bool) -> Row:
     count, syncs = (400, 6) if quick else (2000, 20)
     first = live.published_version()
-    traffic = send(
-        live.url, live.query, count, tokens=TOKENS, timeout_s=900,
-        is_enough=lambda: live.published_version() >= first + syncs,
-    )  # fmt: skip
+
+    def is_enough() -> bool:
+        return live.published_version() >= first + syncs or live.train.poll() is not None
+
+    traffic = send(live.url, live.query, count, tokens=TOKENS, timeout_s=900, is_enough=is_enough)
     num_syncs = live.published_version() - first
     return judged(
         f"{count} requests while the run trains, {syncs} weight syncs under way",
         f"{traffic.num_requests} requests, {num_syncs} syncs: {traffic}",
         "0 failed, 0 truncated, each one version or an honest span",
         traffic.is_whole and traffic.num_requests >= count and num_syncs >= syncs,
+        "; ".join(traffic.failures[:2]),
     )  # fmt: skip
 
 

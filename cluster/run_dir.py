@@ -102,7 +102,7 @@ class RunDir:
         shared, memory = self.path / "weights", Path("/dev/shm")
         if shared.is_dir() or not memory.is_dir():
             return shared
-        key = hashlib.sha256(str(self.path.absolute()).encode()).hexdigest()[:12]
+        key = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:12]
         return memory / f"hone-{key}"
 
     @property

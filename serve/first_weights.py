@@ -21,18 +21,21 @@ def wait_for(run: RunDir, announce: Callable[[str], None]) -> None:
     """Return once `run` has published a version or keeps a checkpoint.
 
     Tells each phase of the start through `announce`. Raises `ConfigError` when the run ended, or
-    has not reported for `SILENT_S`, without either.
+    has not reported for `SILENT_S`, without either. A run that never has is as old as its config.
     """
     told = ""
     while published.read(run.weights) is None and not has_checkpoint(run):
         state = status.read(run.path)
-        if state is None or state.phase in ENDED or time.time() - state.updated_at > SILENT_S:
+        reported_at = run.config.stat().st_mtime if state is None else state.updated_at
+        has_ended = state is not None and state.phase in ENDED
+        if has_ended or time.time() - reported_at > SILENT_S:
             raise ConfigError(
                 f"{run.path}: the run has published no weights and no checkpoint, and does not "
                 f"train; start it with `hone train CONFIG --run {run.name} --resume`"
             )
         # "warm_start: supervised, step 10 of 200, ..." is told once, not at every step.
-        phase = phase_name(state).partition(",")[0].partition(" step ")[0].rstrip(":")
+        name = "starting" if state is None else phase_name(state)
+        phase = name.partition(",")[0].partition(" step ")[0].rstrip(":")
         if phase != told:
             announce(f"{run.name} is {phase}; waiting for its first weights")
             told = phase

@@ -48,7 +48,7 @@ def fuzz(url: str, keys: list[str], rounds: int) -> Fuzzed:
             answer = http.request(
                 method, path,
                 params={"step": str(JUNK[random.integers(len(JUNK))])[:200]},
-                headers={"Authorization": f"Bearer {keys[number % len(keys)]}"},
+                headers={"Authorization": f"Bearer {keys[number // len(routes) % len(keys)]}"},
                 **({"json": body} if method == "post" else {}),
             )  # fmt: skip
             _judge(result, answer, f"{method} {path} {body}")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.proofs import finish
 from cluster import published
 from cluster.run_dir import RunDir
 from tests.browser import Browser
@@ -27,6 +28,7 @@ SMALL = [
     "tasks.skip_uniform=false", "run.steps=100000", "rollout.max_policy_age=1",
 ]  # fmt: skip
 START_S = 400.0  # on two cores that others use, too
+END_S = 60.0
 
 
 class LiveRun:
@@ -116,15 +118,14 @@ class LiveRun:
     def interrupt(self) -> int:
         """SIGTERM to `hone train`, as a job scheduler sends it; its exit code."""
         self.train.send_signal(signal.SIGTERM)
-        return self.train.wait(60)
+        return self.train.wait(END_S)
 
     def close(self) -> None:
         for process in (self.serve, self.train):
             if process is not None and process.poll() is None:
                 process.send_signal(signal.SIGINT)
-        for process in (self.serve, self.train):
-            if process is not None:
-                process.wait(60)
+        late = [finish(p, END_S) for p in (self.serve, self.train) if p is not None]
+        assert not any(late), "a command did not end after Ctrl-C"
 
     def _start(self, command: str, *arguments: str) -> subprocess.Popen[str]:
         log = (self.folder / f"{command}.log").open("w")

@@ -1,5 +1,6 @@
 """`hone serve` beside a run that starts: it waits while the run reports, and says why when not."""
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -42,10 +43,23 @@ def test_it_waits_for_the_first_version_and_tells_each_phase_once(run: RunDir) -
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("phase", "age_s"), [("finished", 0.0), ("training", 1e4), (None, 0.0)])
+def test_it_waits_for_a_run_that_has_not_reported_yet(run: RunDir) -> None:
+    told: list[str] = []
+    waiting = threading.Thread(target=first_weights.wait_for, args=(run, told.append))
+    waiting.start()
+    time.sleep(0.4)
+    assert waiting.is_alive()
+    published.announce(run.weights, 0, run.weights / "policy_00000000.safetensors")
+    waiting.join(5)
+    assert not waiting.is_alive()
+    assert told == ["demo is starting; waiting for its first weights"]
+
+
+@pytest.mark.parametrize(("phase", "age_s"), [("finished", 0.0), ("training", 1e4), (None, 1e4)])
 def test_a_run_that_will_publish_nothing_is_named(
     run: RunDir, phase: str | None, age_s: float
 ) -> None:
+    os.utime(run.config, (time.time() - age_s,) * 2)
     if phase is not None:
         report(run, phase, age_s=age_s)
     with pytest.raises(ConfigError, match="published no weights and no checkpoint"):

@@ -32,6 +32,11 @@ def restored_root_logger():
     root.setLevel(level)
 
 
+def test_weights_are_found_through_a_link_to_the_folder_of_runs(run: RunDir, tmp_path: Path):
+    (tmp_path / "elsewhere").symlink_to(run.path.parent)
+    assert RunDir(tmp_path / "elsewhere" / "demo").weights == run.weights
+
+
 def test_create_writes_the_config_and_becomes_latest(run: RunDir):
     assert run.config.read_text() == "run: {}\n"
     assert run.logs.is_dir()

@@ -45,6 +45,24 @@ def test_a_row_that_raises_falls_short_and_the_others_are_shown(
     assert "claim" in output, "the table is printed"
 
 
+def test_the_command_measures_the_parts_of_an_area(tmp_path: Path):
+    package = tmp_path / "benchmarks"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "show.py").write_text(Path(show.__file__).read_text())
+    (package / "show_serve.py").write_text(
+        "from benchmarks.show import Part, judged\n\n"
+        "def rows(quick):\n"
+        "    yield Part('whole', lambda: [judged('inner', '1', '1', True)])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.show", "serve"], cwd=tmp_path, capture_output=True,
+        text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "inner: 1 · holds" in done.stdout
+
+
 def test_rows_made_before_an_error_stay():
     def two() -> Iterator[Row]:
         yield judged("one", "1", "1", True)
