@@ -6,11 +6,11 @@ routes (pause, weight update) are not mounted.
 """
 
 import asyncio
+import json
 import logging
 import os
-import time
 import uuid
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -20,14 +20,16 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from actors.openai_engine import Api
+from actors.openai_engine import Api, Trace
 from serve import api_document
 from serve.admission import Admission, check_body, read_json
 from serve.api_errors import ApiError, error_body, from_engine
 from serve.api_keys import ApiKey, KeyStore
-from serve.service import NAME, PolicyService
+from serve.client_presence import while_connected
+from serve.service import NAME, PolicyService, too_late
 from serve.traffic import Traffic
 
+LAST_WORDS_S = 5.0  # for the event that says why a stream ends
 logger = logging.getLogger(__name__)
 
 
@@ -48,17 +50,27 @@ def build(service: PolicyService) -> FastAPI:
         status = 200 if is_healthy else 503
         return JSONResponse({"ok": is_healthy}, status, {"x-replica": str(os.getpid())})
 
+    def cards() -> dict[str, dict[str, Any]]:
+        names = [NAME, f"{NAME}@latest"]
+        names += [f"{NAME}@{v.policy_version}" for v in service.library.versions()]
+        card = {"object": "model", "created": 0, "owned_by": "hone",
+                "max_model_len": settings.engine.context_length}  # fmt: skip
+        return {name: {"id": name, **card} for name in names}
+
     @app.get("/v1/models", responses=errors, summary="Names that requests may use")
     async def models(request: Request) -> JSONResponse:
         admission.identify(request, "query")
-        names = [NAME, f"{NAME}@latest"]
-        names += [f"{NAME}@{v.policy_version}" for v in service.library.versions()]
-        length = settings.engine.context_length
-        cards = [
-            {"id": n, "object": "model", "created": 0, "owned_by": "hone", "max_model_len": length}
-            for n in names
-        ]
-        return JSONResponse({"object": "list", "data": cards})
+        return JSONResponse({"object": "list", "data": [*cards().values()]})
+
+    @app.get("/v1/models/{model}", responses=errors, summary="One of these names")
+    async def one_model(request: Request, model: str) -> JSONResponse:
+        admission.identify(request, "query")
+        card = cards().get(model)
+        if card is None:
+            raise ApiError(
+                404, f"model {model[:80]!r} does not exist", code="model_not_found", param="model"
+            )
+        return JSONResponse(card)
 
     @app.post("/v1/chat/completions", responses=errors, openapi_extra=api_document.body("chat"))
     async def chat(request: Request) -> Response:
@@ -81,12 +93,13 @@ async def _complete(
     limits = admission.limits
     body = await read_json(request, limits.body_bytes)
     check_body(api, body, limits)
-    stack = AsyncExitStack()
+    stack, trace = AsyncExitStack(), Trace()
     try:
         stack.enter_context(admission.place())
-        answer = await service.answer(api, body)
+        stack.callback(_charge, admission, key, trace)
+        work = service.answer(api, body, trace)
+        answer = await (work if body.get("stream") else while_connected(request, work))
         stack.push_async_callback(answer.stack.aclose)
-        stack.callback(lambda: _charge(admission, key, answer.trace))
         headers = {
             "x-policy-version": ",".join(map(str, answer.policy_versions)),
             "x-request-id": uuid.uuid4().hex,
@@ -106,12 +119,12 @@ async def _complete(
         await stack.aclose()
 
 
-def _charge(admission: Admission, key: ApiKey, trace: Any) -> None:
+def _charge(admission: Admission, key: ApiKey, trace: Trace) -> None:
     admission.charge_tokens(key, trace.num_prompt_tokens + trace.num_output_tokens)
 
 
 class _Stream(StreamingResponse):
-    """A stream that gives its places back however it ends."""
+    """A stream that gives its places back however it ends, and says so when it runs too long."""
 
     def __init__(
         self, content: Any, *, sent: AsyncExitStack, deadline_s: float, **options: Any
@@ -121,8 +134,15 @@ class _Stream(StreamingResponse):
         self._deadline_s = deadline_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._sent, asyncio.timeout(self._deadline_s):
-            await super().__call__(scope, receive, send)
+        async with self._sent:
+            try:
+                async with asyncio.timeout(self._deadline_s):
+                    await super().__call__(scope, receive, send)
+            except TimeoutError:
+                event = f"data: {json.dumps(too_late(self._deadline_s).body())}\n\n".encode()
+                with suppress(TimeoutError):  # its client may not be reading
+                    async with asyncio.timeout(LAST_WORDS_S):
+                        await send({"type": "http.response.body", "body": event})
 
 
 def _handle_errors(app: FastAPI) -> None:
@@ -142,8 +162,10 @@ def _handle_errors(app: FastAPI) -> None:
         return JSONResponse(body, error.status_code, error.headers)
 
     async def broken(request: Request, error: Exception) -> Response:
-        logger.error("%s failed at %.3f", request.url.path, time.time(), exc_info=error)
-        return JSONResponse(error_body(500, "the endpoint failed; see its log"), 500)
+        request_id = uuid.uuid4().hex
+        logger.error("%s failed, request %s", request.url.path, request_id, exc_info=error)
+        content = error_body(500, f"the endpoint failed; its log tells of request {request_id}")
+        return JSONResponse(content, 500, {"x-request-id": request_id})
 
     app.add_exception_handler(ApiError, refused)
     app.add_exception_handler(RequestValidationError, malformed)
