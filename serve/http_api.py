@@ -5,31 +5,27 @@ scope before it reads a body, and every failure leaves as OpenAI's error object.
 routes (pause, weight update) are not mounted.
 """
 
-import asyncio
-import json
 import logging
 import os
 import uuid
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from actors.openai_engine import Api, Trace
 from serve import api_document
 from serve.admission import Admission, check_body, read_json
 from serve.api_errors import ApiError, error_body, from_engine
 from serve.api_keys import ApiKey, KeyStore
-from serve.client_presence import while_connected
-from serve.service import NAME, PolicyService, too_late
+from serve.client_presence import Stream, while_connected
+from serve.service import NAME, PolicyService
 from serve.traffic import Traffic
 
-LAST_WORDS_S = 5.0  # for the event that says why a stream ends
 logger = logging.getLogger(__name__)
 
 
@@ -106,13 +102,7 @@ async def _complete(
         } | admission.rate_headers(key)
         reply = answer.reply
         if reply.events is not None:
-            return _Stream(
-                reply.events,
-                headers=headers | {"Cache-Control": "no-cache"},
-                media_type="text/event-stream",
-                sent=stack.pop_all(),
-                deadline_s=limits.deadline_s,
-            )
+            return Stream(reply.events, headers, stack.pop_all(), limits.deadline_s)
         content = reply.body if reply.status < 400 else from_engine(reply.status, reply.body)
         return JSONResponse(content, reply.status, headers)
     finally:
@@ -121,28 +111,6 @@ async def _complete(
 
 def _charge(admission: Admission, key: ApiKey, trace: Trace) -> None:
     admission.charge_tokens(key, trace.num_prompt_tokens + trace.num_output_tokens)
-
-
-class _Stream(StreamingResponse):
-    """A stream that gives its places back however it ends, and says so when it runs too long."""
-
-    def __init__(
-        self, content: Any, *, sent: AsyncExitStack, deadline_s: float, **options: Any
-    ) -> None:
-        super().__init__(content, **options)
-        self._sent = sent
-        self._deadline_s = deadline_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._sent:
-            try:
-                async with asyncio.timeout(self._deadline_s):
-                    await super().__call__(scope, receive, send)
-            except TimeoutError:
-                event = f"data: {json.dumps(too_late(self._deadline_s).body())}\n\n".encode()
-                with suppress(TimeoutError):  # its client may not be reading
-                    async with asyncio.timeout(LAST_WORDS_S):
-                        await send({"type": "http.response.body", "body": event})
 
 
 def _handle_errors(app: FastAPI) -> None:

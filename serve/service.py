@@ -17,7 +17,7 @@ from typing import Any
 from actors.openai_engine import Api, OpenAIEngine, Reply, Trace
 from cluster.errors import HoneError, boundary
 from cluster.run_dir import RunDir
-from serve.api_errors import ApiError
+from serve.api_errors import ApiError, too_late
 from serve.endpoint_settings import EndpointSettings
 from serve.engine_pool import EnginePool, Slot
 from serve.engine_time import EngineTime
@@ -179,10 +179,6 @@ class PolicyService:
             engine = await asyncio.to_thread(OpenAIEngine, self.settings.engine)
             await engine.start()
         return engine
-
-
-def too_late(deadline_s: float) -> ApiError:
-    return ApiError(504, f"not finished in {deadline_s:.0f} s", code="deadline_exceeded")
 
 
 def _unavailable(reason: str) -> ApiError:
