@@ -5,6 +5,7 @@ request reads a prefix cached before the last weight update (requests are salted
 updates). Owned by the policy endpoint; the rollout side uses `actors.vllm_engine` directly.
 """
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextvars import ContextVar
@@ -218,6 +219,9 @@ class OpenAIEngine(VllmEngine):
         finally:
             _trace.reset(token)
         if isinstance(result, ErrorResponse):
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise asyncio.CancelledError  # of which vLLM makes a refusal
             return Reply(result.error.code, result.model_dump())
         if isinstance(result, ChatCompletionResponse | CompletionResponse):
             whole = result.model_dump(mode="json")

@@ -48,6 +48,10 @@ class ApiError(Exception):
         return error_body(self.status, self.message, code=self.code, param=self.param)
 
 
+def too_late(deadline_s: float) -> ApiError:
+    return ApiError(504, f"not finished in {deadline_s:g} s", code="deadline_exceeded")
+
+
 def error_body(
     status: int, message: str, *, code: str | None = None, param: str | None = None
 ) -> dict[str, Any]:

@@ -5,26 +5,24 @@ scope before it reads a body, and every failure leaves as OpenAI's error object.
 routes (pause, weight update) are not mounted.
 """
 
-import asyncio
 import logging
 import os
-import time
 import uuid
 from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
-from actors.openai_engine import Api
+from actors.openai_engine import Api, Trace
 from serve import api_document
 from serve.admission import Admission, check_body, read_json
 from serve.api_errors import ApiError, error_body, from_engine
 from serve.api_keys import ApiKey, KeyStore
+from serve.client_presence import Stream, while_connected
 from serve.service import NAME, PolicyService
 from serve.traffic import Traffic
 
@@ -48,17 +46,27 @@ def build(service: PolicyService) -> FastAPI:
         status = 200 if is_healthy else 503
         return JSONResponse({"ok": is_healthy}, status, {"x-replica": str(os.getpid())})
 
+    def cards() -> dict[str, dict[str, Any]]:
+        names = [NAME, f"{NAME}@latest"]
+        names += [f"{NAME}@{v.policy_version}" for v in service.library.versions()]
+        card = {"object": "model", "created": 0, "owned_by": "hone",
+                "max_model_len": settings.engine.context_length}  # fmt: skip
+        return {name: {"id": name, **card} for name in names}
+
     @app.get("/v1/models", responses=errors, summary="Names that requests may use")
     async def models(request: Request) -> JSONResponse:
         admission.identify(request, "query")
-        names = [NAME, f"{NAME}@latest"]
-        names += [f"{NAME}@{v.policy_version}" for v in service.library.versions()]
-        length = settings.engine.context_length
-        cards = [
-            {"id": n, "object": "model", "created": 0, "owned_by": "hone", "max_model_len": length}
-            for n in names
-        ]
-        return JSONResponse({"object": "list", "data": cards})
+        return JSONResponse({"object": "list", "data": [*cards().values()]})
+
+    @app.get("/v1/models/{model}", responses=errors, summary="One of these names")
+    async def one_model(request: Request, model: str) -> JSONResponse:
+        admission.identify(request, "query")
+        card = cards().get(model)
+        if card is None:
+            raise ApiError(
+                404, f"model {model[:80]!r} does not exist", code="model_not_found", param="model"
+            )
+        return JSONResponse(card)
 
     @app.post("/v1/chat/completions", responses=errors, openapi_extra=api_document.body("chat"))
     async def chat(request: Request) -> Response:
@@ -81,48 +89,28 @@ async def _complete(
     limits = admission.limits
     body = await read_json(request, limits.body_bytes)
     check_body(api, body, limits)
-    stack = AsyncExitStack()
+    stack, trace = AsyncExitStack(), Trace()
     try:
         stack.enter_context(admission.place())
-        answer = await service.answer(api, body)
+        stack.callback(_charge, admission, key, trace)
+        work = service.answer(api, body, trace)
+        answer = await (work if body.get("stream") else while_connected(request, work))
         stack.push_async_callback(answer.stack.aclose)
-        stack.callback(lambda: _charge(admission, key, answer.trace))
         headers = {
             "x-policy-version": ",".join(map(str, answer.policy_versions)),
             "x-request-id": uuid.uuid4().hex,
         } | admission.rate_headers(key)
         reply = answer.reply
         if reply.events is not None:
-            return _Stream(
-                reply.events,
-                headers=headers | {"Cache-Control": "no-cache"},
-                media_type="text/event-stream",
-                sent=stack.pop_all(),
-                deadline_s=limits.deadline_s,
-            )
+            return Stream(reply.events, headers, stack.pop_all(), limits.deadline_s)
         content = reply.body if reply.status < 400 else from_engine(reply.status, reply.body)
         return JSONResponse(content, reply.status, headers)
     finally:
         await stack.aclose()
 
 
-def _charge(admission: Admission, key: ApiKey, trace: Any) -> None:
+def _charge(admission: Admission, key: ApiKey, trace: Trace) -> None:
     admission.charge_tokens(key, trace.num_prompt_tokens + trace.num_output_tokens)
-
-
-class _Stream(StreamingResponse):
-    """A stream that gives its places back however it ends."""
-
-    def __init__(
-        self, content: Any, *, sent: AsyncExitStack, deadline_s: float, **options: Any
-    ) -> None:
-        super().__init__(content, **options)
-        self._sent = sent
-        self._deadline_s = deadline_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._sent, asyncio.timeout(self._deadline_s):
-            await super().__call__(scope, receive, send)
 
 
 def _handle_errors(app: FastAPI) -> None:
@@ -142,8 +130,10 @@ def _handle_errors(app: FastAPI) -> None:
         return JSONResponse(body, error.status_code, error.headers)
 
     async def broken(request: Request, error: Exception) -> Response:
-        logger.error("%s failed at %.3f", request.url.path, time.time(), exc_info=error)
-        return JSONResponse(error_body(500, "the endpoint failed; see its log"), 500)
+        request_id = uuid.uuid4().hex
+        logger.error("%s failed, request %s", request.url.path, request_id, exc_info=error)
+        content = error_body(500, f"the endpoint failed; its log tells of request {request_id}")
+        return JSONResponse(content, 500, {"x-request-id": request_id})
 
     app.add_exception_handler(ApiError, refused)
     app.add_exception_handler(RequestValidationError, malformed)

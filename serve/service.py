@@ -17,7 +17,7 @@ from typing import Any
 from actors.openai_engine import Api, OpenAIEngine, Reply, Trace
 from cluster.errors import HoneError, boundary
 from cluster.run_dir import RunDir
-from serve.api_errors import ApiError
+from serve.api_errors import ApiError, too_late
 from serve.endpoint_settings import EndpointSettings
 from serve.engine_pool import EnginePool, Slot
 from serve.engine_time import EngineTime
@@ -38,14 +38,12 @@ class Answer:
     """A reply with the slot it came from; `stack` is closed when it was sent."""
 
     reply: Reply
-    model: str
-    trace: Trace
     policy_versions: list[int]
     stack: AsyncExitStack
 
 
 class PolicyService:
-    """Example: `answer = await service.answer("chat", body)`."""
+    """Example: `answer = await service.answer("chat", body, Trace())`."""
 
     def __init__(self, settings: EndpointSettings) -> None:
         self.settings = settings
@@ -79,11 +77,13 @@ class PolicyService:
     async def is_healthy(self) -> bool:
         return await self.pool.is_alive() and not (self._loop is not None and self._loop.done())
 
-    async def answer(self, api: Api, body: dict[str, Any]) -> Answer:
-        """Run one request; `ApiError` when no engine can take it (503) or none answered in
-        `limits.deadline_s` (504). What an engine takes too long for counts against its version.
+    async def answer(self, api: Api, body: dict[str, Any], trace: Trace) -> Answer:
+        """Run one request, and note in `trace` what it costs.
+
+        Raises `ApiError` when no engine can take it (503) or none answered in `limits.deadline_s`
+        (504). What an engine takes too long for counts against its version.
         """
-        stack, trace, clock = AsyncExitStack(), Trace(), EngineTime()
+        stack, clock = AsyncExitStack(), EngineTime()
         version: int | None = None
         started = time.monotonic()
         deadline_s = self.settings.limits.deadline_s
@@ -100,14 +100,12 @@ class PolicyService:
             if reply.status == 503 or (reply.status >= 500 and not await slot.engine.is_alive()):
                 raise _unavailable(f"{model}: its engine takes no requests now")
             versions = trace.policy_versions or ([] if version is None else [version])
-            return Answer(reply, model, trace, versions, stack)
+            return Answer(reply, versions, stack)
         except BaseException as error:
             await stack.aclose()
             if isinstance(error, TimeoutError):
                 self._note(version, 504, trace, clock, started)
-                raise ApiError(
-                    504, f"not finished in {deadline_s:.0f} s", code="deadline_exceeded"
-                ) from None
+                raise too_late(deadline_s) from None
             if isinstance(error, HoneError):
                 raise _unavailable(str(error)) from error
             raise

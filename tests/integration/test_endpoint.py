@@ -41,6 +41,7 @@ def served(
 def test_models_are_listed_and_all_forms_of_request_work(served: Served) -> None:
     names = [model.id for model in served.client.models.list()]
     assert names == ["policy", "policy@latest", "policy@1"]
+    assert served.client.models.retrieve("policy@1").id == "policy@1"
     chat = served.client.chat.completions.create(
         model="policy", messages=[{"role": "user", "content": "1 + 2 ="}], n=2, seed=3,
         max_tokens=8, logprobs=True, top_logprobs=2, stop=["\n"],

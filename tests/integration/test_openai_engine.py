@@ -53,6 +53,15 @@ async def test_a_failed_load_returns_to_the_version_before(
 
 
 @pytest.mark.asyncio(loop_scope="module")
+async def test_a_deadline_is_no_answer(engine: OpenAIEngine) -> None:
+    """vLLM tells a caller that is cancelled that its client has left."""
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await engine.respond("completion", ASKED | {"max_tokens": 100}, "policy@1", Trace())
+    assert (await ask(engine))["usage"]["completion_tokens"] == 60
+
+
+@pytest.mark.asyncio(loop_scope="module")
 async def test_an_engine_that_cannot_go_back_is_not_alive(engine: OpenAIEngine) -> None:
     engine._held = ({"path": "/nowhere/old.safetensors"}, 1)
     with pytest.raises(StageError, match="nor did 1 again"):
