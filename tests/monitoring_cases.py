@@ -19,6 +19,7 @@ MONITORING = Path(__file__).parents[1] / "deploy" / "monitoring"
 DASHBOARD = MONITORING / "hone.json"
 ALERTS = MONITORING / "alerts.yml"
 ALERT_TESTS = MONITORING / "alerts_test.yml"
+READY_S = 60.0  # for a server to start, or to end, on cores that others use, too
 Selector = Any
 
 
@@ -96,21 +97,23 @@ class Prometheus:
         self._url = url
 
     def query(self, expression: str) -> list[Any]:
-        reply = httpx.get(f"{self._url}/api/v1/query", params={"query": expression}, timeout=10)
+        reply = httpx.get(f"{self._url}/api/v1/query", params={"query": expression}, timeout=30)
         reply.raise_for_status()
         return reply.json()["data"]["result"]
 
     def rules(self) -> list[dict[str, Any]]:
-        reply = httpx.get(f"{self._url}/api/v1/rules", timeout=10)
+        reply = httpx.get(f"{self._url}/api/v1/rules", timeout=30)
         reply.raise_for_status()
         return [rule for group in reply.json()["data"]["groups"] for rule in group["rules"]]
 
 
 @contextmanager
 def prometheus(place: Path, exporters: list[str]) -> Iterator[Prometheus]:
-    """The `prometheus` of PATH with our rules, scraping `exporters` every second."""
+    """The `prometheus` of PATH with our rules, scraping `exporters` every few seconds: as long may
+    an exporter take that shares two cores with a run.
+    """
     config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
-    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["global"] = {"scrape_interval": "5s", "evaluation_interval": "5s"}
     config["rule_files"] = [str(ALERTS)]
     config["scrape_configs"] = [
         {"job_name": "ray", "static_configs": [{"targets": exporters}]},
@@ -119,23 +122,25 @@ def prometheus(place: Path, exporters: list[str]) -> Iterator[Prometheus]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    process = subprocess.Popen(
-        ["prometheus", f"--config.file={place}/prometheus.yml", f"--storage.tsdb.path={place}/data",
-         f"--web.listen-address={address}"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    log = place / "prometheus.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            ["prometheus", f"--config.file={place}/prometheus.yml",
+             f"--storage.tsdb.path={place}/data", f"--web.listen-address={address}"],
+            stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + READY_S
         while True:
             try:
                 if httpx.get(f"http://{address}/-/ready", timeout=2).is_success:
                     break
             except httpx.HTTPError:
                 pass
-            assert process.poll() is None, "prometheus ended at start"
-            assert time.monotonic() < deadline, "prometheus was not ready in 30 s"
+            assert process.poll() is None, f"prometheus ended at start\n{log.read_text()}"
+            assert time.monotonic() < deadline, f"prometheus is not ready\n{log.read_text()}"
             time.sleep(0.2)
         yield Prometheus(f"http://{address}")
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(READY_S)

@@ -134,7 +134,7 @@ def test_no_panel_and_no_alert_of_a_training_run_lacks_data(
     record_property("queries_with_data", len(wanted))
 
 
-@pytest.mark.skipif(shutil.which("prometheus") is None, reason="Debian: the package prometheus")
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="see scripts/prometheus")
 def test_a_real_prometheus_answers_every_panel_and_evaluates_every_rule(
     live: SubmittedRun, tmp_path: Path, record_property: Record
 ) -> None:

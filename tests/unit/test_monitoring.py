@@ -92,7 +92,7 @@ def test_each_alert_says_what_to_do_and_has_series_that_fire_it() -> None:
 def test_prometheus_own_checker_accepts_the_rules(arguments: list[str]) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
-        pytest.skip("promtool is not on PATH (Debian: the package prometheus)")
+        pytest.skip("promtool is not on PATH: scripts/prometheus fetches it")
     done = subprocess.run(
         [promtool, *arguments], cwd=MONITORING, capture_output=True, text=True, timeout=60,
         check=False,
