@@ -27,9 +27,10 @@ from actors.reward_set import RewardHome
 from actors.rollout import Sampling
 from actors.scaling import FleetScaling
 from actors.stages import within
+from actors.turns import Turns
 from actors.weight_sync import PROBE_SEQUENCES, WeightSync
 from cluster.config import Config
-from cluster.errors import StageError
+from cluster.errors import ConfigError, StageError
 from cluster.run_dir import RunDir
 from cluster.status import ActorStatus
 from cluster.types import Task
@@ -96,6 +97,8 @@ async def bring_up(
 async def _reserve(config: Config, run: RunDir, observer: Observer) -> Placement:
     """Places for all actors of the run, or an error that says what is missing."""
     placement = Placement.of(config, ray.cluster_resources().get("GPU", 0.0))
+    if placement.problems:
+        raise ConfigError("\n".join(placement.problems))
 
     def report(wanted: str) -> None:
         observer.phase("starting", f"waiting for {wanted}", config.resources.start_timeout_s)
@@ -170,6 +173,8 @@ async def _start_parts(
     (learner, warm_metrics), _, _ = await asyncio.gather(
         start_learner(), fleet.start(), admin.start()
     )
+    if placement.is_alternating:
+        Turns(learner, fleet, config.rollout.timeout_s)
     return Parts(
         placement=placement,
         learner=learner,

@@ -191,16 +191,23 @@ class RolloutFleet:
         return [w for w in self.staying if w.state is WorkerState.HEALTHY]
 
     @property
+    def _well(self) -> list[Worker]:
+        states = (WorkerState.HEALTHY, WorkerState.ASLEEP)
+        return [w for w in self.staying if w.state in states]
+
+    @property
     def _free(self) -> list[Worker]:
         return [w for w in self._healthy if w.num_running < self._max_groups]
 
     async def _pick(self) -> Worker:
-        """The healthy worker with the fewest running groups; waits while all are crowded."""
+        """The healthy worker with the fewest running groups; waits while all are crowded, or
+        asleep.
+        """
         while not (free := self._free):
-            if not self._healthy:
+            if not self._well:
                 await self.wait_for_healthy()
             async with self._changed:
-                await self._changed.wait_for(lambda: self._free or not self._healthy)
+                await self._changed.wait_for(lambda: self._free or not self._well)
         worker = min(free, key=lambda w: w.num_running)
         worker.num_running += 1
         return worker

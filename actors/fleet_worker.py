@@ -23,6 +23,7 @@ class WorkerState(StrEnum):
     STARTING = "starting"
     STALE = "stale"  # engine up, weights unproven
     HEALTHY = "healthy"
+    ASLEEP = "asleep"  # healthy, but the learner has its GPU
     QUARANTINED = "quarantined"  # failed the probe: serves nothing
     DEAD = "dead"
 

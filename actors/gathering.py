@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 
 from actors.bookkeeping import DEAD_LETTER, TOO_OLD, Bookkeeping, Claim
 from actors.curriculum import Curriculum
-from actors.intake import InDrawOrder, Intake, WithinAge
+from actors.intake import BATCHES_PER_STEP, InDrawOrder, Intake, WithinAge
 from actors.stages import Stages
 from cluster.config import Config
 from cluster.errors import BufferUnavailableError, WireError
@@ -38,6 +38,8 @@ class Gathering:
     ) -> None:
         self._num_groups = config.rollout.groups_per_step
         self._max_policy_age = config.rollout.max_policy_age
+        is_alternating = config.resources.layout == "alternating"  # engines finish first
+        self._num_batches = 1 if is_alternating else BATCHES_PER_STEP
         self._is_fifo = isinstance(policy_of(config), Fifo)
         self._left_over: list[GroupHeader] = []
         self._books = books
@@ -61,6 +63,7 @@ class Gathering:
                 return intake.claimed
             if self._stopping.is_set():
                 return [*intake.claimed, *intake.waiting]
+            await learner.rest()
             claim = await self._claim(self._num_groups - len(intake.claimed))
             await self._drop(claim.too_old, TOO_OLD, "")
             await self._bury(claim.dead, intake)
@@ -103,7 +106,7 @@ class Gathering:
 
     def _intake(self, curriculum: Curriculum) -> Intake:
         if self._max_policy_age == 0:
-            return InDrawOrder(curriculum, self._num_groups)
+            return InDrawOrder(curriculum, self._num_groups, self._num_batches)
         due = self._books.policy_version - self._max_policy_age
         return WithinAge(curriculum, self._num_groups, due, self._left_over)
 

@@ -108,15 +108,17 @@ class WithinAge:
 
 
 class InDrawOrder:
-    """Batches of `num_groups / 4` groups, each when all that were drawn before are in or dropped.
+    """`num_batches` batches of groups, each when all that were drawn before are in or dropped.
 
     Example: of 4 groups a step, the second drawn waits for the first even if it was ready sooner.
     """
 
-    def __init__(self, curriculum: Curriculum, num_groups: int) -> None:
+    def __init__(
+        self, curriculum: Curriculum, num_groups: int, num_batches: int = BATCHES_PER_STEP
+    ) -> None:
         self._curriculum = curriculum
         self._num_groups = num_groups
-        self._size = -(-num_groups // BATCHES_PER_STEP)
+        self._size = -(-num_groups // num_batches)
         self._claimed: dict[str, GroupHeader] = {}
         self._taken: set[str] = set()
 

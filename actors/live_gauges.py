@@ -16,7 +16,7 @@ from cluster.status import RunStatus
 
 # Shown as 0 from the start: a rate needs the value before the first drop.
 DROP_REASONS = ("uniform", "unscored", TOO_OLD, SKIPPED)
-STATES = ("starting", "stale", "healthy", "quarantined", "dead")
+STATES = ("starting", "stale", "healthy", "asleep", "quarantined", "dead")
 
 
 class LiveGauges:

@@ -73,14 +73,16 @@ class EngineSettings:
     kv_cache_gib: float
     gpu_memory_fraction: float
     max_num_seqs: int
+    can_sleep: bool = False  # on GPU
 
 
 @dataclass(frozen=True)
 class Placement:
     """Resources of a run on this kind of machine; with a `gang`, also where its actors go.
 
-    `resources.layout` split gives each learner rank a GPU and each engine its own; colocated lets
-    rank i and engine i share one. Reward workers keep away from GPU nodes where they can.
+    `resources.layout` split gives each learner rank a GPU and each engine its own; colocated and
+    alternating let rank i and engine i share one. Reward workers keep away from GPU nodes where
+    they can.
     """
 
     config: Config
@@ -100,7 +102,27 @@ class Placement:
 
     @property
     def is_colocated(self) -> bool:
-        return self.config.resources.layout == "colocated"
+        return self.config.resources.layout != "split"
+
+    @property
+    def is_alternating(self) -> bool:
+        """Engines sleep while the learner works; see `actors.turns`."""
+        return self.config.resources.layout == "alternating"
+
+    @property
+    def problems(self) -> list[str]:
+        """What needs GPUs and has none; a line each."""
+        if self.is_gpu:
+            return []
+        size = self.config.rollout.tensor_parallel_size
+        lines = [f"rollout.tensor_parallel_size must be 1 without GPUs, got {size}"]
+        lines = lines if size > 1 else []
+        if self.is_alternating:
+            lines.append(
+                "resources.layout alternating needs GPUs, whose memory a sleeping engine gives "
+                "back: take split or colocated"
+            )
+        return lines
 
     @property
     def rollout_cpus(self) -> int:
@@ -255,6 +277,7 @@ class Placement:
             kv_cache_gib=config.rollout.kv_cache_gib,
             gpu_memory_fraction=config.rollout.gpu_memory_fraction,
             max_num_seqs=min(1024, max(16, per_worker * config.rollout.group_size)),
+            can_sleep=self.is_alternating,
         )
 
     def _place(self, role: str, index: int) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def missing_capacity(config: Config) -> list[str]:
     placement = Placement.of(config, sum(n.resources.get("GPU", 0.0) for n in nodes))
     selector = away_from_gpus(nodes) if placement.is_gpu else {}
     placement = Placement(config, placement.is_gpu, reward_selector=selector)
-    return shortages([*placement.requests(), *placement.reward_requests()], nodes)
+    requests = [*placement.requests(), *placement.reward_requests()]
+    return [*placement.problems, *shortages(requests, nodes)]
 
 
 def is_final(missing: list[str]) -> bool:

@@ -59,6 +59,15 @@ class RolloutWorker:
         log.set_progress(policy_version=policy_version)
         return pause_s
 
+    async def sleep(self) -> None:
+        """Leave the GPU to the learner, until `wake`."""
+        with boundary("rollout"):
+            await self._engine.sleep()
+
+    async def wake(self) -> None:
+        with boundary("rollout"):
+            await self._engine.wake()
+
     async def score(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
         """Log-probs of each sequence's tokens after the first, by the current weights."""
         with boundary("sync"):

@@ -54,8 +54,8 @@ class FleetScaling:
         if wanted > before and self._placement.is_colocated:
             raise StageError(
                 "scale",
-                f"rollout workers must stay at most {before} with resources.layout colocated: each "
-                "shares the GPU of a learner rank",
+                f"rollout workers must stay at most {before} with resources.layout "
+                f"{self._placement.config.resources.layout}: each shares the GPU of a learner rank",
             )
         error = ""
         try:

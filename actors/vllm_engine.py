@@ -111,7 +111,19 @@ class VllmEngine:
         self._num_loads += 1
         await self._engine.resume_generation()
 
-    async def _unless_dead(self, call: Coroutine[Any, Any, None]) -> None:
+    async def sleep(self) -> None:
+        """Finish what runs, forget the KV cache and move the weights to the host, so that others
+        may use the GPU; requests wait until `wake`. On a CPU nothing is moved.
+        """
+        await self._unless_dead(self._engine.sleep(level=1, mode="wait"))
+
+    async def wake(self) -> None:
+        """Take the memory back, with the weights as they were, and go on."""
+        await self._unless_dead(self._engine.wake_up())
+        if await self._engine.is_sleeping():
+            raise StageError("rollout", "the engine does not wake up")
+
+    async def _unless_dead(self, call: Coroutine[Any, Any, object]) -> None:
         """Await a control call: vLLM leaves the calls of an engine that has died waiting."""
         task = asyncio.ensure_future(call)
         try:
@@ -182,6 +194,7 @@ def _engine_args(settings: EngineSettings, overrides: dict[str, Any]) -> AsyncEn
             **common,
             tensor_parallel_size=settings.tensor_parallel_size,
             gpu_memory_utilization=settings.gpu_memory_fraction,
+            enable_sleep_mode=settings.can_sleep,
         )
     return AsyncEngineArgs(
         **common,

@@ -110,6 +110,7 @@ class WeightSync:
         agrees.
         """
         started = time.monotonic()
+        await self._learner.rest()
         async with self._lock:
             path = self._directory / f"policy_{policy_version:08d}.safetensors"
             self._directory.mkdir(parents=True, exist_ok=True)  # whoever may have removed it

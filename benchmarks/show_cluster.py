@@ -22,11 +22,14 @@ BROADCAST = [
     "tests/unit/test_weight_stream.py",
 ]
 BROADCAST_NATS = 1e-5
+TURNS = "tests/integration/test_weight_sync.py::test_engine_and_learner_take_turns"
+NO_TURNS = "tests/integration/test_check.py::test_engines_cannot_give_memory_back_without_gpus"
 RECOVER_S = 120.0
 STOP_S = 60.0  # serve.submit tells Ray to wait that long
 ROLES = ("controller", "learner", "rollout", "reward")
 MIN_PORTS = 10  # a cluster that opens fewer was not looked at
 FETCH_S = 300.0
+ONE_GPU = "one GPU: bfloat16 engine and learner rank share it, also by turns; agree, resume"
 
 
 def rows(quick: bool) -> Iterator[Row | Part]:
@@ -34,6 +37,7 @@ def rows(quick: bool) -> Iterator[Row | Part]:
     yield from deploy_files(put_prometheus_on_path())
     yield placement()
     yield weight_broadcast()
+    yield turns()
     yield from live_cluster()
     yield serve_metrics()
     yield Part("GPUs are split by simulation", lambda: scaling(quick))
@@ -104,6 +108,16 @@ def weight_broadcast() -> Row:
         BROADCAST,
         f"engines within {BROADCAST_NATS:g} nat of the learner, and equal bits by file",
         {"probe_error_after_broadcast": BROADCAST_NATS},
+    )
+
+
+def turns() -> Row:
+    return proven(
+        "learner and engines by turns (resources.layout alternating): engines finish what runs, "
+        "sleep while gradients are made, wake with the weights they had; on CPUs, which have no "
+        "memory to give back: `hone check` refuses the layout there",
+        [TURNS, NO_TURNS],
+        "all pass",
     )
 
 
@@ -196,12 +210,12 @@ def absent() -> Iterator[Row]:
     )  # fmt: skip
     if shutil.which("nvidia-smi") is None:
         yield Row(
-            "one GPU: bfloat16 engine and learner rank share it, agree, resume",
+            ONE_GPU,
             "", "benchmarks/gpu_smoke.sh passes", "not shown here", "no GPU on this machine",
         )  # fmt: skip
     else:
         yield proven(
-            "one GPU: bfloat16 engine and learner rank share it, agree, resume",
+            ONE_GPU,
             [str(ROOT / "tests" / "gpu")],
             "all pass",
         )

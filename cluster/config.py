@@ -218,7 +218,7 @@ class ResourcesSection(Section):
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     cpus: Positive | None = None  # for a local Ray; none takes all cores
     start_timeout_s: PositiveFloat = 300.0
-    layout: Literal["split", "colocated"] = "split"  # colocated: rank i and engine i share a GPU
+    layout: Literal["split", "colocated", "alternating"] = "split"  # of GPUs: see docs/gpu.md
     engine_gpu_share: Annotated[Float, Field(gt=0, le=1)] = 1.0  # of each GPU of an engine
     labels: dict[Literal["learner", "rollout", "reward"], dict[str, str]] = {}  # of Ray nodes
 
@@ -265,17 +265,19 @@ class Config(Section):
         share = self.resources.engine_gpu_share
         if share < 1 and self.rollout.tensor_parallel_size > 1:
             raise ValueError(
-                f"resources.engine_gpu_share ({share:g}) must be 1 with "
-                f"rollout.tensor_parallel_size {self.rollout.tensor_parallel_size}: only an engine "
-                "of one GPU can share it"
+                f"resources.engine_gpu_share ({share:g}): must be 1, only an engine of one GPU can "
+                f"share it (rollout.tensor_parallel_size {self.rollout.tensor_parallel_size})"
             )
-        if self.resources.layout == "colocated" and share >= 0.5:
+        if self.resources.layout != "split" and share >= 0.5:
             raise ValueError(
                 f"resources.engine_gpu_share ({share:g}) must be below 0.5 with resources.layout "
-                "colocated: the learner rank beside the engine gets the rest, and needs more"
+                f"{self.resources.layout}: the learner rank beside it gets the rest, and needs more"
             )
-        is_shared = share < 1 or self.resources.layout == "colocated"
-        if self.sync.transport == "broadcast" and is_shared:
+        if self.resources.layout == "alternating" and self.rollout.max_policy_age > 0:
+            raise ValueError(
+                "resources.layout alternating needs rollout.max_policy_age 0: no engine runs ahead"
+            )
+        if self.sync.transport == "broadcast" and share < 1:  # as it is in a layout that shares
             raise ValueError(
                 "sync.transport broadcast needs resources.layout split and "
                 f"resources.engine_gpu_share 1 (got {share:g}): NCCL wants a GPU for each member"

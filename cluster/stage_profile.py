@@ -95,7 +95,7 @@ class StageProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def of_run(cls, run_dir: RunDir) -> "StageProfile":
         """Of a run that has taken steps enough; raises `ConfigError` for one that has not."""
         config = config_file.load(run_dir.config)
-        if config.resources.layout == "colocated":
+        if config.resources.layout != "split":
             raise ConfigError(
                 f"{run_dir.name}: resources.layout must be split to be profiled: ranks and engines "
                 "that share a GPU slow each other down"

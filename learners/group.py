@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 from ray.exceptions import RayError, RayTaskError
 
 from cluster import log
@@ -93,6 +94,10 @@ class LearnerRank:
     def optim_step(self) -> StepResult:
         return self._learner.optim_step()
 
+    def give_memory_back(self) -> None:
+        """What torch keeps of a GPU for its next step; others may want it until then."""
+        torch.cuda.empty_cache()
+
     def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray]:
         return self._learner.score(requests)
 
@@ -135,6 +140,10 @@ class LearnerRank:
         return self._learner.policy_version
 
 
+async def _alone() -> None:
+    """Nobody shares the ranks' GPUs."""
+
+
 @dataclass
 class LearnerGroup:
     """Handle over the ranks `hone/<run_id>/learner/<i>`; waits end after `learner.timeout_s`."""
@@ -144,6 +153,9 @@ class LearnerGroup:
     ranks: list[Any] = field(default_factory=list[Any])
     pids: list[int] = field(default_factory=list[int])
     num_planned: int = 0  # groups of the step so far
+    # Awaited before gradients are made and when none are for a while; see `actors.turns`.
+    take_gpus: Callable[[], Awaitable[None]] = _alone
+    rest: Callable[[], Awaitable[None]] = _alone
 
     @classmethod
     async def start(
@@ -206,6 +218,7 @@ class LearnerGroup:
             )
         )
         await self.call("fetch", plan)
+        await self.take_gpus()
         await self.call("forward_backward", plan)
         self.num_planned += len(headers)
 

@@ -128,11 +128,7 @@ def _check_resources(config: Config, address: str, report: CheckReport) -> None:
         machine = ClusterNode("this machine", {"GPU": plan.available_gpus(), "CPU": math.inf}, {})
         requests = [*placement.requests(), *placement.reward_requests()]
         report.problems += shortages(requests, [machine])
-    if config.rollout.tensor_parallel_size > 1 and not placement.is_gpu:
-        report.problems.append(
-            "rollout.tensor_parallel_size must be 1 without GPUs, got "
-            f"{config.rollout.tensor_parallel_size}"
-        )
+    report.problems += placement.problems
     if placement.total_cpus > available:
         report.warnings.append(
             f"rollout.workers ({config.rollout.workers}) and learner.world_size "

@@ -54,7 +54,7 @@ def rows(
             f"{config.max_groups_in_flight} groups in flight (policy age at most "
             f"{rollout.max_policy_age}), buffer holds {config.buffer.capacity_groups}",
         ),
-        ("weight sync", "published file, in flight, probed"),
+        ("weight sync", f"{config.sync.transport}, in flight, probed"),
     ]
 
 

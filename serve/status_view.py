@@ -20,6 +20,7 @@ ENDED = ("finished", "failed")
 _PACE_STEPS = 20
 _STATE_STYLES = {
     "healthy": "green",
+    "asleep": "cyan",
     "quarantined": "yellow",
     "leaving": "yellow",
     "dead": "red",

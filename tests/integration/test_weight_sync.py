@@ -23,6 +23,7 @@ from actors.fleet import WorkerState
 from actors.reward_worker import UNSOLVED
 from actors.rollout import RolloutRequest, Sampling
 from actors.statistics import RolloutStatistics
+from actors.turns import Turns
 from actors.vllm_engine import MIN_BATCH_TOKENS
 from cluster.config import Config, LossConfig, ObjectiveSection, Plugin
 from cluster.errors import LearnerLostError, StageError
@@ -257,6 +258,45 @@ async def test_requests_in_flight_survive_a_sync_and_report_both_versions(parts:
     assert versions == {before, 11}
     assert all(t.version_spans[-1].end == len(t.token_ids) for t in group.trajectories)
     assert group.min_policy_version == before
+
+
+async def test_engine_and_learner_take_turns(
+    parts: Parts, guided_config: Config, redis_url: str, tmp_path: Path
+) -> None:
+    """On a CPU the engine gives no memory back, but sleeps and wakes as on a GPU."""
+    [worker] = parts.fleet.workers
+    version, pid = max(0, worker.policy_version), worker.pid
+    await parts.sync.sync(version)
+    Turns(parts.learner, parts.fleet, timeout_s=60)
+    asked = request("by turns", max_new_tokens=24, seed=31)
+    awake = await rollout(parts, asked)
+    running = asyncio.create_task(rollout(parts, request("on its way", 100, 32)))
+    await asyncio.sleep(0.1)
+    async with producer(parts, guided_config, redis_url, tmp_path, level=2) as (made, buffer):
+        await made.produce(RolloutRequest("for a turn", HINTED, 4, Sampling(8, 1.0, [1], 33)))
+    headers = buffer.claim(9, owner="test", min_policy_version=0, wait_s=1.0)
+    [header] = [h for h in headers if h.group_id == "for a turn"]
+    await parts.learner.forward_backward([header])
+    assert worker.state is WorkerState.ASLEEP
+    await asyncio.wait_for(running, 30)  # what runs is finished before an engine sleeps
+    waiting = asyncio.create_task(rollout(parts, asked))
+    past_the_fleet = asyncio.ensure_future(worker.handle.rollout.remote(asked))
+    await asyncio.sleep(1)
+    assert not waiting.done()
+    assert not past_the_fleet.done(), "the engine itself sleeps"
+    await parts.learner.optim_step()
+    await parts.learner.rest()
+    again = await asyncio.wait_for(waiting, 60)
+    await asyncio.wait_for(past_the_fleet, 60)
+    assert (worker.state, worker.pid) == (WorkerState.HEALTHY, pid)
+    for first, second in zip(awake.trajectories, again.trajectories, strict=True):
+        assert first.token_ids.tolist() == second.token_ids.tolist(), "the weights it had"
+        assert second.min_policy_version == version
+    await parts.learner.forward_backward([header])
+    report = await parts.sync.sync(version)  # ends the learner's turn by itself
+    assert (report.num_engines, worker.state) == (1, WorkerState.HEALTHY)
+    assert report.probe_error is not None
+    assert report.probe_error <= 1e-4
 
 
 async def test_more_prompts_than_one_batch_holds(parts: Parts) -> None:

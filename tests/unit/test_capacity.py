@@ -1,5 +1,6 @@
 """Bundles against nodes: what fits, what is missing, and what a run asks for."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,6 +69,7 @@ def test_a_colocated_run_shares_each_gpu_between_one_rank_and_one_engine() -> No
     ("resources", "rollout", "message"),
     [
         ({"layout": "colocated"}, {}, "must be below 0.5"),
+        ({"layout": "alternating"}, {}, "must be below 0.5 with resources.layout alternating"),
         ({"engine_gpu_share": 0.5}, {"tensor_parallel_size": 2}, "only an engine of one GPU"),
         ({"labels": {"controller": {}}}, {}, "labels"),
     ],
@@ -115,6 +117,22 @@ def test_missing_labels_are_named() -> None:
 )
 def test_selectors(selector: str, labels: dict[str, str], expected: bool) -> None:
     assert labels_match({"k": selector}, labels) is expected
+
+
+def test_taking_turns_on_a_gpu_needs_one() -> None:
+    turns = {"layout": "alternating", "engine_gpu_share": 0.4}
+    on_gpu = Placement.of(configured(resources=turns | {"accelerator": "gpu"}))
+    assert on_gpu.problems == []
+    assert (
+        on_gpu.requests()
+        == Placement.of(
+            configured(resources=turns | {"accelerator": "gpu", "layout": "colocated"})
+        ).requests()
+    )
+    assert on_gpu.engine_settings(Path("p")).can_sleep
+    [problem] = Placement.of(configured(resources=turns)).problems
+    assert problem.startswith("resources.layout alternating needs GPUs")
+    assert Placement.of(configured(resources={"layout": "split"})).problems == []
 
 
 def test_reward_workers_keep_away_from_gpus_where_they_can() -> None:

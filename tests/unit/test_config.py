@@ -170,6 +170,14 @@ def test_a_broadcast_is_refused_where_members_would_share_a_gpu(config_path: Pat
     assert "sync.transport broadcast needs resources.layout split" in problem
 
 
+def test_engines_that_sleep_while_the_learner_works_run_nothing_ahead(config_path: Path):
+    turns = ["resources.layout=alternating", "resources.engine_gpu_share=0.4"]
+    [problem] = problems(config_path, *turns, "rollout.max_policy_age=1")
+    assert "resources.layout alternating needs rollout.max_policy_age 0" in problem
+    config = config_file.load(config_path, [*turns, "rollout.max_policy_age=0"])
+    assert config.resources.layout == "alternating"
+
+
 def test_the_dump_resolves_to_the_same_config(config_path: Path):
     config = config_file.load(config_path, ["rollout.group_size=4", "warm_start.steps=3"])
     assert config_file.parse(yaml.safe_load(config_file.dump(config)), "dump") == config

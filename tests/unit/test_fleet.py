@@ -51,6 +51,18 @@ async def test_a_worker_in_repair_is_in_no_sync_and_is_not_repaired_twice(
     repair.cancel()
 
 
+async def test_who_wants_a_group_waits_for_engines_that_sleep(fleet: RolloutFleet) -> None:
+    for worker in fleet.workers:
+        worker.state = WorkerState.ASLEEP
+    assert fleet.serving == []
+    waiting = asyncio.create_task(fleet._pick())
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    fleet.workers[1].state = WorkerState.HEALTHY
+    await fleet.notify()
+    assert await asyncio.wait_for(waiting, 1) is fleet.workers[1]
+
+
 async def test_the_few_that_are_left_do_not_get_all_groups(
     fleet: RolloutFleet, tiny_config: Config
 ) -> None:

@@ -41,6 +41,17 @@ def test_in_sync_mode_batches_do_not_depend_on_the_order_of_arrival(seed: int) -
     assert batches_of(arrivals, draws) == expected
 
 
+def test_one_batch_is_the_whole_step_in_the_order_of_drawing() -> None:
+    draws = Curriculum(TASKS, 3, SAMPLING, group_size=2)
+    drawn = [draws.next().group_id for _ in range(5)]
+    intake = InDrawOrder(draws, num_groups=4, num_batches=1)
+    assert draws.settle([drawn[1]]) == 1
+    for group_id in (drawn[4], drawn[0], drawn[2]):
+        assert intake.offer([header(group_id)]) == []
+    [batch] = intake.offer([header(drawn[3])])
+    assert [h.group_id for h in batch] == [drawn[0], drawn[2], drawn[3], drawn[4]]
+
+
 def test_a_dropped_draw_is_followed_by_the_next_and_moves_the_batches_alike() -> None:
     outcomes: list[list[list[str]]] = []
     for is_dropped_first in (True, False):
