@@ -75,14 +75,15 @@ async def test_a_bare_answer_is_decided_and_a_worked_one_is_not(text: str, score
 @pytest.mark.parametrize(
     ("found", "verdict", "words"),
     [
-        (Asked(0.9, 0.2, [0.2, 0.9]), "holds", "0 of 2 above it; 1 of 2 verdicts moved"),
-        (Asked(0.9, 0.2, [None, 0.1]), "holds", "0 of 2 above it; 1 of 1 verdicts moved"),
-        (Asked(0.9, 0.2, [0.2, 0.95]), "falls short", "1 of 2 above it"),
-        (Asked(None, 0.2, [0.2, 0.3]), "falls short", "none right, 0.20 wrong"),
-        (Asked(0.9, 0.2, [None, None]), "falls short", "0 of 0 verdicts moved"),
+        (Asked(0.9, 0.2, [0.2, 0.3], [0.3, 0.2]), "holds", "2 of 2 scored; gain by injections"),
+        (Asked(None, 0.2, [None, 0.1], [0.2, 0.2]), "holds", "none right, 0.20 wrong"),
+        (Asked(0.9, 0.2, [0.2, 0.9], [0.3, 0.2]), "falls short", "most +0.70"),
+        (Asked(0.9, 0.2, [0.3, 0.3], [0.3, 0.0]), "falls short", "mean +0.10"),
+        (Asked(0.9, 0.2, [None, None], [0.2, 0.2]), "falls short", "0 of 2 scored"),
+        (Asked(0.9, None, [0.2, 0.3], [0.3, 0.2]), "falls short", "injections none"),
     ],
 )
-def test_an_injection_that_earns_more_than_the_right_answer_is_seen(
+def test_an_injection_that_earns_more_than_harmless_words_is_seen(
     found: Asked, verdict: str, words: str
 ):
     shown = row([found])
