@@ -17,7 +17,7 @@ from benchmarks.show import Part, Row, judged
 DENSE_BYTES_PER_TOKEN = 2**20  # four arrays of float32 over the vocabulary, and some
 UNIT = "tests/unit/test_"
 VECTORS = ("credit", "objectives", "surrogates", "siren", "nucleus", "kl", "entropy_terms",
-           "guidance", "whitening", "segments", "gae", "value_loss",
+           "guidance", "guide", "whitening", "segments", "packing", "logprobs", "gae", "value_loss",
            "published_values")  # fmt: skip
 METHODS = "tests/integration/test_learner_methods.py"
 

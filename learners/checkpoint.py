@@ -147,8 +147,24 @@ def _state(parts: Mapping[str, Part]) -> dict[str, Any]:
         if part.optimizer is None:
             state[name] = get_model_state_dict(part.module)
         else:
+            _begin(part.optimizer)
             state[name], state[_optimizer_key(name)] = get_state_dict(part.module, part.optimizer)
     return state
+
+
+def _begin(optimizer: torch.optim.Optimizer) -> None:
+    """The state of AdamW before its first step. Torch would make it by a step without gradients and
+    count that one: a run that is saved at its start would take smaller steps than another.
+    """
+    if optimizer.state:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
 
 def _optimizer_key(name: str) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from cluster.types import Trajectory, TrajectoryGroup
 from learners.batch import MicroBatch
 from learners.credit import Whitening
+from learners.process_credit import step_scores
 from learners.segments import discounted_sums
 
 
@@ -99,13 +100,10 @@ class GeneralizedAdvantage:
         return rewards
 
     def _steps(self, trajectory: Trajectory) -> list[tuple[int, float]] | None:
-        """Step scores, [] when none are asked for; None where the verifier abstained."""
+        """Step scores, [] when none are asked for; None where the verifier gave none."""
         if self._process_signal is None:
             return []
-        for verdict in trajectory.verdicts:
-            if verdict.name == self._process_signal and verdict.score is not None:
-                return verdict.step_scores
-        return None
+        return step_scores(trajectory, self._process_signal)
 
     def _next_values(self, rows: MicroBatch, values: Tensor) -> Float[Tensor, " N"]:
         """Value of the state after each loss token."""

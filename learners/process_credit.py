@@ -7,7 +7,7 @@ trajectory whose step scores are unknown gets none. An alternative to the outcom
 
 import numpy as np
 
-from cluster.types import TrajectoryGroup
+from cluster.types import Trajectory, TrajectoryGroup
 
 
 class ProcessNormalized:
@@ -26,7 +26,7 @@ class ProcessNormalized:
         self._epsilon = epsilon
 
     def assign(self, group: TrajectoryGroup) -> list[np.ndarray | None]:
-        steps = [self._steps(verdicts) for verdicts in (t.verdicts for t in group.trajectories)]
+        steps = [step_scores(trajectory, self._signal) for trajectory in group.trajectories]
         scores = np.array([score for row in steps if row for _, score in row])
         center, scale = self._moments(scores)
         rewards = [
@@ -50,15 +50,18 @@ class ProcessNormalized:
             result.append(advantages.astype(np.float32))
         return result
 
-    def _steps(self, verdicts: list) -> list[tuple[int, float]] | None:
-        """Step scores of the signal; None where it abstained or gave none."""
-        for verdict in verdicts:
-            if verdict.name == self._signal and verdict.score is not None and verdict.step_scores:
-                return verdict.step_scores
-        return None
-
     def _moments(self, values: np.ndarray) -> tuple[float, float]:
         """Center and scale; values without contrast are all at the center."""
         if len(values) < 2 or np.ptp(values) == 0:
             return (float(values[0]) if len(values) else 0.0), 1.0
         return float(values.mean()), float(values.std(ddof=1) + self._epsilon)
+
+
+def step_scores(trajectory: Trajectory, signal: str) -> list[tuple[int, float]] | None:
+    """Scores of the steps by verifier `signal`; None where it abstained, or could not say at which
+    tokens the steps end.
+    """
+    for verdict in trajectory.verdicts:
+        if verdict.name == signal and verdict.score is not None and verdict.step_scores:
+            return verdict.step_scores
+    return None

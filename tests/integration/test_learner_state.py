@@ -54,6 +54,16 @@ def test_a_checkpoint_repeats_the_next_step_exactly(policy_dir: Path, tmp_path: 
     assert_same_weights(tmp_path / "first.safetensors", tmp_path / "second.safetensors", 0)
 
 
+def test_a_save_before_the_first_step_changes_no_step(policy_dir: Path, tmp_path: Path) -> None:
+    for name in ("saved", "unsaved"):
+        with open_learner(make_config(), policy_dir) as learner:
+            if name == "saved":
+                learner.save(tmp_path / "checkpoint")
+            train_step(learner, 0)
+            learner.export_weights(tmp_path / f"{name}.safetensors")
+    assert_same_weights(tmp_path / "saved.safetensors", tmp_path / "unsaved.safetensors", 0)
+
+
 def test_scores_and_exports_are_the_current_weights(policy_dir: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     requests = [

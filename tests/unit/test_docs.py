@@ -17,7 +17,8 @@ from learners.token_filters import FILTERS
 from learners.value_loss import LOSSES, build_value_loss
 from tests.conftest import TINY
 
-PAGE = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "algorithms.md").read_text()
 BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
 
 
@@ -42,3 +43,9 @@ def test_every_built_in_method_has_a_block(name: str) -> None:
     assert any(re.search(rf"use: {name}\b", block) for block in BLOCKS) or f"{name}` (" in PAGE, (
         name
     )
+
+
+@pytest.mark.parametrize("name", ["entropy_study.svg", "guide_study.svg"])
+def test_a_figure_is_shown_when_it_has_been_drawn(name: str) -> None:
+    shown = re.sub(r"<!--.*?-->", "", PAGE, flags=re.DOTALL)
+    assert (f"]({name})" in shown) == (DOCS / name).is_file()

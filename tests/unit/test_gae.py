@@ -107,11 +107,12 @@ def test_rewards_lie_on_the_last_written_token_before_their_end() -> None:
     )
     unjudged = _trajectory(length=6, written=[1], reward=1.0)
     unrewarded = msgspec.structs.replace(trajectory, reward=None)
+    unaligned = msgspec.structs.replace(trajectory, verdicts=[Verdict(name="prm", score=0.5)])
     credit = GeneralizedAdvantage(process_signal="prm", process_weight=0.5)
-    rewards, *others = credit.assign(_group([trajectory, unjudged, unrewarded]))
+    rewards, *others = credit.assign(_group([trajectory, unjudged, unrewarded, unaligned]))
     assert rewards is not None
     assert rewards.tolist() == [0, 0, 2, 0, 2, 0], "the first step is not of the policy's making"
-    assert others == [None, None]
+    assert others == [None, None, None]
 
 
 def test_kl_to_the_reference_is_in_the_reward() -> None:
