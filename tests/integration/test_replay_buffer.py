@@ -4,38 +4,16 @@ import pickle
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 
 import msgspec
 import pytest
 import redis
 
-from cluster.embedded_redis import EmbeddedRedis
 from cluster.errors import BufferFullError, FencedError, StageError, WireError
-from cluster.redis_client import connect
 from cluster.replay_buffer import AddResult, ReplayBuffer
 from cluster.replay_keys import Keys
 from cluster.types import GroupHeader
 from tests.replay_checker import audit, claim, fill, make_buffer, make_group
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as server:
-        yield connect(server.url)
-
-
-@pytest.fixture
-def run_id() -> str:
-    return uuid.uuid4().hex
-
-
-@pytest.fixture
-def buffer(client: redis.Redis, run_id: str) -> Iterator[ReplayBuffer]:
-    """A buffer of 100 groups; whatever a test did to it, the books must balance at the end."""
-    buffer = make_buffer(client, run_id)
-    yield buffer
-    audit(client, run_id, buffer)
 
 
 def test_group_comes_back_as_it_was_added(buffer: ReplayBuffer) -> None:

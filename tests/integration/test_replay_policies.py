@@ -3,9 +3,7 @@
 import random
 import threading
 import time
-import uuid
 from collections import Counter
-from collections.abc import Iterator
 
 import msgspec
 import pytest
@@ -36,22 +34,6 @@ ORDERS = {
     "freshest": ["new-flat", "new-steep", "new-even", "mid-steep", "old-flat", "old-steep"],
     "prioritised": ["new-steep", "mid-steep", "old-steep", "new-flat", "old-flat", "new-even"],
 }
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as server:
-        yield server.url
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> redis.Redis:
-    return connect(url)
-
-
-@pytest.fixture
-def run_id() -> str:
-    return uuid.uuid4().hex
 
 
 def made(use: str, **settings: object) -> ReplayPolicy:
@@ -117,7 +99,7 @@ def test_a_group_scored_anew_gets_a_new_rank(client: redis.Redis, run_id: str) -
 
 @pytest.mark.parametrize("use", ORDERS)
 def test_two_learners_lose_nothing_and_use_nothing_twice(
-    client: redis.Redis, run_id: str, url: str, use: str
+    client: redis.Redis, run_id: str, server: EmbeddedRedis, use: str
 ) -> None:
     """Beside a producer; they give groups back, let leases run out, and steps are undone."""
     num_groups, policy, rng = 300, made(use), random.Random(use)
@@ -127,7 +109,7 @@ def test_two_learners_lose_nothing_and_use_nothing_twice(
     is_full = threading.Event()
 
     def learn(rank: int) -> None:
-        mine, chance = make_buffer(connect(url), run_id, lease_s=0.2), random.Random(rank)
+        mine, chance = make_buffer(connect(server.url), run_id, lease_s=0.2), random.Random(rank)
         owner, step = f"learner/{rank}", rank + 1
         while True:
             headers = mine.claim(chance.randint(1, 8), owner=owner, min_policy_version=2, wait_s=0)
