@@ -20,7 +20,7 @@ def test_group_comes_back_as_it_was_added(buffer: ReplayBuffer) -> None:
     group = make_group("a", policy_version=3, priority=0.1)
     buffer.add(group)
 
-    assert buffer.claim(1, owner="o", min_policy_version=0, wait_s=0.0) == [GroupHeader.of(group)]
+    assert buffer.claim(1, owner="o", wait_s=0.0) == [GroupHeader.of(group)]
     [fetched] = buffer.fetch(["a"])
 
     assert fetched.task == group.task
@@ -103,14 +103,6 @@ def test_full_buffer_pushes_back_until_groups_are_consumed(
     audit(client, run_id, buffer)
 
 
-def test_groups_too_old_are_dropped_and_counted(buffer: ReplayBuffer) -> None:
-    for version in range(4):
-        buffer.add(make_group(f"v{version}", policy_version=version))
-
-    assert claim(buffer, 1, lowest=2) == ["v2"]
-    assert buffer.stats().dropped == {"too_old": 2}
-
-
 @pytest.mark.parametrize("priority", [float("nan"), float("inf")])
 def test_priority_must_be_finite(buffer: ReplayBuffer, priority: float) -> None:
     with pytest.raises(WireError, match="priority of a must be finite"):
@@ -125,7 +117,7 @@ def test_claim_waits_for_an_add_without_polling(buffer: ReplayBuffer, client: re
     adding = threading.Timer(0.1, fill, args=(buffer, "a"))
     adding.start()
     started = time.monotonic()
-    [header] = buffer.claim(1, owner="o", min_policy_version=0, wait_s=20.0)
+    [header] = buffer.claim(1, owner="o", wait_s=20.0)
     waited_s = time.monotonic() - started
     adding.join()
 
@@ -136,7 +128,7 @@ def test_claim_waits_for_an_add_without_polling(buffer: ReplayBuffer, client: re
 
 def test_claim_gives_up_when_its_time_is_over(buffer: ReplayBuffer) -> None:
     started = time.monotonic()
-    assert buffer.claim(1, owner="o", min_policy_version=0, wait_s=0.3) == []
+    assert buffer.claim(1, owner="o", wait_s=0.3) == []
     assert 0.25 < time.monotonic() - started < 3.0
 
 
@@ -144,7 +136,7 @@ def test_each_of_several_waiters_gets_a_group(buffer: ReplayBuffer) -> None:
     claimed: list[str] = []
 
     def wait_for_one(owner: str) -> None:
-        headers = buffer.claim(1, owner=owner, min_policy_version=0, wait_s=20.0)
+        headers = buffer.claim(1, owner=owner, wait_s=20.0)
         claimed.extend(header.group_id for header in headers)
 
     waiters = [threading.Thread(target=wait_for_one, args=(f"o{i}",)) for i in range(4)]

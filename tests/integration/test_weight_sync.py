@@ -152,7 +152,7 @@ async def test_a_failed_task_is_sampled_with_hints_and_learned_without(
     assert production.plain.outcome == production.hinted[1].outcome == UNSOLVED
     assert production.last is production.hinted[2]
     assert production.last.outcome == "added"
-    [header] = buffer.claim(9, owner="test", min_policy_version=0, wait_s=1.0)
+    [header] = buffer.claim(9, owner="test", wait_s=1.0)
     [group] = buffer.fetch(["guided"])
     assert [t.reward for t in group.trajectories] == [1.0, 0.0, 1.0, 0.0]
     for trajectory in group.trajectories:
