@@ -154,11 +154,7 @@ class Bookkeeping:
         """
         await self._renew()
         headers = await asyncio.to_thread(
-            self.buffer.claim,
-            max_groups,
-            owner=self._owner,
-            min_policy_version=0,
-            wait_s=wait_s,
+            self.buffer.claim, max_groups, owner=self._owner, wait_s=wait_s
         )
         bound = self.policy_version - self._config.rollout.max_policy_age
         too_old = [h.group_id for h in headers if h.min_policy_version < bound]

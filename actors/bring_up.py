@@ -82,13 +82,13 @@ async def bring_up(
     config: Config,
     run: RunDir,
     buffer_url: str,
-    is_resumed: bool,
+    has_checkpoint: bool,
     observer: Observer,
 ) -> Parts:
-    """Start all parts of `run`. The policy is warm-started unless the run is resumed."""
+    """Start all parts of `run`. The policy is warm-started unless a checkpoint holds it trained."""
     placement = await _reserve(config, run, observer)
     try:
-        return await _start_parts(config, run, buffer_url, is_resumed, observer, placement)
+        return await _start_parts(config, run, buffer_url, has_checkpoint, observer, placement)
     except BaseException:
         _release(placement)
         raise
@@ -123,14 +123,14 @@ async def _start_parts(
     config: Config,
     run: RunDir,
     buffer_url: str,
-    is_resumed: bool,
+    has_checkpoint: bool,
     observer: Observer,
     placement: Placement,
 ) -> Parts:
     observer.phase("starting", "reading tasks", 5.0)
     train_tasks, eval_tasks = await asyncio.to_thread(load_splits, config.tasks)
     observer.phase("starting", "preparing the policy", 10.0)
-    policy = await _prepare(config, train_tasks, run, is_resumed)
+    policy = await _prepare(config, train_tasks, run, has_checkpoint)
     sampling = Sampling(
         config.rollout.max_new_tokens, config.rollout.temperature, [policy.stop_token_id]
     )
@@ -211,14 +211,14 @@ class PreparedPolicy:
 
 
 async def _prepare(
-    config: Config, tasks: list[Task], run: RunDir, is_resumed: bool
+    config: Config, tasks: list[Task], run: RunDir, has_checkpoint: bool
 ) -> PreparedPolicy:
     """Made in a process of its own, which ends and gives its memory back."""
     prepare = ray.remote(max_calls=1, max_retries=0)(prepare_policy).options(
         num_cpus=0, runtime_env={"env_vars": QUIET_ENV}
     )
     return await within(
-        prepare.remote(config, tasks, run.policy, is_resumed),
+        prepare.remote(config, tasks, run.policy, has_checkpoint),
         stage="policy",
         what="the policy directory",
         deadline_s=config.resources.start_timeout_s,
@@ -227,9 +227,9 @@ async def _prepare(
 
 
 def prepare_policy(
-    config: Config, tasks: list[Task], out_dir: Path, is_resumed: bool
+    config: Config, tasks: list[Task], out_dir: Path, has_checkpoint: bool
 ) -> PreparedPolicy:
-    """Also what a warm start learns from `tasks`, unless the run is resumed."""
+    """Also what a warm start learns from `tasks`, unless a checkpoint holds what came of it."""
     from learners.policy_dir import prepare
     from learners.tokenizer import encode_completion, load_tokenizer, render
 
@@ -241,7 +241,7 @@ def prepare_policy(
     if not isinstance(stop, int):
         raise StageError("policy", f"the tokenizer in {policy_dir} names no end-of-sequence token")
     examples: list[Example] = []
-    if config.warm_start is not None and not is_resumed:
+    if config.warm_start is not None and not has_checkpoint:
         rng = random.Random(config.run.seed)
         for task in tasks[: config.warm_start.examples]:
             is_direct = rng.random() < config.warm_start.direct_fraction

@@ -256,11 +256,12 @@ class Placement:
         } | self._place("learner", -1)
 
     def reward_options(self) -> dict[str, Any]:
-        """Reward workers are light: they wait for their own killable check processes."""
+        """What reward workers and verifier pools share. They are light: they wait for killable
+        check processes of their own. Who starts one says whether Ray restarts it.
+        """
         return {
             "num_cpus": 0,
             "runtime_env": {"env_vars": QUIET_ENV},
-            "max_restarts": -1,
             "scheduling_strategy": "SPREAD",
             "label_selector": self.reward_labels or None,
         }

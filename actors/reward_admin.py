@@ -49,9 +49,7 @@ class RewardAdmin:
         self.door.serve("rewards", self._carry_out, refusal="reward_refused")
         self.door.on_poll = self._watch_shadow
         self._change = asyncio.Lock()
-        self._trial = (
-            asyncio.Lock()
-        )  # of its own: a trial changes nothing, and a rollback is urgent
+        self._trial = asyncio.Lock()  # of its own: a trial changes nothing, a rollback is urgent
         self._shadowed: RubricVersion | None = None
         self._num_reported = 0
         self._commands: dict[str, Callable[[dict[str, Any]], Awaitable[Any]]] = {

@@ -57,7 +57,7 @@ async def _evaluate(
     scratch: RunDir,
     on_task: Callable[[], None],
 ) -> EvalResult:
-    rubric = Rubric(config.rewards.verifiers)
+    rubric = Rubric(config.rewards.verifiers, str(policy_dir))
 
     async def score(reference: Any) -> tuple[GroupSummary, bytes]:
         group = await rubric.score(wire.decode(await reference, TrajectoryGroup))
@@ -75,3 +75,4 @@ async def _evaluate(
         )
     finally:
         await fleet.stop()
+        await rubric.close()

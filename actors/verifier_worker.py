@@ -29,9 +29,7 @@ class SignalFacts(msgspec.Struct, frozen=True, kw_only=True):
 class VerifierWorker:
     """One verifier. Raises `ConfigError` when it cannot be built."""
 
-    def __init__(
-        self, name: str, config: VerifierConfig, run_dir: str, policy_dir: str
-    ) -> None:  # fmt: skip
+    def __init__(self, name: str, config: VerifierConfig, run_dir: str, policy_dir: str) -> None:
         log.setup(f"verifier-{name}-{os.getpid()}", run_dir)
         self._name = name
         self._rubric = Rubric({name: config}, policy_dir)

@@ -86,7 +86,7 @@ def measure(num_groups: int) -> Measurement:
 
 
 def _claim_fetch(buffer: ReplayBuffer) -> list[str]:
-    headers = buffer.claim(GROUPS_PER_STEP, owner="learner", min_policy_version=0, wait_s=5.0)
+    headers = buffer.claim(GROUPS_PER_STEP, owner="learner", wait_s=5.0)
     return [group.group_id for group in buffer.fetch([header.group_id for header in headers])]
 
 

@@ -41,8 +41,8 @@ _log = logging.getLogger(__name__)
 class ReplayBuffer(BufferReader):
     """The buffer of one run. Capacity counts ready and leased groups.
 
-    Example: `buffer.add(group); [header] = buffer.claim(1, owner="learner/0", min_policy_version=0,
-    wait_s=5.0); buffer.consume([header.group_id], step=1); buffer.acknowledge(1)`.
+    Example: `buffer.add(group); [header] = buffer.claim(1, owner="learner/0", wait_s=5.0);
+    buffer.consume([header.group_id], step=1); buffer.acknowledge(1)`.
     Every method raises `BufferUnavailableError` when Redis does not answer.
     """
 
@@ -107,17 +107,15 @@ class ReplayBuffer(BufferReader):
             )
         return AddResult(answer.decode())
 
-    def claim(
-        self, max_groups: int, *, owner: str, min_policy_version: int, wait_s: float
-    ) -> list[GroupHeader]:
+    def claim(self, max_groups: int, *, owner: str, wait_s: float) -> list[GroupHeader]:
         """Lease up to `max_groups` groups to `owner`: higher priority first, then first come.
 
-        Groups sampled below `min_policy_version` are dropped as "too_old", groups with a damaged
-        header go to the dead letters. Waits up to `wait_s` while nothing is ready.
+        Groups with a damaged header go to the dead letters. Waits up to `wait_s` while nothing is
+        ready.
         """
         deadline = time.monotonic() + wait_s
         while True:
-            headers = self._claim_ready(max_groups, owner, min_policy_version)
+            headers = self._claim_ready(max_groups, owner)
             remaining_s = deadline - time.monotonic()
             if headers or remaining_s <= 0 or max_groups <= 0:
                 return headers
@@ -227,14 +225,11 @@ class ReplayBuffer(BufferReader):
             raise StageError(_STAGE, f"{group_id} must not be dropped: a step has consumed it")
         return answer != b"not held"
 
-    def _claim_ready(
-        self, max_groups: int, owner: str, min_policy_version: int
-    ) -> list[GroupHeader]:
+    def _claim_ready(self, max_groups: int, owner: str) -> list[GroupHeader]:
         answer = self._run(
             Script.CLAIM,
             owner,
             max_groups,
-            min_policy_version,
             self._lease_ms,
             uuid.uuid4().hex,
             extra_key=self._keys.last_claim(owner),

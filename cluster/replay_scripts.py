@@ -43,14 +43,13 @@ return 'added'
     )
 
     # KEYS[12]: the owner's last claim.
-    # ARGV: owner, most groups, lowest version, lease (ms), request id.
-    # Drops what is older than the lowest version. The same request id gets the same groups again.
+    # ARGV: owner, most groups, lease (ms), request id. The same request id gets the same groups
+    # again.
     # Returns group_id, header, group_id, header, ... in priority order; a header may be nil.
     CLAIM = (
         SHRINKS
         + """
-local owner, most, lowest = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local lease, request = tonumber(ARGV[4]), ARGV[5]
+local owner, most, lease, request = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
 local answer = {}
 local function include(id)
   answer[#answer + 1] = id
@@ -73,17 +72,12 @@ while #ids < most do
   if #first == 0 then break end
   local id = string.sub(first[1], 17)
   local entry = load(id)
-  if entry.version < lowest then
-    forget(id, entry)
-    count('dropped:too_old', 1)
-  else
-    entry.deliveries = entry.deliveries + 1
-    entry.owner = owner
-    save(id, entry)
-    redis.call('ZADD', leased, now + lease, id)
-    ids[#ids + 1] = id
-    include(id)
-  end
+  entry.deliveries = entry.deliveries + 1
+  entry.owner = owner
+  save(id, entry)
+  redis.call('ZADD', leased, now + lease, id)
+  ids[#ids + 1] = id
+  include(id)
 end
 if #ids > 0 then
   redis.call('SET', KEYS[12], cmsgpack.pack({request = request, ids = ids}), 'PX', lease)

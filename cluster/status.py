@@ -18,7 +18,7 @@ class StageStatus(msgspec.Struct, frozen=True, kw_only=True):
     state.
     """
 
-    name: str  # dispatch, score, learn, sync, eval
+    name: str  # dispatch, rollout, score, learn, sync, eval
     waiting_for: str = ""
     since_s: float = 0.0
     busy_fraction: float = 0.0
@@ -37,7 +37,7 @@ class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a person wants to see of a live run."""
 
     run: str
-    phase: str  # starting, warm_start, training, evaluating, stopping, finished, failed
+    phase: str  # starting, warm_start, training, evaluating, recovering, stopping, finished, failed
     phase_detail: str = ""  # "loading engine 1/1"
     phase_expected_s: float = 0.0  # how long this phase takes on a similar machine; 0 = unknown
     phase_started_at: float = 0.0  # unix seconds

@@ -134,3 +134,16 @@ async def producer(parts: Parts, config: Config, url: str, path: Path, level: in
         buffer,
     )
     pool.stop()
+
+
+def break_head(worker: Any) -> None:
+    """Sent to a rollout worker: from now on its engine leaves out the repair of its output head."""
+    engine = worker._engine._engine
+    loop = engine.output_handler.get_loop()
+    worker.fault = asyncio.run_coroutine_threadsafe(engine.collective_rpc(_no_repair), loop)
+
+
+def _no_repair(_worker: Any) -> None:
+    from actors import weight_transfer
+
+    weight_transfer.refresh_prepacked_head = lambda model: None

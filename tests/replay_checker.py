@@ -77,10 +77,8 @@ def make_buffer(
     return ReplayBuffer(client, run_id, capacity_groups=capacity, lease_s=lease_s, max_deliveries=2)
 
 
-def claim(
-    buffer: ReplayBuffer, num: int = 100, owner: str = "learner/0", lowest: int = 0
-) -> list[str]:
-    headers = buffer.claim(num, owner=owner, min_policy_version=lowest, wait_s=0.0)
+def claim(buffer: ReplayBuffer, num: int = 100, owner: str = "learner/0") -> list[str]:
+    headers = buffer.claim(num, owner=owner, wait_s=0.0)
     return [header.group_id for header in headers]
 
 
@@ -94,7 +92,7 @@ def learn(url: str, run_id: str, rank: int) -> list[str]:
     buffer = make_buffer(connect(url), run_id)
     learned: list[str] = []
     while True:
-        headers = buffer.claim(16, owner=f"learner/{rank}", min_policy_version=0, wait_s=5.0)
+        headers = buffer.claim(16, owner=f"learner/{rank}", wait_s=5.0)
         if not headers:
             return learned
         groups = buffer.fetch([header.group_id for header in headers])

@@ -4,45 +4,23 @@ import pickle
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 
 import msgspec
 import pytest
 import redis
 
-from cluster.embedded_redis import EmbeddedRedis
 from cluster.errors import BufferFullError, FencedError, StageError, WireError
-from cluster.redis_client import connect
 from cluster.replay_buffer import AddResult, ReplayBuffer
 from cluster.replay_keys import Keys
 from cluster.types import GroupHeader
 from tests.replay_checker import audit, claim, fill, make_buffer, make_group
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as server:
-        yield connect(server.url)
-
-
-@pytest.fixture
-def run_id() -> str:
-    return uuid.uuid4().hex
-
-
-@pytest.fixture
-def buffer(client: redis.Redis, run_id: str) -> Iterator[ReplayBuffer]:
-    """A buffer of 100 groups; whatever a test did to it, the books must balance at the end."""
-    buffer = make_buffer(client, run_id)
-    yield buffer
-    audit(client, run_id, buffer)
-
-
 def test_group_comes_back_as_it_was_added(buffer: ReplayBuffer) -> None:
     group = make_group("a", policy_version=3, priority=0.1)
     buffer.add(group)
 
-    assert buffer.claim(1, owner="o", min_policy_version=0, wait_s=0.0) == [GroupHeader.of(group)]
+    assert buffer.claim(1, owner="o", wait_s=0.0) == [GroupHeader.of(group)]
     [fetched] = buffer.fetch(["a"])
 
     assert fetched.task == group.task
@@ -125,14 +103,6 @@ def test_full_buffer_pushes_back_until_groups_are_consumed(
     audit(client, run_id, buffer)
 
 
-def test_groups_too_old_are_dropped_and_counted(buffer: ReplayBuffer) -> None:
-    for version in range(4):
-        buffer.add(make_group(f"v{version}", policy_version=version))
-
-    assert claim(buffer, 1, lowest=2) == ["v2"]
-    assert buffer.stats().dropped == {"too_old": 2}
-
-
 @pytest.mark.parametrize("priority", [float("nan"), float("inf")])
 def test_priority_must_be_finite(buffer: ReplayBuffer, priority: float) -> None:
     with pytest.raises(WireError, match="priority of a must be finite"):
@@ -147,7 +117,7 @@ def test_claim_waits_for_an_add_without_polling(buffer: ReplayBuffer, client: re
     adding = threading.Timer(0.1, fill, args=(buffer, "a"))
     adding.start()
     started = time.monotonic()
-    [header] = buffer.claim(1, owner="o", min_policy_version=0, wait_s=20.0)
+    [header] = buffer.claim(1, owner="o", wait_s=20.0)
     waited_s = time.monotonic() - started
     adding.join()
 
@@ -158,7 +128,7 @@ def test_claim_waits_for_an_add_without_polling(buffer: ReplayBuffer, client: re
 
 def test_claim_gives_up_when_its_time_is_over(buffer: ReplayBuffer) -> None:
     started = time.monotonic()
-    assert buffer.claim(1, owner="o", min_policy_version=0, wait_s=0.3) == []
+    assert buffer.claim(1, owner="o", wait_s=0.3) == []
     assert 0.25 < time.monotonic() - started < 3.0
 
 
@@ -166,7 +136,7 @@ def test_each_of_several_waiters_gets_a_group(buffer: ReplayBuffer) -> None:
     claimed: list[str] = []
 
     def wait_for_one(owner: str) -> None:
-        headers = buffer.claim(1, owner=owner, min_policy_version=0, wait_s=20.0)
+        headers = buffer.claim(1, owner=owner, wait_s=20.0)
         claimed.extend(header.group_id for header in headers)
 
     waiters = [threading.Thread(target=wait_for_one, args=(f"o{i}",)) for i in range(4)]

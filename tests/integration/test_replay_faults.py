@@ -5,8 +5,6 @@ import os
 import signal
 import threading
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,30 +27,6 @@ from tests.replay_checker import (
 )
 
 SPAWN = multiprocessing.get_context("spawn")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: EmbeddedRedis) -> redis.Redis:
-    return connect(server.url)
-
-
-@pytest.fixture
-def run_id() -> str:
-    return uuid.uuid4().hex
-
-
-@pytest.fixture
-def buffer(client: redis.Redis, run_id: str) -> Iterator[ReplayBuffer]:
-    """A buffer whose books must balance after the test."""
-    buffer = make_buffer(client, run_id)
-    yield buffer
-    audit(client, run_id, buffer)
 
 
 def test_expired_lease_returns_and_a_renewed_one_does_not(client: redis.Redis, run_id: str) -> None:

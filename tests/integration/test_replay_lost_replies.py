@@ -11,26 +11,7 @@ from cluster.embedded_redis import EmbeddedRedis
 from cluster.errors import FencedError
 from cluster.redis_client import connect
 from cluster.replay_buffer import AddResult, ReplayBuffer
-from tests.replay_checker import audit, claim, fill, make_buffer, make_group
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as server:
-        yield server
-
-
-@pytest.fixture
-def run_id() -> str:
-    return uuid.uuid4().hex
-
-
-@pytest.fixture
-def buffer(server: EmbeddedRedis, run_id: str) -> Iterator[ReplayBuffer]:
-    client = connect(server.url)
-    buffer = make_buffer(client, run_id)
-    yield buffer
-    audit(client, run_id, buffer)
+from tests.replay_checker import claim, fill, make_buffer, make_group
 
 
 class LossyProxy:

@@ -35,7 +35,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 class Model(RuleBasedStateMachine):
-    """`order` holds (-priority, arrival, version) of every group; `ready` to `gone` are places."""
+    """`order` holds (-priority, arrival) of every group; `ready` to `gone` are places."""
 
     url = ""
 
@@ -45,7 +45,7 @@ class Model(RuleBasedStateMachine):
         self.client = connect(self.url)
         self.long = self.buffer(lease_s=3600.0)
         self.short = self.buffer(lease_s=0.001)
-        self.order: dict[str, tuple[float, int, int]] = {}
+        self.order: dict[str, tuple[float, int]] = {}
         self.deliveries: dict[str, int] = {}
         self.ready: set[str] = set()
         self.leased: dict[str, tuple[str, bool]] = {}  # owner, is short
@@ -64,9 +64,9 @@ class Model(RuleBasedStateMachine):
             max_deliveries=MAX_DELIVERIES,
         )
 
-    @rule(group_id=IDS, priority=st.sampled_from([0.0, 0.5, -2.0]), version=st.integers(0, 3))
-    def add(self, group_id: str, priority: float, version: int) -> None:
-        group = make_group(group_id, priority=priority, policy_version=version, num_tokens=2)
+    @rule(group_id=IDS, priority=st.sampled_from([0.0, 0.5, -2.0]))
+    def add(self, group_id: str, priority: float) -> None:
+        group = make_group(group_id, priority=priority, num_tokens=2)
         if group_id in self.order:
             assert self.long.add(group) is AddResult.DUPLICATE
         elif len(self.ready) + len(self.leased) >= CAPACITY:
@@ -74,25 +74,19 @@ class Model(RuleBasedStateMachine):
                 self.long.add(group)
         else:
             assert self.long.add(group) is AddResult.ADDED
-            self.order[group_id] = (-priority, len(self.order), version)
+            self.order[group_id] = (-priority, len(self.order))
             self.deliveries[group_id] = 0
             self.ready.add(group_id)
 
-    @rule(num=st.integers(0, 3), owner=OWNERS, lowest=st.integers(0, 2), is_short=st.booleans())
-    def claim(self, num: int, owner: str, lowest: int, is_short: bool) -> None:
-        expected: list[str] = []
-        for group_id in sorted(self.ready, key=self.order.__getitem__):
-            if len(expected) == num:
-                break
+    @rule(num=st.integers(0, 3), owner=OWNERS, is_short=st.booleans())
+    def claim(self, num: int, owner: str, is_short: bool) -> None:
+        expected = sorted(self.ready, key=self.order.__getitem__)[:num]
+        for group_id in expected:
             self.ready.remove(group_id)
-            if self.order[group_id][2] < lowest:
-                self.gone[group_id] = "too_old"
-            else:
-                expected.append(group_id)
-                self.leased[group_id] = (owner, is_short)
-                self.deliveries[group_id] += 1
+            self.leased[group_id] = (owner, is_short)
+            self.deliveries[group_id] += 1
         buffer = self.short if is_short else self.long
-        headers = buffer.claim(num, owner=owner, min_policy_version=lowest, wait_s=0.0)
+        headers = buffer.claim(num, owner=owner, wait_s=0.0)
         assert [header.group_id for header in headers] == expected
 
     @rule(owner=OWNERS)
@@ -196,7 +190,7 @@ class Model(RuleBasedStateMachine):
         ends = list(self.gone.values())
         assert stats.acknowledged == ends.count("acknowledged")
         assert stats.dead_lettered == ends.count("dead")
-        for reason in ("too_old", "uniform", "fenced"):
+        for reason in ("uniform", "fenced"):
             assert stats.dropped.get(reason, 0) == ends.count(reason)
         audit(self.client, self.run_id, self.long)
 

@@ -3,9 +3,7 @@
 import random
 import threading
 import time
-import uuid
 from collections import Counter
-from collections.abc import Iterator
 
 import msgspec
 import pytest
@@ -38,22 +36,6 @@ ORDERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as server:
-        yield server.url
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> redis.Redis:
-    return connect(url)
-
-
-@pytest.fixture
-def run_id() -> str:
-    return uuid.uuid4().hex
-
-
 def made(use: str, **settings: object) -> ReplayPolicy:
     return build_policy(BufferSection(policy={"use": use, "settings": settings}))
 
@@ -82,7 +64,7 @@ def test_the_built_in_policies_are_all_tested() -> None:
 
 
 @pytest.mark.parametrize("use", ORDERS)
-def test_order_leases_and_age_bound(client: redis.Redis, run_id: str, use: str) -> None:
+def test_order_and_leases(client: redis.Redis, run_id: str, use: str) -> None:
     """Who was given back, or whose lease ran out, has the rank it had before."""
     order = ORDERS[use]
     buffer = filled(client, run_id, use, lease_s=0.05)
@@ -92,9 +74,8 @@ def test_order_leases_and_age_bound(client: redis.Redis, run_id: str, use: str) 
     assert claim(buffer, 1) == order[:1]
     time.sleep(0.1)
     assert buffer.expire() == 2
-    assert claim(buffer, 3, lowest=2) == [name for name in order if "old" not in name][:3]
-    assert claim(buffer, lowest=2) == [name for name in order if "old" not in name][3:]
-    assert buffer.stats().dropped == {"too_old": 2}
+    assert claim(buffer, 3) == order[:3]
+    assert claim(buffer) == order[3:]
     audit(client, run_id, buffer)
 
 
@@ -117,7 +98,7 @@ def test_a_group_scored_anew_gets_a_new_rank(client: redis.Redis, run_id: str) -
 
 @pytest.mark.parametrize("use", ORDERS)
 def test_two_learners_lose_nothing_and_use_nothing_twice(
-    client: redis.Redis, run_id: str, url: str, use: str
+    client: redis.Redis, run_id: str, server: EmbeddedRedis, use: str
 ) -> None:
     """Beside a producer; they give groups back, let leases run out, and steps are undone."""
     num_groups, policy, rng = 300, made(use), random.Random(use)
@@ -127,10 +108,10 @@ def test_two_learners_lose_nothing_and_use_nothing_twice(
     is_full = threading.Event()
 
     def learn(rank: int) -> None:
-        mine, chance = make_buffer(connect(url), run_id, lease_s=0.2), random.Random(rank)
+        mine, chance = make_buffer(connect(server.url), run_id, lease_s=0.2), random.Random(rank)
         owner, step = f"learner/{rank}", rank + 1
         while True:
-            headers = mine.claim(chance.randint(1, 8), owner=owner, min_policy_version=2, wait_s=0)
+            headers = mine.claim(chance.randint(1, 8), owner=owner, wait_s=0)
             ranks = [header.priority for header in headers]
             disorder.extend([ranks] if ranks != sorted(ranks, reverse=True) else [])
             if not headers and is_full.is_set() and mine.stats().leased == 0:
@@ -169,7 +150,7 @@ def test_two_learners_lose_nothing_and_use_nothing_twice(
     stats = main.stats()
     used = Counter([*kept, *again])
     assert max(used.values()) == 1
-    assert len(used) + stats.dropped.get("too_old", 0) + stats.dead_lettered == num_groups
+    assert len(used) + stats.dead_lettered == num_groups
     audit(client, run_id, main)
 
 
@@ -203,7 +184,7 @@ def test_under_every_policy_each_group_is_used_in_time(
                     running[group_id] = (now + min(12.0, rng.paretovariate(1.2)), version)
             free = 0
             wanted = num_groups - len(intake.claimed)
-            headers = buffer.claim(wanted, owner="o", min_policy_version=0, wait_s=0)
+            headers = buffer.claim(wanted, owner="o", wait_s=0)
             assert all(h.min_policy_version >= version - max_policy_age for h in headers), "too old"
             intake.offer(headers)
             if not headers:

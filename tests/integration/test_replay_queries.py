@@ -29,7 +29,7 @@ def run(tiny_config: Config, redis_url: str, tmp_path: Path) -> RunDir:
     groups = make_groups(1)
     for group in groups:
         buffer.add(group)
-    buffer.claim(3, owner="test", min_policy_version=0, wait_s=0)
+    buffer.claim(3, owner="test", wait_s=0)
     buffer.consume(["g1-0"], step=1)
     buffer.acknowledge(1)
     buffer.consume(["g1-1"], step=2)

@@ -4,201 +4,19 @@ import asyncio
 import os
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
-import ray
-from ray.util import list_named_actors
 
-from actors.placement import Placement
-from actors.reward_admin import RewardAdmin
-from actors.reward_buffered import BufferedGroups
-from actors.reward_pool import RewardPool
-from actors.reward_set import RewardHome, WorkerSet
 from actors.reward_worker import GroupSummary
 from benchmarks.live_swaps import Changes, is_mixed
-from cluster import config_file, reward_state, wire
+from cluster import reward_state, wire
 from cluster.control import ControlClient
-from cluster.embedded_redis import EmbeddedRedis
-from cluster.errors import BufferUnavailableError, ConfigError, DeadlineError, StageError
-from cluster.redis_client import connect
-from cluster.replay_buffer import ReplayBuffer
-from cluster.run_dir import RunDir
-from cluster.types import Message, Task, TrajectoryGroup, VersionSpan
-from rewards.self_check import group_of
+from cluster.errors import ConfigError, DeadlineError, StageError
+from tests.reward_cases import PLUGIN, house, live_group, verifiers
 
-PLUGIN = """
-import asyncio
-import os
-import sys
-from pathlib import Path
-from cluster.types import Verdict
-
-HERE = Path(__file__).parent
-
-class Answer:
-    def __init__(self, bonus=0.0):
-        self.bonus = bonus
-    async def score(self, group, io):
-        gold = group.task.reference
-        return [Verdict(score=float(t.text == gold) + self.bonus) for t in group.trajectories]
-
-class Wrong(Answer):
-    async def score(self, group, io):
-        return [Verdict(score=0.0) for t in group.trajectories]
-
-class Outage(Answer):
-    async def score(self, group, io):
-        if (HERE / "down").exists():
-            return [Verdict(score=None, error="down") for t in group.trajectories]
-        return await super().score(group, io)
-
-class HalfOutage(Outage):
-    async def score(self, group, io):
-        verdicts = await Answer.score(self, group, io)
-        if not (HERE / "down").exists():
-            return verdicts
-        return [v if v.score else Verdict(score=None, error="down") for v in verdicts]
-
-class Flat(Answer):
-    async def score(self, group, io):
-        if group.group_id.startswith("live"):
-            return [Verdict(score=1.0) for t in group.trajectories]
-        return await super().score(group, io)
-
-class Gated(Answer):
-    async def score(self, group, io):
-        while (HERE / "gate").exists():
-            await asyncio.sleep(0.1)
-        return await super().score(group, io)
-
-class DiesOnGold(Answer):
-    async def score(self, group, io):
-        os._exit(9)
-
-class DiesLive(Answer):
-    async def score(self, group, io):
-        if group.group_id.startswith("live"):
-            os._exit(9)
-        return await super().score(group, io)
-
-class DiesInWorkers(Answer):
-    def __init__(self, bonus=0.0):
-        super().__init__(bonus)
-        count = HERE / "started"
-        count.write_text(count.read_text() + "x" if count.exists() else "x")
-        if count.stat().st_size > 1:
-            os._exit(9)
-"""
-
-
-@pytest.fixture(scope="module")
-def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("plugins")
-    (path / "live_rewards.py").write_text(PLUGIN)
-    return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster(plugins: Path):
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), str(plugins)])
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, namespace="hone",
-        log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}},
-    )  # fmt: skip
-    yield
-    ray.shutdown()
-
-
-class House:
-    """A run without engines: its pool, its door and its client."""
-
-    def __init__(self, run: RunDir, pool: RewardPool, admin: RewardAdmin, buffer: ReplayBuffer):
-        self.run = run
-        self.pool = pool
-        self.admin = admin
-        self.buffer = buffer
-        self.events: list[tuple[str, dict[str, object]]] = []
-        self.num_groups = 0
-
-    def event(self, kind: str, **fields: object) -> None:
-        self.events.append((kind, fields))
-
-    async def ask(self, command: str, **arguments: object):
-        client = await asyncio.to_thread(ControlClient, self.run)
-        return await asyncio.to_thread(client.ask, f"rewards.{command}", arguments, 90.0)
-
-    async def score(self) -> GroupSummary:
-        self.num_groups += 1
-        group = live_group(self.num_groups)
-        return await self.pool.score_and_add(wire.encode(group))
-
-
-def live_group(number: int) -> TrajectoryGroup:
-    group = group_of(task(number), [str(number), "no", "never", str(number)])
-    trajectories = [
-        msgspec.structs.replace(
-            t, group_id=f"live-{number}", version_spans=[VersionSpan(0, 0, 1)],
-            token_ids=np.zeros(1, np.int32),
-        )
-        for t in group.trajectories
-    ]  # fmt: skip
-    return msgspec.structs.replace(group, group_id=f"live-{number}", trajectories=trajectories)
-
-
-def task(number: int) -> Task:
-    message = Message(role="user", content=f"Say {number}.")
-    return Task(task_id=f"t{number}", taskset="x", messages=[message], reference=str(number))
-
-
-@asynccontextmanager
-async def house(
-    tmp_path: Path, url: str, name: str = "demo", **fields: object
-) -> AsyncIterator[House]:
-    config = config_file.parse(
-        {
-            "run": {"name": name},
-            "policy": {"type": "tiny"},
-            "tasks": {"train": {"use": "file"}},
-            "rewards": {"verifiers": {"answer": {"use": "live_rewards:Answer", **fields}}},
-            "buffer": {"url": url, "capacity_groups": 100000},
-        },
-        "test",
-    )
-    run = RunDir.create(tmp_path / "runs", name, config_file.dump(config), exist_ok=True)
-    holder: list[House] = []
-    pool = RewardPool(
-        RewardHome(
-            run, Placement.of(config), url, lambda kind, **fields: holder[0].event(kind, **fields)
-        )
-    )
-    buffered = BufferedGroups.of(config, name, url)
-    buffer = ReplayBuffer(
-        connect(url), name, capacity_groups=1024, lease_s=60.0, max_deliveries=3
-    )  # fmt: skip
-    admin = RewardAdmin(pool, [task(i) for i in range(100, 108)], buffered)
-    holder.append(House(run, pool, admin, buffer))
-    await admin.start()
-    try:
-        yield holder[0]
-    finally:
-        await admin.stop()
-        pool.stop()
-
-
-@pytest.fixture
-def url(tmp_path: Path):
-    with EmbeddedRedis(tmp_path / "redis") as server:
-        yield server.url
-
-
-def verifiers(use: str = "Answer", **settings: object) -> dict[str, object]:
-    return {"answer": {"use": f"live_rewards:{use}", "settings": settings}}
+pytestmark = pytest.mark.usefixtures("reward_cluster")
 
 
 @pytest.mark.timeout(280)
@@ -311,12 +129,11 @@ async def test_a_shadow_has_no_influence_reports_and_may_die(tmp_path: Path, url
         for _ in range(22):
             assert (await home.score()).rewards == [1.0, 0.0, 0.0, 1.0]
             await asyncio.sleep(0.05)
-        report = (await home.ask("list"))["report"]
         for _ in range(50):
+            report = (await home.ask("list"))["report"]
             if report["num_groups"] + report["num_skipped"] == 22:
                 break
             await asyncio.sleep(0.2)
-            report = (await home.ask("list"))["report"]
         assert report["num_groups"] + report["num_skipped"] >= 20
         assert report["mean_difference"] == pytest.approx(1.0)
         assert report["num_disagree"] == 2 * report["num_groups"]
@@ -358,173 +175,6 @@ async def test_a_golden_set_is_checked_at_the_start_at_a_swap_and_at_a_rollback(
         assert home.pool.live.label == live
         assert (await home.score()).rewards == [2.0, 1.0, 1.0, 2.0]
         assert (await home.ask("rollback"))["to"] != live
-
-
-@pytest.mark.timeout(200)
-async def test_buffered_groups_are_kept_rescored_or_dropped(tmp_path: Path, url: str):
-    async with house(tmp_path, url) as home:
-        dropped: list[str] = []
-
-        async def note(ids: list[str], reason: str) -> None:
-            dropped.extend(ids)
-
-        home.admin._buffered.on_drop = note
-        for _ in range(3):
-            await home.score()
-        answer = await home.ask("try", verifiers=verifiers(bonus=2.0), groups=8)
-        assert answer["report"]["num_groups"] == 3
-        assert answer["report"]["mean_difference"] == pytest.approx(2.0)
-        first = home.pool.live.label
-        await home.ask("swap", verifiers=verifiers(bonus=1.0), buffered="keep")
-        assert {g.reward_versions["rubric"] for g in home.buffer.sample(8)} == {first}
-        answer = await home.ask("swap", verifiers=verifiers(bonus=2.0), buffered="rescore")
-        assert answer["buffered"] == 3
-        for group in home.buffer.sample(8):
-            assert group.reward_versions["rubric"] == answer["to"]
-            assert group.rewards == [3.0, 2.0, 2.0, 3.0]
-        assert home.buffer.stats().ready == 3
-        answer = await home.ask("rollback", buffered="drop")
-        assert len(dropped) == 3
-        assert home.buffer.stats().ready == 0
-        assert home.buffer.stats().dropped == {"reward_swapped": 3}
-
-
-@pytest.mark.timeout(200)
-@pytest.mark.parametrize("use", ["Outage", "HalfOutage"])
-async def test_a_group_that_an_outage_would_cost_keeps_its_rewards(
-    tmp_path: Path, url: str, plugins: Path, monkeypatch: pytest.MonkeyPatch, use: str
-):
-    """All checks abstain, or all but those of the passes, which alone teach nothing."""
-    async with house(tmp_path, url) as home:
-        for _ in range(3):
-            await home.score()
-        first = home.pool.live.label
-        cut_over = home.pool.cut_over
-
-        def then_down(workers: WorkerSet) -> WorkerSet | None:
-            (plugins / "down").touch()
-            return cut_over(workers)
-
-        monkeypatch.setattr(home.pool, "cut_over", then_down)
-        try:
-            answer = await home.ask("swap", verifiers=verifiers(use), buffered="rescore")
-            assert answer["buffered"] == 3
-            assert "3 buffered groups stay as they were" in answer["warnings"][-1]
-            told = {"version": answer["to"], "num_unscored": 3}
-            assert ("reward_buffered", told) in home.events
-            for group in home.buffer.sample(8):
-                assert group.rewards == [1.0, 0.0, 0.0, 1.0]
-                assert group.reward_versions["rubric"] == first
-            assert len(home.buffer.places()) == 3
-            assert home.buffer.stats().dropped == {}
-        finally:
-            (plugins / "down").unlink(missing_ok=True)
-
-
-@pytest.mark.timeout(200)
-@pytest.mark.parametrize("choice", ["rescore", "drop"])
-async def test_a_group_whose_lease_has_passed_to_the_learner_is_left_to_it(
-    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, choice: str
-):
-    async with house(tmp_path, url) as home:
-        dropped: list[str] = []
-
-        async def note(ids: list[str], reason: str) -> None:
-            dropped.extend(ids)
-
-        buffered = home.admin._buffered
-        buffered.on_drop = note
-        for _ in range(2):
-            await home.score()
-        take = buffered._buffer.take
-
-        def lose(group_ids: list[str], owner: str) -> list[str]:
-            taken = take(group_ids, owner)
-            if taken:
-                home.buffer.release(["live-1"], owner)
-                home.buffer.take(["live-1"], "learner")
-            return taken
-
-        monkeypatch.setattr(buffered._buffer, "take", lose)
-        answer = await home.ask("swap", verifiers=verifiers("Flat"), buffered=choice)
-        assert answer["buffered"] == 2
-        assert dropped == ["live-2"]
-        assert home.buffer.places() == {"live-1": "leased"}
-        assert home.buffer.fetch(["live-1"])[0].rewards == [1.0, 0.0, 0.0, 1.0]
-        assert home.buffer.release(["live-1"], "learner") == 1
-
-
-@pytest.mark.timeout(200)
-async def test_a_change_that_went_live_is_told_whatever_fails_after_it(
-    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
-):
-    async with house(tmp_path, url) as home:
-        await home.score()
-
-        async def outage(*arguments: object) -> None:
-            raise BufferUnavailableError("Redis is gone")
-
-        monkeypatch.setattr(home.admin._buffered, "treat", outage)
-        answer = await home.ask("swap", verifiers=verifiers(bonus=1.0), buffered="rescore")
-        assert home.pool.live.label == answer["to"]
-        assert "is live, but --buffered rescore failed" in answer["warnings"][-1]
-        assert [kind for kind, _ in home.events] == ["reward_swapped", "reward_buffered"]
-        monkeypatch.undo()
-
-        await home.ask("shadow", verifiers=verifiers(bonus=2.0))
-        cut_over = home.pool.cut_over
-
-        def dies_meanwhile(workers: WorkerSet) -> None:
-            cut_over(workers)
-            home.admin._end_shadow("failed")
-
-        monkeypatch.setattr(home.pool, "cut_over", dies_meanwhile)
-        answer = await home.ask("promote")
-        assert home.pool.live.label == answer["to"]
-        assert "reward_refused" not in [kind for kind, _ in home.events]
-        monkeypatch.undo()
-
-        before, num_alive = home.pool.live.label, count_actors()
-        (home.run.path / "rewards.json.tmp").mkdir()
-        with pytest.raises(StageError, match="IsADirectoryError"):
-            await home.ask("swap", verifiers=verifiers(bonus=3.0))
-        assert home.pool.live.label == before
-        for _ in range(50):
-            if count_actors() <= num_alive:
-                break
-            await asyncio.sleep(0.2)
-        assert count_actors() <= num_alive, "workers that did not go live are ended"
-
-
-@pytest.mark.timeout(200)
-async def test_groups_under_way_at_a_cut_over_are_rescored_too(
-    tmp_path: Path, url: str, plugins: Path
-):
-    async with house(tmp_path, url) as home:
-        await home.ask("swap", verifiers=verifiers("Gated"))
-        for _ in range(6):
-            await home.score()
-        (plugins / "gate").touch()
-        try:
-            late = asyncio.create_task(home.score())
-            answer = await home.ask("swap", verifiers=verifiers(bonus=2.0), buffered="rescore")
-            assert answer["buffered"] == 6
-            assert not late.done()
-        finally:
-            (plugins / "gate").unlink()
-        assert (await late).reward_versions["rubric"] == answer["from"]
-        for _ in range(50):
-            labels = {g.reward_versions["rubric"] for g in home.buffer.sample(16)}
-            if labels == {answer["to"]}:
-                break
-            await asyncio.sleep(0.2)
-        assert labels == {answer["to"]}
-        assert home.buffer.stats().ready == 7
-        assert {tuple(g.rewards) for g in home.buffer.sample(16)} == {(3.0, 2.0, 2.0, 3.0)}
-
-
-def count_actors() -> int:
-    return len([a for a in list_named_actors(all_namespaces=True) if "/reward/" in a["name"]])
 
 
 @pytest.mark.timeout(200)
@@ -618,12 +268,10 @@ async def test_a_request_past_its_deadline_is_not_carried_out(tmp_path: Path, ur
 
 @pytest.mark.timeout(200)
 async def test_the_command_line_changes_a_run_of_another_process(tmp_path: Path, url: str):
-    root = Path(__file__).parents[2]
-
     async def hone(*arguments: str) -> tuple[int, str]:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", "from serve.cli import main; main()", "rewards", *arguments,
-            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)},
+            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
         output, _ = await process.communicate()

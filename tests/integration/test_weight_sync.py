@@ -7,17 +7,14 @@ One engine serves the whole module: its start dominates the time.
 import asyncio
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import psutil
 import pytest
 import pytest_asyncio
-from ray import cloudpickle
 
 from actors.fleet import WorkerState
 from actors.reward_worker import UNSOLVED
@@ -32,6 +29,7 @@ from learners.learner import ScoreRequest
 from tests.engine_cases import (
     TASK,
     Parts,
+    break_head,
     move_weights,
     producer,
     request,
@@ -39,7 +37,6 @@ from tests.engine_cases import (
     running_parts,
 )
 
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import test modules
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
@@ -156,7 +153,7 @@ async def test_a_failed_task_is_sampled_with_hints_and_learned_without(
     assert production.plain.outcome == production.hinted[1].outcome == UNSOLVED
     assert production.last is production.hinted[2]
     assert production.last.outcome == "added"
-    [header] = buffer.claim(9, owner="test", min_policy_version=0, wait_s=1.0)
+    [header] = buffer.claim(9, owner="test", wait_s=1.0)
     [group] = buffer.fetch(["guided"])
     assert [t.reward for t in group.trajectories] == [1.0, 0.0, 1.0, 0.0]
     for trajectory in group.trajectories:
@@ -332,22 +329,10 @@ async def test_the_probe_catches_a_stale_output_head(parts: Parts) -> None:
     where a step has moved weights by no more than Adam's at a learning rate of 1e-4.
     """
     worker = parts.fleet.workers[0]
-    await worker.handle.__ray_call__.remote(_break_head)
+    await worker.handle.__ray_call__.remote(break_head)
     await move_weights(parts, 12, scale=1e-4)
     with pytest.raises(StageError, match="no rollout engine holds policy version 12"):
         await parts.sync.sync(12)
     assert worker.state is WorkerState.QUARANTINED
     [(_, fields)] = [event for event in parts.events if event[0] == "engine_quarantined"]
     assert fields["probe_error"] > fields["bound"]
-
-
-def _break_head(worker: Any) -> None:
-    engine = worker._engine._engine
-    loop = engine.output_handler.get_loop()
-    worker.fault = asyncio.run_coroutine_threadsafe(engine.collective_rpc(_no_repair), loop)
-
-
-def _no_repair(_worker: Any) -> None:
-    from actors import weight_transfer
-
-    weight_transfer.refresh_prepacked_head = lambda model: None
