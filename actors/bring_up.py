@@ -170,6 +170,7 @@ async def _start_parts(
     (learner, warm_metrics), _, _ = await asyncio.gather(
         start_learner(), fleet.start(), admin.start()
     )
+    fleet.actors.stand_by()
     return Parts(
         placement=placement,
         learner=learner,
