@@ -175,6 +175,7 @@ async def _start_parts(
     )
     if placement.is_alternating:
         Turns(learner, fleet, config.rollout.timeout_s)
+    fleet.actors.stand_by()
     return Parts(
         placement=placement,
         learner=learner,

@@ -8,7 +8,6 @@ new group. Used by the controller, `actors.weight_sync` and `actors.scaling`.
 
 import asyncio
 import logging
-import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import ray
 from actors.fleet_worker import Worker, WorkerState, end
 from actors.placement import Placement
 from actors.rollout import RolloutRequest
-from actors.rollout_worker import RolloutWorker
+from actors.rollout_actors import RolloutActors
 from actors.stages import within
 from cluster.errors import ActorLostError, DeadlineError, HoneError, StageError
 from cluster.status import ActorStatus
@@ -28,7 +27,6 @@ MAX_TRIES = 3
 MAX_HANGS = 2  # workers that one group may hold up before it is the group's fault
 PING_S = 10.0
 DRAIN_S = 30.0  # a worker that leaves may finish its groups; the rest is produced elsewhere
-MAX_CALLS = 4096  # concurrent calls of one worker's event loop
 MAX_CROWD = 2  # times the groups that an engine was sized for; more wait here, without a deadline
 logger = logging.getLogger(__name__)
 
@@ -42,12 +40,10 @@ class RolloutFleet:
     def __init__(
         self, run_id: str, placement: Placement, policy_dir: Path, run_dir: str, on_event: EventSink
     ) -> None:
-        self._run_id = run_id
-        self._placement = placement
+        self.actors = RolloutActors(run_id, placement, run_dir)
         self._config = placement.config
         self._settings = placement.engine_settings(policy_dir)
         self.engine_size = self._settings.tensor_parallel_size if placement.is_gpu else 1
-        self._run_dir = run_dir
         self._on_event = on_event
         per_worker = -(-self._config.max_groups_in_flight // self._config.rollout.workers)
         self._max_groups = MAX_CROWD * per_worker  # of one worker
@@ -168,7 +164,8 @@ class RolloutFleet:
         for worker in self.workers:
             if worker.repair is not None:
                 worker.repair.cancel()
-        await end([w.handle for w in self.workers if w.handle is not None])
+        handles = [*(w.handle for w in self.workers), self.actors.standby]
+        await end([handle for handle in handles if handle is not None])
 
     async def wait_for_healthy(self) -> None:
         """Wait for a worker that can serve, within the start deadline."""
@@ -229,17 +226,12 @@ class RolloutFleet:
     async def _launch(self, worker: Worker) -> None:
         if worker.handle is not None:
             ray.kill(worker.handle)  # what is left of the one it replaces
-        actor = ray.remote(RolloutWorker)
-        options = self._placement.rollout_options(worker.index, worker.place)
-        generation = f"{os.getpid()}.{worker.num_restarts}"  # the last controller's may linger
-        worker.handle = actor.options(
-            name=f"hone/{self._run_id}/rollout/{worker.index}/{generation}",
-            max_concurrency=MAX_CALLS,
-            **options,
-        ).remote(worker.index, self._config.rollout.program, self._run_dir)
+        is_first_try = worker.num_in_vain == 1  # to replace it, since it last finished a group
+        make = self.actors.replacement if is_first_try else self.actors.make
+        worker.handle = make(worker)
         worker.state = WorkerState.STARTING
         worker.pid = await within(
-            worker.handle.start.remote(self._settings),
+            worker.handle.start.remote(worker.index, self._settings),
             stage="rollout",
             what=f"{worker.name} to load its engine",
             deadline_s=self._config.resources.start_timeout_s,

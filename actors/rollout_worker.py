@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from actors import standby
 from actors.placement import EngineSettings
 from actors.programs import PROGRAMS
 from actors.rollout import Completion, RolloutProgram, RolloutRequest, Sampling
@@ -24,8 +25,9 @@ from cluster.types import Message
 class RolloutWorker:
     """Runs inside its own Ray actor process; see `actors.placement` for its resources."""
 
-    def __init__(self, index: int, program: Plugin, run_dir: str) -> None:
-        log.setup(f"rollout-{index}", run_dir)
+    def __init__(self, program: Plugin, run_dir: str) -> None:
+        self._run_dir = run_dir
+        self._preparing: asyncio.Task[None] | None = None
         self._program: RolloutProgram = plugins.build(
             program.use, program.settings, PROGRAMS, "rollout.program.use"
         )
@@ -33,9 +35,20 @@ class RolloutWorker:
         self._tokenizer: Any = None
         self._context_length = 0
 
-    async def start(self, settings: EngineSettings) -> int:
-        """Load the engine (the long part: importing vllm); returns the process id."""
+    async def prepare(self) -> None:
+        """Stand by: have all imports done when `start` is called."""
         with boundary("rollout"):
+            self._preparing = asyncio.create_task(asyncio.to_thread(standby.prepare))
+            await self._preparing
+
+    async def start(self, index: int, settings: EngineSettings) -> int:
+        """Become worker `index` and load the engine (the long part: importing vllm); returns the
+        process id.
+        """
+        log.setup(f"rollout-{index}", self._run_dir)
+        with boundary("rollout"):
+            if self._preparing is not None:
+                await self._preparing
             self._engine, self._tokenizer = await asyncio.to_thread(_load, settings)
             self._context_length = settings.context_length
             await self._engine.start()

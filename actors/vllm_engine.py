@@ -8,7 +8,8 @@ a rollout worker; the only module besides `weight_transfer` that imports vllm.
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import utils as engine_processes
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
@@ -33,6 +35,13 @@ from cluster.types import Author, Segment, TrajectoryStatus, VersionSpan
 GIB = 2**30
 MIN_BATCH_TOKENS = 2048
 LOOK_S = 0.5  # how soon a dead engine is noticed
+
+
+def start_processes_in(context: Callable[[], BaseContext]) -> None:
+    """Have the processes of engines that are made here from now on started in `context`. vLLM by
+    itself can only fork this one or spawn a new one, and does the latter in a Ray actor.
+    """
+    engine_processes.get_mp_context = context
 
 
 class VllmEngine:

@@ -70,8 +70,8 @@ async def generate(config: Config, policy_dir: Path, folder: Path) -> float:
     sampling = Sampling(config.rollout.max_new_tokens, config.rollout.temperature, [stop])
     tasks = load_tasks(config.tasks, "train")
     curriculum = Curriculum(tasks, config.run.seed, sampling, config.rollout.group_size)
-    worker = RolloutWorker(0, config.rollout.program, str(folder))
-    await worker.start(Placement.of(config).engine_settings(policy_dir))
+    worker = RolloutWorker(config.rollout.program, str(folder))
+    await worker.start(0, Placement.of(config).engine_settings(policy_dir))
     num_first, per_step = config.max_groups_in_flight, config.rollout.groups_per_step
     groups: list[bytes] = []
     ends: list[float] = []

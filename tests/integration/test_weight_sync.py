@@ -7,6 +7,8 @@ One engine serves the whole module: its start dominates the time.
 import asyncio
 import os
 import signal
+import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -322,6 +324,34 @@ async def test_a_dead_engine_is_replaced_and_its_group_produced(parts: Parts) ->
     assert worker.num_restarts == 1
     assert worker.state is WorkerState.HEALTHY
     assert group.min_policy_version == worker.policy_version == 11
+
+
+async def test_a_lost_actor_is_replaced_by_the_one_that_stands_by(
+    parts: Parts, record_property: Callable[[str, float], None]
+) -> None:
+    """Its engine comes from the fork server, ends with it, and samples the same bits."""
+    worker, actors = parts.fleet.workers[0], parts.fleet.actors
+    asked = RolloutRequest("lost", TASK, 4, Sampling(24, 1.0, [], 3))
+    before = await rollout(parts, asked)
+    actors.stand_by()
+    standby = actors.standby
+    assert standby is not None, "a stand-by needs 4 GiB of free memory"
+    await standby.prepare.remote()
+    started = time.monotonic()
+    os.kill(worker.pid, signal.SIGKILL)
+    after = await asyncio.wait_for(rollout(parts, asked), 120)
+    record_property("standby_s", time.monotonic() - started)
+    assert worker.handle is standby
+    assert worker.state is WorkerState.HEALTHY
+    assert actors.standby not in (None, standby), "another one follows"
+    for left, right in zip(before.trajectories, after.trajectories, strict=True):
+        assert left.token_ids.tolist() == right.token_ids.tolist()
+    [server] = [
+        child
+        for child in psutil.Process(worker.pid).children()
+        if "forkserver" in " ".join(child.cmdline())
+    ]
+    assert server.children(), "the engine is a copy of the fork server"
 
 
 async def test_the_probe_catches_a_stale_output_head(parts: Parts) -> None:

@@ -1,0 +1,66 @@
+"""What is slow about starting an engine, done before it is needed.
+
+Nearly all of the seconds until a new rollout worker serves are imports: once in the actor, and once
+more in the process that vLLM starts for the engine. A stand-by has both behind it: the modules of
+the actor, and a fork server with those of the engine, of which that process is then a copy.
+
+Invariant: nothing here touches weights, caches or a device, so a stand-by can take the place of any
+worker on CPU; and its imports get only the time that nobody else wants. Called by
+`actors.rollout_worker`; `actors.engine_preload` is its part of the fork server.
+"""
+
+import importlib
+import os
+import threading
+from collections.abc import Sequence
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+
+OF_ACTOR = ("actors.vllm_engine", "learners.tokenizer")
+OF_ENGINE = ("ray", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "actors.weight_transfer")
+LOWEST_PRIORITY = 19
+
+
+class EngineProcess(ForkServerProcess):
+    """A copy of the fork server, with the environment that the starting process has by then: vLLM
+    passes settings on that way.
+    """
+
+    _environment: dict[str, str]
+
+    def start(self) -> None:
+        self._environment = dict(os.environ)
+        super().start()
+
+    def run(self) -> None:
+        os.environ.update(self._environment)
+        super().run()
+
+
+class EngineContext(ForkServerContext):
+    Process = EngineProcess
+
+
+def prepare() -> None:
+    """Import both halves side by side, and let engines of this process come from the fork server,
+    which has no threads that a fork could break.
+    """
+    forkserver.set_forkserver_preload(["actors.engine_preload"])
+    forkserver.ensure_running()
+    import_patiently(OF_ACTOR)
+    from actors.vllm_engine import start_processes_in
+
+    start_processes_in(EngineContext)
+
+
+def import_patiently(names: Sequence[str]) -> None:
+    """Import modules at the lowest priority; that of the calling thread stays as it is."""
+
+    def work() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+        for name in names:
+            importlib.import_module(name)
+
+    thread = threading.Thread(target=work, name="imports", daemon=True)
+    thread.start()
+    thread.join()

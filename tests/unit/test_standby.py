@@ -1,0 +1,40 @@
+"""What a stand-by imports ahead of need disturbs nobody, and its engines get the settings of the
+process that starts them.
+"""
+
+import os
+import sys
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+
+from actors.standby import LOWEST_PRIORITY, EngineContext, import_patiently
+
+VARIABLE = "HONE_TEST_EXIT_CODE"
+
+
+def test_only_the_imports_have_the_lowest_priority(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "import os\nPRIORITY = os.getpriority(os.PRIO_PROCESS, 0)\n"  # of the calling thread
+    (tmp_path / "imported_patiently.py").write_text(lines)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    import_patiently(["imported_patiently"])
+    imported = sys.modules.pop("imported_patiently")
+    assert imported.PRIORITY == LOWEST_PRIORITY
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
+def test_an_engine_has_the_environment_of_the_process_that_starts_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forkserver.set_forkserver_preload([])
+    forkserver.ensure_running()
+    monkeypatch.setenv(VARIABLE, "7")  # the fork server does not have it
+    program = f"import os, sys; sys.exit(int(os.environ[{VARIABLE!r}]))"
+    process = EngineContext().Process(target=exec, args=(program,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 7
