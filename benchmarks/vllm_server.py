@@ -45,7 +45,7 @@ class Server(NamedTuple):
 
 
 @contextmanager
-def vllm_server(model: Path, *options: str) -> Generator[Server]:
+def vllm_server(model: Path, *options: str, niceness: int = 0) -> Generator[Server]:
     """The server of `model` with more of vLLM's `options`, once it answers.
 
     Raises `RuntimeError` when it has ended or does not answer within `START_S` seconds.
@@ -53,7 +53,8 @@ def vllm_server(model: Path, *options: str) -> Generator[Server]:
     with tempfile.NamedTemporaryFile(prefix="vllm-", suffix=".log") as log:
         port = free_port()
         process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
+            ["nice", "-n", str(niceness),
+             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
              "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
              "--no-enable-chunked-prefill", "--max-num-batched-tokens", "2048",
              "--kv-cache-memory-bytes", str(2**28), "--distributed-executor-backend", "uni",

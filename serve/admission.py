@@ -189,10 +189,10 @@ def check_body(api: str, body: dict[str, Any], limits: Limits) -> None:
     prompt = body.get("prompt")
     if (
         isinstance(prompt, list)
-        and len(prompt) > limits.messages
+        and len(prompt) * (n or 1) > limits.messages
         and not all(type(part) is int for part in prompt)
     ):
-        _refuse("prompt", f"must be at most {limits.messages} prompts")
+        _refuse("prompt", f"must be at most {limits.messages} prompts, each counted n times")
 
 
 def _check_host(host: str) -> None:

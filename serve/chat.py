@@ -6,7 +6,7 @@ escaped. Each answer names the version that gave it.
 
 from typing import Any, TextIO
 
-from cluster.errors import StageError
+from cluster.errors import ConfigError, StageError
 from cluster.log import escape
 
 
@@ -24,12 +24,19 @@ def talk(
     sink: TextIO,
     *,
     system: str = "",
-    max_tokens: int = 256,
+    max_tokens: int | None = None,
     temperature: float = 1.0,
 ) -> None:
-    """Read lines, stream answers; ends with the input. `/new` forgets the conversation."""
-    from openai import OpenAIError
+    """Read lines, stream answers; ends with the input. `/new` forgets the conversation.
 
+    A question that is refused (most often the conversation is too long) is told and not kept.
+    `max_tokens` None: what the context leaves. Raises `ConfigError` when the endpoint does not know
+    the key, `StageError` when it fails.
+    """
+    from openai import AuthenticationError, BadRequestError, OpenAIError
+
+    options: dict[str, Any] = {"model": model, "temperature": temperature, "stream": True}
+    options |= {} if max_tokens is None else {"max_tokens": max_tokens}
     start = [{"role": "system", "content": system}] if system else []
     messages = [*start]
     sink.write(f"talking to {model}; an empty line or Ctrl-D ends, /new starts over\n")
@@ -45,26 +52,34 @@ def talk(
             continue
         messages.append({"role": "user", "content": line})
         try:
-            text, name = _answer(client, model, messages, sink, max_tokens, temperature)
+            text, name = _answer(client, messages, sink, options)
+        except BadRequestError as error:
+            messages.pop()
+            sink.write(f"refused: {escape(_reason(error))} (/new starts over)\n")
+            continue
+        except AuthenticationError as error:
+            raise ConfigError(
+                "HONE_API_KEY: the endpoint does not know this key; `hone keys create NAME` makes "
+                "one where it runs"
+            ) from error
         except OpenAIError as error:
-            raise StageError("chat", escape(str(error))) from error
+            raise StageError("chat", escape(_reason(error))) from error
         messages.append({"role": "assistant", "content": text})
         sink.write(f"\n[{escape(name)}]\n")
 
 
+def _reason(error: Exception) -> str:
+    """What the server says, without the client's words around it."""
+    body: object = getattr(error, "body", None)
+    return str(body["message"]) if isinstance(body, dict) and "message" in body else str(error)
+
+
 def _answer(
-    client: Any,
-    model: str,
-    messages: list[dict[str, str]],
-    sink: TextIO,
-    max_tokens: int,
-    temperature: float,
+    client: Any, messages: list[dict[str, str]], sink: TextIO, options: dict[str, Any]
 ) -> tuple[str, str]:
     parts: list[str] = []
-    name = model
-    for chunk in client.chat.completions.create(
-        model=model, messages=messages, max_tokens=max_tokens, temperature=temperature, stream=True
-    ):
+    name = str(options["model"])
+    for chunk in client.chat.completions.create(messages=messages, **options):
         name = str(chunk.model)
         for choice in chunk.choices:
             parts.append(choice.delta.content or "")

@@ -91,18 +91,30 @@ def chat(
     model: Annotated[str, typer.Option(help="policy, policy@latest or policy@VERSION.")] = "policy",
     url: Annotated[str | None, typer.Option(help="An endpoint elsewhere.")] = None,
     system: Annotated[str, typer.Option(help="System prompt.")] = "",
-    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of an answer; default what the context leaves.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
 ) -> None:
-    """Talk to a running endpoint from the terminal; the key comes from HONE_API_KEY."""
+    """Talk to a running endpoint from the terminal; the key comes from HONE_API_KEY, or from
+    OPENAI_API_KEY when an endpoint has made it.
+    """
     from serve import chat as conversation
     from serve import endpoint_settings
 
     place = url or endpoint_settings.url_of(run)
     conversation.talk(
-        conversation.connect(place, os.environ.get(KEY_ENV, "none")), model, sys.stdin, sys.stdout,
+        conversation.connect(place, _key()), model, sys.stdin, sys.stdout,
         system=system, max_tokens=max_tokens, temperature=temperature,
     )  # fmt: skip
+
+
+def _key() -> str:
+    """A key of anyone else's never goes to an endpoint."""
+    from serve.api_keys import PREFIX
+
+    other = os.environ.get("OPENAI_API_KEY", "")
+    return os.environ.get(KEY_ENV) or (other if other.startswith(PREFIX) else "none")
 
 
 @keys_app.command("create")

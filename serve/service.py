@@ -143,16 +143,20 @@ class PolicyService:
         return self.pool.stable
 
     async def _newest(self) -> Slot:
-        """The slot of `policy@latest`: stable while it follows, else one that moves by itself."""
-        newest = self.library.newest()
-        if self.release.state.is_following or newest in (None, self.pool.stable.weights):
+        """The slot of `policy@latest`: stable while it follows or the newest version is refused,
+        else one that moves by itself.
+        """
+        newest, state, slot = self.library.newest(), self.release.state, self._latest
+        if state.is_following or newest is None or newest == self.pool.stable.weights:
             return self.pool.stable
-        if self._latest is None or self._latest.policy_version in self.control.reserved():
-            self._latest = await self.pool.exact(
-                newest, self.control.reserved(), may_share_stable=False
-            )
-        await self.pool.move(self._latest, newest)
-        return self._latest
+        if newest.policy_version in state.refused:
+            return self.pool.stable
+        reserved = self.control.reserved()
+        if slot is None or slot not in self.pool.slots or slot.policy_version in reserved:
+            slot = await self.pool.exact(newest, reserved, may_share_stable=False)
+            self._latest = slot
+        await self.pool.move(slot, newest)
+        return slot
 
     def _note(
         self, version: int | None, status: int, trace: Trace, clock: EngineTime, started: float

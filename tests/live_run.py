@@ -101,7 +101,7 @@ class LiveRun:
         """Change the live rubric with the page's own controls."""
         with Browser() as page:
             page.sign_in(self.url, self.admin)
-            page.until("document.querySelector('#rubric tr td')")
+            page.until("document.querySelector('#rubric tr td')", 60)
             page.write("#changes", change)
             page.click("[data-reward=swap]")
             page.until("document.getElementById('reward-result').textContent.includes('2-')", 200)

@@ -310,7 +310,8 @@ function outcome(answer) {
   if (answer.to) return `${answer.from} → ${answer.to}, ${answer.buffered} buffered groups: ${answer.choice}.${warnings}`;
   if (answer.version) return `Shadow ${answer.version} scores live groups.${warnings}`;
   const r = answer.report;
-  return `Candidate ${answer.hash}: gold answers ${answer.gold || "all paid in full"}; mean reward ${short(r.mean_reward)} ` +
+  const who = answer.hash ? `Candidate ${answer.hash}: gold answers ${answer.gold || "all paid in full"}` : "The shadow has ended";
+  return `${who}; mean reward ${short(r.mean_reward)} ` +
     `(live ${short(r.mean_reward_live)}), ${r.num_disagree} of ${r.num_trajectories} trajectories disagree.`;
 }
 

@@ -75,6 +75,18 @@ def test_any_fields_pass_or_are_a_400_that_names_one(fields: dict) -> None:
         assert error is None or (error.status, error.param in {*fields, *CHAT}) == (400, True)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "n", "passes"),
+    [(["1"] * 512, 1, True), (["1"] * 513, 1, False), (["1"] * 64, 16, False),
+     ([[1, 2]] * 32, 16, True), ([1] * 4000, 16, True)],
+)  # fmt: skip
+def test_answers_of_one_request_are_bounded(prompt: list[object], n: int, passes: bool) -> None:
+    body = {"model": "policy", "prompt": prompt, "n": n}
+    error = problem(lambda: check_body("completion", body, Limits()))
+    assert (error is None) == passes
+    assert error is None or error.param == "prompt"
+
+
 def test_a_key_needs_its_scope(tmp_path: Path) -> None:
     keys = KeyStore(tmp_path / "keys.json")
     secret = keys.create("alice", ["query"])
