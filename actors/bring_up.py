@@ -14,6 +14,7 @@ from pathlib import Path
 
 import ray
 
+from actors import devices
 from actors.capacity import away_from_gpus, cluster_nodes
 from actors.curriculum import Curriculum
 from actors.fleet import RolloutFleet
@@ -97,8 +98,8 @@ async def bring_up(
 async def _reserve(config: Config, run: RunDir, observer: Observer) -> Placement:
     """Places for all actors of the run, or an error that says what is missing."""
     placement = Placement.of(config, ray.cluster_resources().get("GPU", 0.0))
-    if placement.problems:
-        raise ConfigError("\n".join(placement.problems))
+    if problems := devices.problems(placement):
+        raise ConfigError("\n".join(problems))
 
     def report(wanted: str) -> None:
         observer.phase("starting", f"waiting for {wanted}", config.resources.start_timeout_s)

@@ -110,21 +110,6 @@ class Placement:
         return self.config.resources.layout == "alternating"
 
     @property
-    def problems(self) -> list[str]:
-        """What needs GPUs and has none; a line each."""
-        if self.is_gpu:
-            return []
-        size = self.config.rollout.tensor_parallel_size
-        lines = [f"rollout.tensor_parallel_size must be 1 without GPUs, got {size}"]
-        lines = lines if size > 1 else []
-        if self.is_alternating:
-            lines.append(
-                "resources.layout alternating needs GPUs, whose memory a sleeping engine gives "
-                "back: take split or colocated"
-            )
-        return lines
-
-    @property
     def rollout_cpus(self) -> int:
         return 1
 

@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors import devices
 from actors.capacity import ClusterNode, away_from_gpus, cluster_nodes, has_autoscaler, shortages
 from actors.connection import join
 from actors.placement import Placement
@@ -50,7 +51,7 @@ def missing_capacity(config: Config) -> list[str]:
     selector = away_from_gpus(nodes) if placement.is_gpu else {}
     placement = Placement(config, placement.is_gpu, reward_selector=selector)
     requests = [*placement.requests(), *placement.reward_requests()]
-    return [*placement.problems, *shortages(requests, nodes)]
+    return [*devices.problems(placement), *shortages(requests, nodes)]
 
 
 def is_final(missing: list[str]) -> bool:

@@ -20,6 +20,7 @@ import numpy as np
 from actors.fleet import EventSink, RolloutFleet, Worker, WorkerState
 from actors.stages import within
 from actors.weight_broadcast import WeightBroadcast
+from actors.weight_sharing import WeightSharing
 from cluster import published
 from cluster.config import SyncSection
 from cluster.errors import DeadlineError, StageError
@@ -58,8 +59,8 @@ class SyncReport:
 
 
 class WeightSync:
-    """Brings a version to every serving engine, by broadcast if so configured and by file where
-    there is none or it failed, probes, and only then publishes it.
+    """Brings a version to every serving engine, by broadcast or shared memory if so configured and
+    by file where there is none or it failed, probes, and only then publishes it.
     """
 
     def __init__(
@@ -78,11 +79,11 @@ class WeightSync:
         self._fleet = fleet
         self._directory = directory
         self._on_event = on_event
-        self._broadcast = (
-            WeightBroadcast(config, learner, fleet.engine_size, on_event)
-            if config.transport == "broadcast"
-            else None
-        )
+        self._broadcast: WeightBroadcast | WeightSharing | None = None
+        if config.transport == "broadcast":
+            self._broadcast = WeightBroadcast(config, learner, fleet.engine_size, on_event)
+        elif config.transport == "shared":
+            self._broadcast = WeightSharing(config, learner, on_event)
         self._max_probe_tokens = context_length - 1  # an engine adds one token to what it scores
         self._probes: list[np.ndarray] = []
         self._expected: list[np.ndarray] = []

@@ -1,11 +1,12 @@
-"""The vLLM weight-transfer backend: engines take weights from a safetensors file or from a
-broadcast, whichever an update names.
+"""The vLLM weight-transfer backend: engines take weights from a safetensors file, from memory that
+they share with the learner, or from a broadcast, whichever an update names.
 
 Invariant: after `finish_weight_update` every tensor of the engine, the prepacked CPU `lm_head`
 included, equals what was published; after an update that failed the next one can start. Registered
 in every engine process through the `vllm.general_plugins` entry point (see pyproject.toml); the
 control calls come from `actors.vllm_engine`. The file may lie in shared memory (one machine) or on
-a shared file system (several). The sender of a broadcast is `learners.weight_sender`.
+a shared file system (several). The learner's ends of the others are `learners.weight_share` and
+`learners.weight_sender`.
 """
 
 import multiprocessing
@@ -25,7 +26,9 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.utils.nccl import unpinned_nccl_env
 
+from learners.shared_buffer import Handle
 from learners.transfer_group import TransferGroup, find_store
+from learners.weight_share import shared_tensors
 from learners.weight_stream import Entry, unpacked
 
 BACKEND = "hone"
@@ -46,10 +49,13 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """`path` of a file, or else what the group is about to be sent."""
+    """`path` of a file; or what lies in memory that ranks share, whose `handles` go by device; or
+    else what the group is about to be sent.
+    """
 
     path: str | None = None
     manifest: list[Entry] | None = None
+    handles: dict[str, Handle] | None = None
     bucket_bytes: int = 0
 
 
@@ -90,6 +96,8 @@ class HoneWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def receive_weights(self, update_info: UpdateInfo) -> None:
         if update_info.path is not None:
             tensors = _tensors(update_info.path)
+        elif update_info.manifest is not None and update_info.handles is not None:
+            tensors = shared_tensors(update_info.manifest, update_info.handles, self.device)
         else:
             tensors = self._broadcast(update_info)
         self.model.load_weights(tensors)  # pyright: ignore[reportCallIssue]

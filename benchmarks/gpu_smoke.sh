@@ -24,12 +24,12 @@ echo "- a bfloat16 vLLM engine and a bfloat16 FSDP2 rank in processes of their o
 echo "- weights from rank to engine as a file in shared memory; log-probs of both against each other after each sync"
 echo "- four GRPO steps, a held-out evaluation, a checkpoint, a second run that resumes from it"
 echo "- an engine that sleeps and wakes: memory given back, equal samples; four steps by turns (resources.layout=alternating)"
+echo "- weights from rank to engine over CUDA IPC on that GPU (sync.transport=shared)"
 echo "== not exercised by this script"
 gpus=$(nvidia-smi -L | grep -c '^GPU ')
 [ "$gpus" -gt 1 ] || echo "- several ranks, tensor-parallel engines, NCCL between processes (one GPU here)"
 [ "$gpus" -le 1 ] || echo "- the other $((gpus - 1)) GPUs: several ranks, tensor-parallel engines, NCCL between processes"
 .venv/bin/python -c 'import flash_attn' 2>/dev/null || echo "- flash-attn (not installed: torch's own attention was used)"
 echo "- weights over NCCL (sync.transport=broadcast: needs a GPU for each member)"
-echo "- weights over CUDA IPC (not built: docs/gpu.md)"
 echo "- a pretrained model and long contexts (no model hub is asked)"
 exit "$code"

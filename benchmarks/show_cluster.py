@@ -20,6 +20,7 @@ BROADCAST = [
     "tests/integration/test_weight_broadcast.py",
     "tests/unit/test_transfer_group.py",
     "tests/unit/test_weight_stream.py",
+    "tests/unit/test_weight_share.py",
 ]
 BROADCAST_NATS = 1e-5
 TURNS = "tests/integration/test_weight_sync.py::test_engine_and_learner_take_turns"
@@ -104,7 +105,8 @@ def weight_broadcast() -> Row:
     return proven(
         "weights in one broadcast from the learner to two real engines (gloo; NCCL on GPUs is the "
         "same code, not run yet): equal to the file's; an engine killed amid it costs one sync by "
-        "file; what was not declared is not sent",
+        "file; what was not declared is not sent. Weights through memory that learner and engines "
+        "share (the host's; CUDA IPC on GPUs is not run yet)",
         BROADCAST,
         f"engines within {BROADCAST_NATS:g} nat of the learner, and equal bits by file",
         {"probe_error_after_broadcast": BROADCAST_NATS},

@@ -202,7 +202,7 @@ class CriticSection(Section):
 
 
 class SyncSection(Section):
-    transport: Literal["file", "broadcast"] = "file"  # broadcast: see docs/gpu.md
+    transport: Literal["file", "broadcast", "shared"] = "file"  # see docs/gpu.md
     probe_bound: PositiveFloat = 0.05  # mean |engine - learner| log-prob that quarantines an engine
     timeout_s: PositiveFloat = 300.0
 

@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from learners.packing import PackingPlan, plan_groups
 from learners.warm_start import Example, WarmStartProgress
 
 _WARM_START_CHUNK = 10  # steps between two reports of progress
+_AT_ONCE = partial(asyncio.sleep, 0)
 
 
 class LearnerRank:
@@ -126,6 +128,9 @@ class LearnerRank:
     def broadcast(self) -> None:
         self._learner.sender.send()
 
+    def share_weights(self, should_share: bool) -> dict[str, Any] | None:
+        return self._learner.share.open() if should_share else self._learner.share.close()
+
     def begin_save(self, directory: Path) -> None:
         self._learner.begin_save(directory)
 
@@ -140,10 +145,6 @@ class LearnerRank:
         return self._learner.policy_version
 
 
-async def _alone() -> None:
-    """Nobody shares the ranks' GPUs."""
-
-
 @dataclass
 class LearnerGroup:
     """Handle over the ranks `hone/<run_id>/learner/<i>`; waits end after `learner.timeout_s`."""
@@ -154,8 +155,8 @@ class LearnerGroup:
     pids: list[int] = field(default_factory=list[int])
     num_planned: int = 0  # groups of the step so far
     # Awaited before gradients are made and when none are for a while; see `actors.turns`.
-    take_gpus: Callable[[], Awaitable[None]] = _alone
-    rest: Callable[[], Awaitable[None]] = _alone
+    take_gpus: Callable[[], Awaitable[None]] = _AT_ONCE
+    rest: Callable[[], Awaitable[None]] = _AT_ONCE
 
     @classmethod
     async def start(

@@ -41,6 +41,7 @@ from learners.token_view import TokenViewer
 from learners.update import PolicyUpdate, UpdateResult, mean_metrics
 from learners.warm_start import Example, WarmStartProgress, warm_start
 from learners.weight_sender import WeightSender
+from learners.weight_share import WeightShare
 from learners.whitening import whiten
 
 
@@ -109,6 +110,7 @@ class Learner:
             self._critic,
         )
         self.sender = WeightSender(self._policy.causal_lm, self._dtype, self._device, rank == 0)
+        self.share = WeightShare(self._policy.causal_lm, self._dtype, self._device)
         self.view = TokenViewer(self._policy, policy_dir, self._losses, self._credit, self._device)
         self.saver = checkpoint.Saver()
         self._pending: dict[int, list[MicroBatch]] = {}

@@ -117,6 +117,7 @@ def _build_plugins(config: Config, report: CheckReport) -> None:
 
 
 def _check_resources(config: Config, address: str, report: CheckReport) -> None:
+    from actors import devices
     from actors.capacity import ClusterNode, shortages
     from actors.placement import Placement, on_this_machine
 
@@ -128,7 +129,7 @@ def _check_resources(config: Config, address: str, report: CheckReport) -> None:
         machine = ClusterNode("this machine", {"GPU": plan.available_gpus(), "CPU": math.inf}, {})
         requests = [*placement.requests(), *placement.reward_requests()]
         report.problems += shortages(requests, [machine])
-    report.problems += placement.problems
+    report.problems += devices.problems(placement)
     if placement.total_cpus > available:
         report.warnings.append(
             f"rollout.workers ({config.rollout.workers}) and learner.world_size "

@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from actors.fleet import WorkerState
 from actors.fleet_worker import Worker
+from actors.weight_sharing import WeightSharing
 from cluster.config import Config
 from learners.learner import ScoreRequest
 from tests.engine_cases import Parts, move_weights, running_parts
@@ -100,6 +101,19 @@ async def test_engines_after_a_broadcast_equal_engines_after_the_file(
         names = set(file.keys())
     assert "model.embed_tokens.weight" in names
     assert "lm_head.weight" not in names  # tied: the engines made theirs of the embedding
+
+
+async def test_weights_through_shared_memory_equal_the_learners(parts: Parts) -> None:
+    """On CPUs the memory is the host's; what differs on a GPU is `learners.shared_buffer` alone."""
+    await move_weights(parts, 5)
+    sharing = WeightSharing(parts.sync._config, parts.learner, parts.sync._on_event)
+    pauses = await sharing.send(parts.fleet.workers, 1)
+    assert all(isinstance(pause, float) and pause > 0 for pause in pauses)
+    requests = [ScoreRequest(each.tolist(), num_context=1) for each in SEQUENCES]
+    expected = np.concatenate(await parts.learner.score(requests))
+    for worker in parts.fleet.workers:
+        assert np.abs(await scores(worker) - expected).mean() <= AGREES
+        assert (worker.num_restarts, worker.policy_version) == (0, 1)
 
 
 async def test_an_engine_killed_amid_a_broadcast_costs_a_sync_by_file_and_no_more(

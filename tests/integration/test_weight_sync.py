@@ -7,7 +7,6 @@ One engine serves the whole module: its start dominates the time.
 import asyncio
 import os
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path

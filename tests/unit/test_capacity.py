@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from actors import devices
 from actors.capacity import ClusterNode, away_from_gpus, labels_match, shortages
 from actors.placement import BundleRequest, Placement, on_this_machine
 from cluster import config_file
@@ -122,7 +123,7 @@ def test_selectors(selector: str, labels: dict[str, str], expected: bool) -> Non
 def test_taking_turns_on_a_gpu_needs_one() -> None:
     turns = {"layout": "alternating", "engine_gpu_share": 0.4}
     on_gpu = Placement.of(configured(resources=turns | {"accelerator": "gpu"}))
-    assert on_gpu.problems == []
+    assert devices.problems(on_gpu) == []
     assert (
         on_gpu.requests()
         == Placement.of(
@@ -130,9 +131,18 @@ def test_taking_turns_on_a_gpu_needs_one() -> None:
         ).requests()
     )
     assert on_gpu.engine_settings(Path("p")).can_sleep
-    [problem] = Placement.of(configured(resources=turns)).problems
+    [problem] = devices.problems(Placement.of(configured(resources=turns)))
     assert problem.startswith("resources.layout alternating needs GPUs")
-    assert Placement.of(configured(resources={"layout": "split"})).problems == []
+    assert devices.problems(Placement.of(configured())) == []
+
+
+def test_weights_are_shared_between_an_engine_and_the_rank_on_its_gpu() -> None:
+    both = {"layout": "colocated", "engine_gpu_share": 0.4}
+    shared = {"transport": "shared"}
+    assert devices.problems(Placement.of(configured(resources=both, sync=shared))) == []
+    for sections in ({}, {"resources": both, "rollout": {"workers": 2}}):
+        [problem] = devices.problems(Placement.of(configured(sync=shared, **sections)))
+        assert problem.startswith("sync.transport shared needs resources.layout colocated")
 
 
 def test_reward_workers_keep_away_from_gpus_where_they_can() -> None:
