@@ -28,7 +28,7 @@ class ActorStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One Ray actor. `policy_version` is -1 where it does not apply."""
 
     name: str  # rollout/0, reward/0, learner/0
-    state: str  # starting, stale, healthy, quarantined, leaving, dead
+    state: str  # starting, stale, healthy, asleep, quarantined, leaving, dead
     policy_version: int = -1
     pid: int = 0
 

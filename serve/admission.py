@@ -6,6 +6,7 @@ again (429 with Retry-After) or which bound it broke (400, 413). Rates count per
 
 # pyright: basic
 
+import asyncio
 import json
 import time
 from collections.abc import Generator
@@ -14,13 +15,15 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from serve.api_errors import ApiError
 from serve.api_keys import ApiKey, KeyStore, Scope
+from serve.client_presence import CLIENT_LEFT
 from serve.rates import Rate
 
 MAX_DEPTH = 64
+READ_S = 60.0  # for the whole body
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 ANONYMOUS = ApiKey(name="local", digest="", scopes=["query", "view", "admin"], created_at=0.0)
 
@@ -136,15 +139,25 @@ class Admission:
 
 
 async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
-    """The body as a JSON object, strict: 413 too large, 415 no JSON type, 400 anything else."""
+    """The body as a JSON object, strict: 408 too slow, 413 too large, 415 no JSON type, 400 for
+    anything else.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "Content-Type must be application/json", code="unsupported_media_type")
     data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > max_bytes:
-            raise ApiError(413, f"the body must be at most {max_bytes} bytes", code="too_large")
+    try:
+        async with asyncio.timeout(READ_S):
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > max_bytes:
+                    raise ApiError(
+                        413, f"the body must be at most {max_bytes} bytes", code="too_large"
+                    )
+    except TimeoutError:
+        raise ApiError(408, f"the body did not come in {READ_S:g} s", code="timeout") from None
+    except ClientDisconnect:
+        raise ApiError(CLIENT_LEFT, "the client has left", code="client_left") from None
     return parse_json(bytes(data))
 
 

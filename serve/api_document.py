@@ -42,7 +42,8 @@ _ERROR = {
 }
 STATUSES = {
     400: "malformed", 401: "no valid key", 403: "the key lacks the scope", 404: "no such thing",
-    409: "refused in the present state", 413: "too large", 415: "not JSON", 429: "too many",
+    408: "the body came too slowly", 409: "refused in the present state", 413: "too large",
+    415: "not JSON", 429: "too many",
     503: "busy, try again", 504: "not finished in time",
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """What the door refuses before an engine sees it: bodies, rates, places, scopes."""
 
+import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.requests import Request
+from starlette.types import Message
 
-from serve.admission import Admission, Limits, check_body, parse_json
+from serve import admission
+from serve.admission import Admission, Limits, check_body, parse_json, read_json
 from serve.api_errors import ApiError
 from serve.api_keys import KeyStore
 from serve.rates import Bucket
@@ -73,6 +76,23 @@ def test_any_fields_pass_or_are_a_400_that_names_one(fields: dict) -> None:
         body = CHAT | fields if api == "chat" else fields
         error = problem(lambda api=api, body=body: check_body(api, body, Limits()))
         assert error is None or (error.status, error.param in {*fields, *CHAT}) == (400, True)
+
+
+@pytest.mark.parametrize(("leaves", "status"), [(True, 499), (False, 408)])
+async def test_a_body_that_never_ends_is_no_failure_of_ours(
+    monkeypatch: pytest.MonkeyPatch, leaves: bool, status: int
+) -> None:
+    monkeypatch.setattr(admission, "READ_S", 0.05)
+    messages: list[Message] = [{"type": "http.request", "body": b"{", "more_body": True}]
+    messages += [{"type": "http.disconnect"}] if leaves else []
+
+    async def receive() -> Message:
+        return messages.pop(0) if messages else await asyncio.Future[Message]()
+
+    headers = [(b"content-type", b"application/json")]
+    with pytest.raises(ApiError) as refused:
+        await read_json(Request({"type": "http", "headers": headers}, receive), 100)
+    assert refused.value.status == status
 
 
 @pytest.mark.parametrize(

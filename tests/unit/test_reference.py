@@ -16,7 +16,10 @@ from cluster.run_dir import RunDir
 from serve.cli import app
 
 ROOT = Path(__file__).parents[2]
-PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+PAGES = {  # as a reader sees them, without comments
+    path.name: re.sub(r"<!--.*?-->", "", path.read_text(), flags=re.DOTALL)
+    for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+}
 SECTIONS = dict(
     re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGES["reference.md"], re.DOTALL | re.MULTILINE)
 )
