@@ -17,7 +17,7 @@ from actors.reward_worker import GroupSummary
 from cluster.checkpoint_store import CheckpointStore
 from cluster.config import Config
 from cluster.config_file import config_hash
-from cluster.errors import ConfigError, HoneError
+from cluster.errors import ConfigError, HoneError, StageError
 from cluster.group_log import Fate, GroupLine, GroupLog
 from cluster.ledger import Ledger
 from cluster.redis_client import OUTAGE_S, connect
@@ -100,13 +100,19 @@ class Bookkeeping:
         """Go back to the newest whole checkpoint; returns how many groups are in the buffer.
 
         The groups of steps after it are ready again. In `sync` mode those that lost weights sampled
-        are not: they are sampled again, so that the run goes on as if it had never stopped.
+        are not: they are sampled again, so that the run goes on as if it had never stopped. Raises
+        `StageError` when there are checkpoints and none is whole.
         """
         self.step = self.policy_version = 0
-        state, latest = (
-            self.state(CurriculumState(), {}),
-            await asyncio.to_thread(self.store.latest),
-        )
+        state = self.state(CurriculumState(), {})
+        had_checkpoint = self.has_checkpoint
+        latest = await asyncio.to_thread(self.store.latest)
+        if latest is None and had_checkpoint:
+            raise StageError(
+                "checkpoint",
+                f"every checkpoint in {self._run.checkpoints} is damaged (now *.corrupt), so there "
+                "is nothing to go on from: start a new run with --run NEW",
+            )
         if latest is not None:
             path, state = latest
             if state.config_hash != config_hash(self._config):
@@ -122,9 +128,10 @@ class Bookkeeping:
 
     def _roll_back(self) -> dict[str, int]:
         """Ledger and buffer to the present step; the policy version of each group still held."""
-        self._ledger.truncate_after(self.step)
+        undone = self._ledger.truncate_after(self.step)
         self.buffer.acknowledge(self.step)
         self.buffer.restore(self.step)
+        self._correct_buffer([g for record in undone for g in record.group_ids])
         if self._config.rollout.max_policy_age == 0:
             for group_id in self.buffer.discard_newer(self.policy_version):
                 self._groups.dropped(group_id, LOST_WEIGHTS)
@@ -134,6 +141,21 @@ class Bookkeeping:
         for group_id in held:
             self._groups.append(GroupLine(group_id=group_id, fate=Fate.HELD))
         return held
+
+    def _correct_buffer(self, undone: list[str]) -> None:
+        """Where it differs from ledger and checkpoint, which decide. A Redis that lost its last
+        second still holds groups that have moved the weights: they go. One that outlived a damaged
+        checkpoint has let go of groups whose steps are undone: they may be sampled again.
+        """
+        held = self.buffer.versions()
+        used = {g for record in self._ledger.records() for g in record.group_ids}
+        if back := [group_id for group_id in held if group_id in used]:
+            self.buffer.consume(back, step=self.step)
+            self.buffer.acknowledge(self.step)
+        gone = [group_id for group_id in undone if group_id not in held]
+        self.buffer.readmit(gone)
+        for group_id in gone:
+            self._groups.dropped(group_id, LOST_WEIGHTS)
 
     def state(self, curriculum: CurriculumState, reward_versions: dict[str, str]) -> RunState:
         """What a checkpoint of the present step holds besides tensors."""

@@ -27,7 +27,7 @@ MAX_TRIES = 3
 MAX_HANGS = 2  # workers that one group may hold up before it is the group's fault
 PING_S = 10.0
 DRAIN_S = 30.0  # a worker that leaves may finish its groups; the rest is produced elsewhere
-MAX_CROWD = 2  # times the groups that an engine was sized for; more wait here, without a deadline
+MAX_CROWD = 2  # times the groups that an engine was sized for; more wait here
 logger = logging.getLogger(__name__)
 
 
@@ -197,14 +197,25 @@ class RolloutFleet:
         return [w for w in self._healthy if w.num_running < self._max_groups]
 
     async def _pick(self) -> Worker:
-        """The healthy worker with the fewest running groups; waits while all are crowded, or
-        asleep.
+        """The healthy worker with the fewest running groups. While all are crowded it waits, as
+        long as groups come back: each does, finished or not, within `rollout.timeout_s`. While all
+        sleep it waits for the learner, whose calls have deadlines of their own.
         """
         while not (free := self._free):
             if not self._well:
                 await self.wait_for_healthy()
+                continue
             async with self._changed:
-                await self._changed.wait_for(lambda: self._free or not self._well)
+                if not self._healthy:
+                    await self._changed.wait_for(lambda: self._healthy or not self._well)
+                elif not self._free:
+                    await within(
+                        self._changed.wait(),
+                        stage="rollout",
+                        what="any group to come back from rollout workers that are all crowded",
+                        deadline_s=self._config.rollout.timeout_s + 2 * PING_S,
+                        knob="rollout.timeout_s",
+                    )
         worker = min(free, key=lambda w: w.num_running)
         worker.num_running += 1
         return worker

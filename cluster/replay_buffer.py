@@ -30,7 +30,7 @@ from cluster.replay_scripts import Script
 from cluster.types import GroupHeader, TrajectoryGroup
 
 _STAGE = "replay buffer"
-_REMEMBER_FINISHED_MS = 24 * 3600 * 1000
+_REMEMBERED, _MIN_REMEMBERED = 8, 8192  # ids that left: so many buffers full, but not fewer
 _BATCH = 256  # groups that one script call moves, so that the server stays responsive
 _FETCH_BATCH = 16
 _WAIT_SLICE_S = 1.0  # bounds the delay when a woken waiter died before it claimed
@@ -61,6 +61,7 @@ class ReplayBuffer(BufferReader):
         self._capacity_groups = capacity_groups
         self._lease_ms = max(1, round(lease_s * 1000))
         self._max_deliveries = max_deliveries
+        self._num_remembered = max(_MIN_REMEMBERED, _REMEMBERED * capacity_groups)
 
     def take_over(self) -> int:
         """Become the newest writer of the run; whoever writes with an older epoch gets
@@ -83,7 +84,8 @@ class ReplayBuffer(BufferReader):
             pipeline.execute()
 
     def add(self, group: TrajectoryGroup, *, epoch: int | None = None) -> AddResult:
-        """Make `group` ready, unless its id is in the buffer or left it in the last 24 hours.
+        """Make `group` ready, unless its id is in the buffer or among the last to leave it: eight
+        times its capacity, at least 8192. One that comes later still is nothing the run waits for.
 
         `epoch` is that of the controller which asked for the group, if it is not the client's.
 
@@ -97,7 +99,7 @@ class ReplayBuffer(BufferReader):
             wire.encode(GroupHeader.of(group)),
             wire.encode(group),
             self._capacity_groups,
-            _REMEMBER_FINISHED_MS,
+            self._num_remembered,
             epoch=epoch,
         )
         if answer == b"full":
@@ -206,6 +208,11 @@ class ReplayBuffer(BufferReader):
         Counted as dropped for `lost_weights`; the same ids may be added again.
         """
         return [group_id.decode() for group_id in self._run(Script.DISCARD, policy_version)]
+
+    def readmit(self, group_ids: Sequence[str]) -> None:
+        """Let ids that left be added again: what the groups did to the weights is undone."""
+        for start in range(0, len(group_ids), _BATCH):
+            self._run(Script.READMIT, *group_ids[start : start + _BATCH])
 
     def expire(self) -> int:
         """End leases that ran out; returns how many groups are ready again.

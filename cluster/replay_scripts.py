@@ -17,13 +17,13 @@ from cluster.replay_prelude import GROWS, SHRINKS, SUCCEED
 class Script(StrEnum):
     """One script per member; its ARGV and what it returns stand above it."""
 
-    # ARGV: group_id, score, version, header, payload, capacity, memory of finished ids (ms).
+    # ARGV: group_id, score, version, header, payload, capacity, number of finished ids to keep.
     # Returns "added", "duplicate" or "full".
     ADD = (
         GROWS
         + """
 local id, score, version, header, payload = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-redis.call('ZREMRANGEBYSCORE', finished, '-inf', now - ARGV[7])
+redis.call('ZREMRANGEBYRANK', finished, 0, -ARGV[7] - 1)
 if redis.call('HEXISTS', entries, id) == 1 or redis.call('ZSCORE', finished, id) then
   count('duplicates', 1)
   return 'duplicate'
@@ -190,8 +190,7 @@ return conflicts
 """
     )
 
-    # ARGV: durable step, batch size.
-    # Returns the number of groups deleted; fewer than a batch means done.
+    # ARGV: durable step, batch size. Returns the number deleted; fewer than a batch means done.
     ACKNOWLEDGE = (
         SHRINKS
         + """
@@ -249,8 +248,7 @@ return 'dropped'
 """
     )
 
-    # ARGV: group_id, reason, ... Unknown ids are left out.
-    # Returns the number moved to the dead letters.
+    # ARGV: group_id, reason, ... Unknown ids are left out. Returns the number moved.
     BURY = (
         SHRINKS
         + """
@@ -272,8 +270,10 @@ return buried
     # Returns the new epoch. Refuses one that was overtaken.
     TAKE_OVER = SHRINKS + SUCCEED
 
-    # ARGV: highest version. Takes back ready groups that newer weights sampled, as if they had
-    # never been made: their ids may be added again. Returns the ids.
+    # ARGV: group_id, ... Ids that left and may be added again.
+    READMIT = SHRINKS + "for _, id in ipairs(ARGV) do redis.call('ZREM', finished, id) end"
+
+    # ARGV: highest version. Ready groups of newer weights go, and may be added again. Returns ids.
     DISCARD = (
         SHRINKS
         + """

@@ -38,6 +38,7 @@ WRITES: dict[str, Callable[[ReplayBuffer], object]] = {
     "acknowledge": lambda old: old.acknowledge(9),
     "restore": lambda old: old.restore(0),
     "expire": lambda old: old.expire(),
+    "readmit": lambda old: old.readmit(["a"]),
     "drop": lambda old: old.drop("b", "late"),
     "discard": lambda old: old.discard_newer(-1),
     "take_over": lambda old: old.take_over(),

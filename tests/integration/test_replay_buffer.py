@@ -73,17 +73,31 @@ def test_duplicate_is_refused_wherever_the_first_one_is(buffer: ReplayBuffer, en
     assert buffer.stats().added == 1
 
 
-def test_memory_of_finished_groups_is_a_day(
+def test_memory_of_finished_groups_is_bounded_and_of_the_last(
     buffer: ReplayBuffer, client: redis.Redis, run_id: str
 ) -> None:
-    fill(buffer, "old", "new")
-    buffer.drop("old", "x")
-    buffer.drop("new", "x")
-    client.zincrby(Keys(run_id).finished, -(24 * 3600 * 1000 + 1), "old")
+    fill(buffer, "old", "new", "newer")
+    for group_id in ("old", "new", "newer"):
+        buffer.drop(group_id, "x")
+        time.sleep(0.002)  # they are told apart by the millisecond
+    assert buffer._num_remembered >= 8 * 100
+    buffer._num_remembered = 2
 
-    assert buffer.add(make_group("new")) is AddResult.DUPLICATE
-    assert client.zrange(Keys(run_id).finished, 0, -1) == [b"new"]
-    client.zadd(Keys(run_id).finished, {"old": time.time() * 1000})
+    assert buffer.add(make_group("newer")) is AddResult.DUPLICATE
+    assert client.zrange(Keys(run_id).finished, 0, -1) == [b"new", b"newer"]
+    fill(buffer, "old")
+
+
+def test_an_undone_group_may_be_added_again(client: redis.Redis, run_id: str) -> None:
+    buffer = make_buffer(client, run_id)
+    fill(buffer, "undone", "done")
+    claim(buffer)
+    buffer.consume(["undone", "done"], step=1)
+    buffer.acknowledge(1)
+    buffer.readmit(["undone", "never seen"])
+    assert buffer.add(make_group("undone")) is AddResult.ADDED
+    assert buffer.add(make_group("done")) is AddResult.DUPLICATE
+    assert buffer.stats().num_unaccounted == 0
 
 
 def test_full_buffer_pushes_back_until_groups_are_consumed(

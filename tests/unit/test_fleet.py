@@ -10,6 +10,7 @@ from actors.fleet import MAX_CROWD, RolloutFleet
 from actors.fleet_worker import WorkerState
 from actors.placement import Placement
 from cluster.config import Config
+from cluster.errors import DeadlineError
 
 NUM_WORKERS = 2
 
@@ -61,6 +62,26 @@ async def test_who_wants_a_group_waits_for_engines_that_sleep(fleet: RolloutFlee
     fleet.workers[1].state = WorkerState.HEALTHY
     await fleet.notify()
     assert await asyncio.wait_for(waiting, 1) is fleet.workers[1]
+
+
+async def test_a_crowd_that_no_group_comes_back_from_is_an_error_that_names_the_knob(
+    fleet: RolloutFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.fleet.PING_S", 0.0)
+    rollout = fleet._config.rollout.model_copy(update={"timeout_s": 0.5})
+    fleet._config = fleet._config.model_copy(update={"rollout": rollout})
+    first, other = fleet.workers
+    first.num_running = other.num_running = fleet._max_groups
+    with pytest.raises(DeadlineError, match=r"all crowded \(rollout.timeout_s\)"):
+        await fleet._pick()
+    waiting = asyncio.create_task(fleet._pick())
+    for _ in range(4):  # others come back, and others again take the room
+        await asyncio.sleep(0.2)
+        await fleet.notify()
+    assert not waiting.done()
+    other.num_running -= 1
+    await fleet.notify()
+    assert await asyncio.wait_for(waiting, 1) is other
 
 
 async def test_the_few_that_are_left_do_not_get_all_groups(

@@ -1,0 +1,82 @@
+"""Going back to a checkpoint when the buffer tells another story than ledger and checkpoint do."""
+
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from actors.bookkeeping import LOST_WEIGHTS, Bookkeeping
+from actors.curriculum import Curriculum
+from actors.rollout import Sampling
+from cluster.config import Config
+from cluster.errors import StageError
+from cluster.group_log import Fate, GroupLog
+from cluster.replay_buffer import AddResult
+from cluster.run_dir import RunDir
+from cluster.types import RunState, StepRecord
+from learners.group import LearnerGroup
+from tests.replay_checker import claim, fill, make_group
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir.create(tmp_path, "back", "", exist_ok=False)
+    run.own_buffer()
+    return run
+
+
+@pytest_asyncio.fixture
+async def books(tiny_config: Config, run: RunDir, redis_url: str) -> Bookkeeping:
+    books = Bookkeeping(tiny_config, run, redis_url)
+    await books.take_over()
+    return books
+
+
+def used(step: int, group_id: str) -> StepRecord:
+    return StepRecord(
+        step=step, policy_version=step, group_ids=[group_id], policy_versions=[0],
+        reward_versions={}, num_loss_tokens=1,
+    )  # fmt: skip
+
+
+async def test_a_redis_that_lost_its_last_second_brings_no_group_back_that_was_used(
+    books: Bookkeeping,
+) -> None:
+    fill(books.buffer, "used", "new")
+    claim(books.buffer)
+    books._ledger.commit(used(1, "used"))  # and that it was consumed is lost
+    books.step = books.policy_version = 1
+    assert books._roll_back() == {"new": 0}
+    assert books.buffer.places() == {"new": "ready"}
+    stats = books.buffer.stats()
+    assert (stats.acknowledged, stats.num_unaccounted) == (1, 0)
+
+
+async def test_groups_of_a_damaged_checkpoint_are_sampled_again(
+    books: Bookkeeping, run: RunDir
+) -> None:
+    """The buffer let go of them when it was published."""
+    fill(books.buffer, "a", "b")
+    claim(books.buffer)
+    for step, group_id in [(1, "a"), (2, "b")]:
+        books.buffer.consume([group_id], step=step)
+        books._ledger.commit(used(step, group_id))
+    books.buffer.acknowledge(2)
+    books.step = books.policy_version = 1
+    assert books._roll_back() == {}
+    assert books.buffer.add(make_group("b")) is AddResult.ADDED
+    assert books.buffer.add(make_group("a")) is AddResult.DUPLICATE
+    assert books.buffer.stats().num_unaccounted == 0
+    [line] = [line for line in GroupLog(run).read() if line.group_id == "b"]
+    assert (line.fate, line.reason) == (Fate.DROPPED, LOST_WEIGHTS)
+
+
+async def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_nothing(
+    books: Bookkeeping, tiny_config: Config
+) -> None:
+    (books.store.begin(0) / "shard").write_bytes(b"weights")
+    state = RunState(run_id="back", step=0, policy_version=0, config_hash="h")
+    (books.store.commit(0, state) / "shard").write_bytes(b"weight")
+    curriculum = Curriculum([], 0, Sampling(8, 1.0, [1]), 4)
+    with pytest.raises(StageError, match=r"every checkpoint in .* is damaged"):
+        await books.restore(LearnerGroup(list, tiny_config.learner), curriculum)
