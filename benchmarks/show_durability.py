@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from statistics import median, stdev
 
-from benchmarks import simulation, throughput
+from benchmarks import replay_buffer, simulation, throughput
 from benchmarks.chaos import KINDS, LiveRun, Recovery, RunEndedError
 from benchmarks.proofs import proven
 from benchmarks.show import Part, Row, judged
@@ -27,6 +27,7 @@ SYNC = "tests/integration/test_weight_sync.py"
 def rows(quick: bool) -> Iterator[Row | Part]:
     """Cheap rows first; QUICK shortens the chaos run and says so, and the simulated runs."""
     yield from held_by_tests()
+    yield Part("the replay buffer", lambda: replay_buffer.rows(quick))
     yield Part("the simulator against runs", lambda: simulated(quick))
     yield Part("throughput", lambda: compared(quick))
     steps = QUICK_STEPS if quick else STEPS
@@ -214,13 +215,6 @@ def not_shown() -> Iterator[Row]:
         "at most a third",
         "not shown here",
         "the two are compared at equal work, not yet at equal accuracy",
-    )
-    yield Row(
-        "buffer with AOF everysec",
-        "not measured",
-        "3,000 groups/s at 20 kB; 200 MB/s",
-        "not shown here",
-        "python -m benchmarks.replay_buffer",
     )
     yield Row(
         "2-hour soak: memory, keys, processes, files",
