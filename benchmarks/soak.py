@@ -34,7 +34,10 @@ ENOUGH = 8  # samples of a series; keys that come and go have fewer
 GROWTH = 0.05  # of the mean, that a line may gain
 SLACK = {"MiB": 8.0, "KiB": 64.0, "number": 3.0}  # that any line may gain
 MIB, KIB = 2**20, 2**10
-OPTIONS = ["run.steps=100000000", "run.checkpoint_every=100", "rollout.max_policy_age=1"]
+OPTIONS = [
+    "run.steps=100000000", "run.checkpoint_every=100", "rollout.max_policy_age=1",
+    "buffer.capacity_groups=128",  # its memory of groups that left is full before the judged part
+]  # fmt: skip
 Sample = dict[str, float]  # series, its unit the last word -> value
 REDIS_KEYS = "Redis keys number"
 

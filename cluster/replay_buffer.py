@@ -30,7 +30,7 @@ from cluster.replay_scripts import Script
 from cluster.types import GroupHeader, TrajectoryGroup
 
 _STAGE = "replay buffer"
-_REMEMBERED, _MIN_REMEMBERED = 8, 8192  # ids that left: so many buffers full, but not fewer
+_REMEMBERED, _MIN_REMEMBERED = 8, 1024  # ids that left: so many buffers full, but not fewer
 _BATCH = 256  # groups that one script call moves, so that the server stays responsive
 _FETCH_BATCH = 16
 _WAIT_SLICE_S = 1.0  # bounds the delay when a woken waiter died before it claimed
@@ -85,7 +85,7 @@ class ReplayBuffer(BufferReader):
 
     def add(self, group: TrajectoryGroup, *, epoch: int | None = None) -> AddResult:
         """Make `group` ready, unless its id is in the buffer or among the last to leave it: eight
-        times its capacity, at least 8192. One that comes later still is nothing the run waits for.
+        times its capacity, at least 1024. One that comes later still is nothing the run waits for.
 
         `epoch` is that of the controller which asked for the group, if it is not the client's.
 
