@@ -2,7 +2,7 @@
 
 Invariant: a step takes in `rollout.groups_per_step` groups, none of them twice and none that the
 buffer does not hold; a group that is too old or cannot be read is dropped with that reason and the
-step gets another. Owned by the controller.
+step gets another, unless that happens to more than a step of them. Owned by the controller.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from actors.curriculum import Curriculum
 from actors.intake import BATCHES_PER_STEP, InDrawOrder, Intake, WithinAge
 from actors.stages import Stages
 from cluster.config import Config
-from cluster.errors import BufferUnavailableError, WireError
+from cluster.errors import BufferUnavailableError, StageError, WireError
 from cluster.redis_client import OUTAGE_S
 from cluster.replay_policy import Fifo, policy_of
 from cluster.replay_records import DeadLetter
@@ -22,6 +22,7 @@ from cluster.types import GroupHeader
 from learners.group import LearnerGroup
 
 CLAIM_WAIT_S = 0.5
+MAX_UNREADABLE = 16  # more than a step's groups, of one step
 Drop = Callable[[list[str], str, str], Awaitable[None]]
 
 
@@ -42,6 +43,7 @@ class Gathering:
         self._num_batches = 1 if is_alternating else BATCHES_PER_STEP
         self._is_fifo = isinstance(policy_of(config), Fifo)
         self._left_over: list[GroupHeader] = []
+        self._num_unreadable = 0  # of the present step
         self._books = books
         self._stages = stages
         self._stopping = stopping
@@ -51,6 +53,7 @@ class Gathering:
         """Claim and take in the groups of one step; when the run is stopping, those claimed so
         far.
         """
+        self._num_unreadable = 0
         intake = self._intake(curriculum)
         batches = intake.offer([])
         num_taken = 0
@@ -134,8 +137,17 @@ class Gathering:
         return len(batch)
 
     async def _bury(self, letters: list[DeadLetter], intake: Intake) -> set[str]:
-        """Groups that turned out to be poison; returns their ids."""
+        """Groups that turned out to be poison; returns their ids. Raises `StageError` when they are
+        no accident.
+        """
         for letter in letters:
             intake.forget([letter.group_id])
             await self._drop([letter.group_id], DEAD_LETTER, letter.reason)
+            self._num_unreadable += 1
+            if self._num_unreadable > self._num_groups + MAX_UNREADABLE:
+                raise StageError(
+                    "learn",
+                    f"{self._num_unreadable} groups of one step went to the dead letters (`hone "
+                    f"replay show`), the last one for: {letter.reason}",
+                )
         return {letter.group_id for letter in letters}

@@ -1,5 +1,6 @@
-"""Going back to a checkpoint when the buffer tells another story than ledger and checkpoint do."""
+"""When the buffer tells another story than ledger and checkpoint do, or an unreadable one."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,15 @@ import pytest_asyncio
 
 from actors.bookkeeping import LOST_WEIGHTS, Bookkeeping
 from actors.curriculum import Curriculum
+from actors.gathering import MAX_UNREADABLE, Gathering
+from actors.intake import InDrawOrder
 from actors.rollout import Sampling
+from actors.stages import Stages
 from cluster.config import Config
 from cluster.errors import StageError
 from cluster.group_log import Fate, GroupLog
 from cluster.replay_buffer import AddResult
+from cluster.replay_records import DeadLetter
 from cluster.run_dir import RunDir
 from cluster.types import RunState, StepRecord
 from learners.group import LearnerGroup
@@ -69,6 +74,29 @@ async def test_groups_of_a_damaged_checkpoint_are_sampled_again(
     assert books.buffer.stats().num_unaccounted == 0
     [line] = [line for line in GroupLog(run).read() if line.group_id == "b"]
     assert (line.fate, line.reason) == (Fate.DROPPED, LOST_WEIGHTS)
+
+
+async def test_a_buffer_of_dead_letters_alone_ends_the_run(
+    books: Bookkeeping, tiny_config: Config
+) -> None:
+    dropped: list[str] = []
+
+    async def drop(group_ids: list[str], _reason: str, _detail: str) -> None:
+        dropped.extend(group_ids)
+
+    num_groups = tiny_config.rollout.groups_per_step
+    gathering = Gathering(tiny_config, books, Stages(["learn"]), asyncio.Event(), drop)
+    intake = InDrawOrder(Curriculum([], 0, Sampling(8, 1.0, [1]), 4), num_groups)
+    letters = [
+        DeadLetter(
+            id=f"{i}-0", group_id=f"g{i}", reason="torn", deliveries=1, died_at=0.0, payload=b""
+        )
+        for i in range(num_groups + MAX_UNREADABLE + 1)
+    ]
+    await gathering._bury(letters[:-1], intake)
+    with pytest.raises(StageError, match=r"one step went to the dead letters .* for: torn"):
+        await gathering._bury(letters[-1:], intake)
+    assert dropped == [letter.group_id for letter in letters]
 
 
 async def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_nothing(
