@@ -41,7 +41,7 @@ def start_processes_in(context: Callable[[], BaseContext]) -> None:
     """Have the processes of engines that are made here from now on started in `context`. vLLM by
     itself can only fork this one or spawn a new one, and does the latter in a Ray actor.
     """
-    engine_processes.get_mp_context = context
+    engine_processes.get_mp_context = context  # pyright: ignore[reportPrivateImportUsage]
 
 
 class VllmEngine:

@@ -4,7 +4,7 @@ Invariant: text of the model cannot move the cursor or hide itself: what is not 
 escaped. Each answer names the version that gave it.
 """
 
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from cluster.errors import ConfigError, StageError
 from cluster.log import escape
@@ -71,7 +71,9 @@ def talk(
 def _reason(error: Exception) -> str:
     """What the server says, without the client's words around it."""
     body: object = getattr(error, "body", None)
-    return str(body["message"]) if isinstance(body, dict) and "message" in body else str(error)
+    if isinstance(body, dict):
+        return str(cast(dict[str, object], body).get("message", error))
+    return str(error)
 
 
 def _answer(
