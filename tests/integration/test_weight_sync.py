@@ -272,7 +272,7 @@ async def test_engine_and_learner_take_turns(
     await asyncio.sleep(0.1)
     async with producer(parts, guided_config, redis_url, tmp_path, level=2) as (made, buffer):
         await made.produce(RolloutRequest("for a turn", HINTED, 4, Sampling(8, 1.0, [1], 33)))
-    headers = buffer.claim(9, owner="test", min_policy_version=0, wait_s=1.0)
+    headers = buffer.claim(9, owner="test", wait_s=1.0)
     [header] = [h for h in headers if h.group_id == "for a turn"]
     await parts.learner.forward_backward([header])
     assert worker.state is WorkerState.ASLEEP
