@@ -3,7 +3,7 @@
 Invariant: one record starts one line `time level role step message`; no text from a model or a user
 can start another, move the cursor or hide itself, because whatever is not printable is escaped.
 With `HONE_LOG_FORMAT=json` in its environment a process writes one JSON object a record instead,
-for a cluster's log collector. Called once in every process of a run.
+for a cluster's log collector. Called once in every process of a run, whose traces begin here, too.
 """
 
 import logging
@@ -15,7 +15,7 @@ from typing import TextIO
 
 import msgspec
 
-from cluster import stacks
+from cluster import stacks, traces
 
 FORMAT_VARIABLE = "HONE_LOG_FORMAT"
 _MARK = "_hone_handler"
@@ -45,6 +45,7 @@ def setup(role: str, run_dir: str | os.PathLike[str], level: int = logging.INFO)
         root.addHandler(handler)
     root.setLevel(min(level, root.level) if root.level else level)
     stacks.enable(role, run_dir)
+    traces.setup(role, run_dir)
 
 
 def set_progress(*, step: int | None = None, policy_version: int | None = None) -> None:
@@ -91,8 +92,9 @@ class JsonFormatter(logging.Formatter):
 
     def __init__(self, role: str, run: str) -> None:
         super().__init__()
-        actor, _, rank = role.replace("-", "/").partition("/")
-        self._who = {"run": run, "actor": actor, "rank": int(rank) if rank.isdigit() else None}
+        actor, _, rank = role.replace("/", "-").rpartition("-")
+        who = (actor, int(rank)) if actor and rank.isdigit() else (role, None)
+        self._who = {"run": run, "actor": who[0], "rank": who[1]}
 
     def format(self, record: logging.LogRecord) -> str:
         row: dict[str, object] = {
