@@ -19,8 +19,8 @@ from cluster import stacks, traces
 
 FORMAT_VARIABLE = "HONE_LOG_FORMAT"
 _MARK = "_hone_handler"
-_current_step = 0
-_current_version = 0
+_current_step: int | None = None  # until the process is told
+_current_version: int | None = None
 
 
 def setup(role: str, run_dir: str | os.PathLike[str], level: int = logging.INFO) -> None:
@@ -78,7 +78,7 @@ class LineFormatter(logging.Formatter):
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         when = f"{seconds}.{int(record.msecs):03d}Z"
         message = escape(record.getMessage())
-        line = f"{when} {record.levelname} {self._role} {_current_step} {message}"
+        line = f"{when} {record.levelname} {self._role} {_current_step or 0} {message}"
         if record.exc_info:
             trace = self.formatException(record.exc_info).split("\n")
             line += "".join(f"\n    {escape(part)}" for part in trace)
@@ -87,7 +87,8 @@ class LineFormatter(logging.Formatter):
 
 class JsonFormatter(logging.Formatter):
     """`{"time": ..., "level": "INFO", "run": "demo", "actor": "rollout", "rank": 0, "step": 12,
-    "policy_version": 12, "message": ...}`; `rank` is null for the only actor of its kind.
+    "policy_version": 12, "message": ...}`; `rank` is null for the only actor of its kind, step and
+    version where the process knows none.
     """
 
     def __init__(self, role: str, run: str) -> None:
