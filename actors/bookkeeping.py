@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from actors.curriculum import Curriculum
 from actors.reward_worker import GroupSummary
+from cluster import traces
 from cluster.checkpoint_store import CheckpointStore
 from cluster.config import Config
 from cluster.config_file import config_hash
@@ -222,6 +223,8 @@ class Bookkeeping:
             num_loss_tokens=sum(header.num_loss_tokens for header in headers),
         )
         await asyncio.to_thread(self._ledger.commit, record)
+        for group_id in group_ids:
+            traces.end(group_id, step=result.step, policy_version=result.policy_version)
         return await asyncio.to_thread(self.buffer.fetch, group_ids[:NUM_SHOWN_GROUPS])
 
     async def depth(self) -> int:
@@ -249,6 +252,7 @@ class Bookkeeping:
 
     def note_dropped(self, group_id: str, reason: str, detail: str) -> None:
         self._groups.dropped(group_id, reason, detail)
+        traces.end(group_id, dropped=reason)
 
     def _new_dead_letters(self) -> list[DeadLetter]:
         letters = self.buffer.dead_letters_after(self._last_letter)

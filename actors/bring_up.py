@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import devices
 from actors.capacity import away_from_gpus, cluster_nodes
@@ -215,12 +216,15 @@ class PreparedPolicy:
 async def _prepare(
     config: Config, tasks: list[Task], run: RunDir, has_checkpoint: bool
 ) -> PreparedPolicy:
-    """Made in a process of its own, which ends and gives its memory back."""
+    """Made in a process of its own, which ends and gives its memory back; on this node, which may
+    be the only one with a way to a model hub.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     prepare = ray.remote(max_calls=1, max_retries=0)(prepare_policy).options(
-        num_cpus=0, runtime_env={"env_vars": QUIET_ENV}
+        num_cpus=0, runtime_env={"env_vars": QUIET_ENV}, scheduling_strategy=here
     )
     return await within(
-        prepare.remote(config, tasks, run.policy, has_checkpoint),
+        prepare.remote(config, tasks, run.policy, has_checkpoint, run.models),
         stage="policy",
         what="the policy directory",
         deadline_s=config.resources.start_timeout_s,
@@ -229,7 +233,11 @@ async def _prepare(
 
 
 def prepare_policy(
-    config: Config, tasks: list[Task], out_dir: Path, has_checkpoint: bool
+    config: Config,
+    tasks: list[Task],
+    out_dir: Path,
+    has_checkpoint: bool,
+    models: Path | None = None,
 ) -> PreparedPolicy:
     """Also what a warm start learns from `tasks`, unless a checkpoint holds what came of it."""
     from learners.policy_dir import prepare
@@ -237,7 +245,7 @@ def prepare_policy(
 
     texts = [m.content for t in tasks for m in t.messages]
     texts += [t.solution or t.reference for t in tasks]
-    policy_dir = prepare(config.policy, texts, CACHE_DIR, out_dir, config.run.seed)
+    policy_dir = prepare(config.policy, texts, CACHE_DIR, out_dir, config.run.seed, models)
     tokenizer = load_tokenizer(policy_dir)
     stop = tokenizer.eos_token_id
     if not isinstance(stop, int):

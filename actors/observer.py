@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from actors.live_gauges import LiveGauges
 from actors.stages import Stages
-from cluster import log, redis_client, stacks, status
+from cluster import log, redis_client, stacks, status, traces
 from cluster.config import Config
 from cluster.metrics import Metrics
 from cluster.run_dir import RunDir, Sample, TokenColumns
@@ -180,6 +180,7 @@ class Observer:
 
     def close(self) -> None:
         self._metrics.close()
+        traces.close()
 
     def _redis_away_s(self) -> float:
         """0 while it answers; its going and its coming back are events."""

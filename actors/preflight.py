@@ -21,7 +21,7 @@ from actors.capacity import ClusterNode, away_from_gpus, cluster_nodes, has_auto
 from actors.connection import join
 from actors.placement import Placement
 from cluster import environment, ray_token
-from cluster.config import Config
+from cluster.config import Config, PretrainedPolicy
 from cluster.errors import ConfigError
 from cluster.run_dir import RunDir
 
@@ -59,13 +59,15 @@ def is_final(missing: list[str]) -> bool:
     return bool(missing) and not has_autoscaler()
 
 
-def node_problems(run: RunDir) -> list[str]:
-    """Nodes that cannot see the run directory or run on other packages than this process."""
+def node_problems(config: Config, run: RunDir) -> list[str]:
+    """Nodes that cannot see the run directory or the policy's, or run on other packages than this
+    process.
+    """
     token = secrets.token_hex(8)
     mark = run.path / f".seen-{token}"
     mark.write_text(token)
     try:
-        asked = [(node, _ask(node, mark)) for node in cluster_nodes()]
+        asked = [(node, _ask(node, mark, model_place(config))) for node in cluster_nodes()]
         return [p for node, answer in asked for p in _judge(node, answer, mark, token)]
     finally:
         mark.unlink(missing_ok=True)
@@ -89,16 +91,25 @@ def open_dashboard(address: str) -> str | None:
     )
 
 
-def _ask(node: ClusterNode, mark: Path) -> Any:
+def model_place(config: Config) -> str:
+    """The directory of the policy, where it is one of the user's; "" for one that the run makes or
+    fetches into a place of its own.
+    """
+    model = config.policy.model if isinstance(config.policy, PretrainedPolicy) else ""
+    place = Path(model).expanduser()
+    return str(place) if model and place.is_dir() else ""
+
+
+def _ask(node: ClusterNode, mark: Path, model: str) -> Any:
     where = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
     ask: Any = ray.remote(num_cpus=0, max_retries=0)(_look)
-    return ask.options(scheduling_strategy=where).remote(str(mark))
+    return ask.options(scheduling_strategy=where).remote(str(mark), model)
 
 
 def _judge(node: ClusterNode, answer: Any, mark: Path, token: str) -> list[str]:
     name = f"node {node.node_id[:8]}"
     try:
-        seen, there = ray.get(answer, timeout=NODES_DEADLINE_S)
+        seen, missing, there = ray.get(answer, timeout=NODES_DEADLINE_S)
     except (RayError, GetTimeoutError) as error:
         return [f"{name} does not run Hone's code: {_first_line(error)}"]
     differing = environment.differences(environment.versions(), there)
@@ -108,12 +119,19 @@ def _judge(node: ClusterNode, answer: Any, mark: Path, token: str) -> list[str]:
             f"run.dir: {name} does not see {mark.parent}; it must lie on storage that all nodes "
             "mount at the same path"
         )
+    if missing:
+        problems.append(
+            f"policy.model: {name} does not see {missing}; it must lie on storage that all nodes "
+            "mount at the same path"
+        )
     return problems
 
 
-def _look(mark: str) -> tuple[str, dict[str, str]]:
+def _look(mark: str, model: str) -> tuple[str, str, dict[str, str]]:
+    """What the mark says, the directory `model` if it is not there, and the packages."""
     path = Path(mark)
-    return path.read_text() if path.is_file() else "", environment.versions()
+    missing = "" if not model or Path(model).is_dir() else model
+    return path.read_text() if path.is_file() else "", missing, environment.versions()
 
 
 def _first_line(error: Exception) -> str:

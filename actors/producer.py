@@ -15,7 +15,7 @@ from actors.reward_pool import RewardPool
 from actors.reward_worker import UNSOLVED, GroupSummary
 from actors.rollout import Guiding, RolloutRequest
 from actors.stages import Stages
-from cluster import plugins
+from cluster import plugins, traces
 from cluster.config import Plugin
 from cluster.errors import HintError, InputLostError
 
@@ -53,6 +53,7 @@ class Producer:
         """One group from task to buffer, or dropped for the reason in `last.outcome`. Rollouts that
         are lost with their node before they are scored are made again.
         """
+        traces.begin(request.group_id)
         for _ in range(MAX_TRIES - 1):
             try:
                 return await self._attempt(request)

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from actors.verifier_pools import PooledSignal
-from cluster import log, wire
+from cluster import log, traces, wire
 from cluster.config import BufferSection, VerifierConfig
 from cluster.errors import BufferFullError, ConfigError, StageError, boundary
 from cluster.redis_client import CALL_S, connect
@@ -153,11 +153,13 @@ class RewardWorker:
 
     async def _score(self, encoded: bytes, failed: bytes | None = None) -> TrajectoryGroup:
         given = wire.decode(encoded, TrajectoryGroup)
-        if failed is None:
-            group = await self._rubric.score(given)
-        else:
-            group = await self._mixed(given, wire.decode(failed, TrajectoryGroup))
+        log.set_progress(policy_version=given.min_policy_version)
         label = self._label or self._rubric.version
+        with traces.span("score", given.group_id, reward_version=label):
+            if failed is None:
+                group = await self._rubric.score(given)
+            else:
+                group = await self._mixed(given, wire.decode(failed, TrajectoryGroup))
         return msgspec.structs.replace(
             group,
             reward_versions={RUBRIC: label, **group.reward_versions},

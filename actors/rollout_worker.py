@@ -16,7 +16,7 @@ from actors import standby
 from actors.placement import EngineSettings
 from actors.programs import PROGRAMS
 from actors.rollout import Completion, RolloutProgram, RolloutRequest, Sampling
-from cluster import log, plugins, wire
+from cluster import log, plugins, traces, wire
 from cluster.config import Plugin
 from cluster.errors import StageError, boundary
 from cluster.types import Message
@@ -56,7 +56,8 @@ class RolloutWorker:
 
     async def rollout(self, request: RolloutRequest) -> bytes:
         """Produce one group; the encoded `TrajectoryGroup`."""
-        with boundary("rollout"):
+        has_had = traces.span("rollout", request.group_id, hint_level=request.hint_level)
+        with boundary("rollout"), has_had:
             io = EngineIO(self._engine, self._tokenizer, request.sampling, self._context_length)
             return wire.encode(await self._program.run(request, io))
 

@@ -158,7 +158,7 @@ def _refuse_unfit_cluster(config: Config, run_dir: RunDir) -> None:
     problems += [exposed] if exposed else []
     lock = environment.lock_file(Path(__file__).parents[1])
     problems += environment.lock_differences(lock) if lock.is_file() else []
-    problems += preflight.node_problems(run_dir)
+    problems += preflight.node_problems(config, run_dir)
     if problems:
         raise ConfigError("\n".join(problems))
 

@@ -70,6 +70,12 @@ def deploy_files(why_no_promtool: str) -> Iterator[Row]:
         [MONITORING, "tests/unit/test_live_gauges.py", f"--deselect={PROMTOOL}"],
         "no unknown name, no alert without a series to fire it",
     )
+    yield proven(
+        "OpenTelemetry: a group is one trace over all actors, sent over OTLP; logs carry run, "
+        "actor, rank, step and version",
+        ["tests/unit/test_traces.py", "tests/unit/test_run_dir.py"],
+        "all pass",
+    )
     claim = "manifests fit KubeRay's own CustomResourceDefinitions"
     if os.environ.get("KUBERAY_CRDS"):
         yield proven(claim, [ORIGINALS], "no error, unknown fields refused")

@@ -3,7 +3,7 @@
 Invariant: one record starts one line `time level role step message`; no text from a model or a user
 can start another, move the cursor or hide itself, because whatever is not printable is escaped.
 With `HONE_LOG_FORMAT=json` in its environment a process writes one JSON object a record instead,
-for a cluster's log collector. Called once in every process of a run.
+for a cluster's log collector. Called once in every process of a run, whose traces begin here, too.
 """
 
 import logging
@@ -15,12 +15,12 @@ from typing import TextIO
 
 import msgspec
 
-from cluster import stacks
+from cluster import stacks, traces
 
 FORMAT_VARIABLE = "HONE_LOG_FORMAT"
 _MARK = "_hone_handler"
-_current_step = 0
-_current_version = 0
+_current_step: int | None = None  # until the process is told
+_current_version: int | None = None
 
 
 def setup(role: str, run_dir: str | os.PathLike[str], level: int = logging.INFO) -> None:
@@ -45,6 +45,7 @@ def setup(role: str, run_dir: str | os.PathLike[str], level: int = logging.INFO)
         root.addHandler(handler)
     root.setLevel(min(level, root.level) if root.level else level)
     stacks.enable(role, run_dir)
+    traces.setup(role, run_dir)
 
 
 def set_progress(*, step: int | None = None, policy_version: int | None = None) -> None:
@@ -77,7 +78,7 @@ class LineFormatter(logging.Formatter):
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         when = f"{seconds}.{int(record.msecs):03d}Z"
         message = escape(record.getMessage())
-        line = f"{when} {record.levelname} {self._role} {_current_step} {message}"
+        line = f"{when} {record.levelname} {self._role} {_current_step or 0} {message}"
         if record.exc_info:
             trace = self.formatException(record.exc_info).split("\n")
             line += "".join(f"\n    {escape(part)}" for part in trace)
@@ -86,13 +87,15 @@ class LineFormatter(logging.Formatter):
 
 class JsonFormatter(logging.Formatter):
     """`{"time": ..., "level": "INFO", "run": "demo", "actor": "rollout", "rank": 0, "step": 12,
-    "policy_version": 12, "message": ...}`; `rank` is null for the only actor of its kind.
+    "policy_version": 12, "message": ...}`; `rank` is null for the only actor of its kind, step and
+    version where the process knows none.
     """
 
     def __init__(self, role: str, run: str) -> None:
         super().__init__()
-        actor, _, rank = role.replace("-", "/").partition("/")
-        self._who = {"run": run, "actor": actor, "rank": int(rank) if rank.isdigit() else None}
+        actor, _, rank = role.replace("/", "-").rpartition("-")
+        who = (actor, int(rank)) if actor and rank.isdigit() else (role, None)
+        self._who = {"run": run, "actor": who[0], "rank": who[1]}
 
     def format(self, record: logging.LogRecord) -> str:
         row: dict[str, object] = {

@@ -106,6 +106,14 @@ class RunDir:
         return memory / f"hone-{key}"
 
     @property
+    def models(self) -> Path | None:
+        """Where a cluster's runs keep models that were fetched or converted, beside themselves;
+        None before `share_weights`: one machine has caches of its own.
+        """
+        place = self.path.parent / ".models"
+        return place if place.is_dir() else None
+
+    @property
     def buffer_id(self) -> str:
         """What the run's keys in Redis are named after: the run, unless `own_buffer` was called."""
         file = self.path / _BUFFER_ID
@@ -120,7 +128,9 @@ class RunDir:
             (self.path / _BUFFER_ID).write_text(f"{self.name}-{uuid.uuid4().hex[:8]}")
 
     def share_weights(self) -> None:
+        """What is handed to other hosts lies here and beside: all nodes see it."""
         (self.path / "weights").mkdir(parents=True, exist_ok=True)
+        (self.path.parent / ".models").mkdir(exist_ok=True)
 
     @classmethod
     def at(cls, parent: str | os.PathLike[str], name: str, *, exist_ok: bool) -> "RunDir":

@@ -22,7 +22,7 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from cluster import log
+from cluster import log, traces
 from cluster.config import Config, LearnerSection
 from cluster.errors import HoneError, LearnerLostError
 from cluster.redis_client import CALL_S, connect
@@ -90,11 +90,14 @@ class LearnerRank:
         self._groups = self._buffer.fetch(group_ids) if group_ids else []
 
     def forward_backward(self, plan: PackingPlan) -> None:
-        self._learner.forward_backward(self._groups, plan)
+        with traces.span("gradients", *plan.group_ids(self._rank)):
+            self._learner.forward_backward(self._groups, plan)
         self._groups = []
 
     def optim_step(self) -> StepResult:
-        return self._learner.optim_step()
+        result = self._learner.optim_step()
+        log.set_progress(step=result.step, policy_version=result.policy_version)
+        return result
 
     def give_memory_back(self) -> None:
         """What torch keeps of a GPU for its next step; others may want it until then."""
@@ -142,7 +145,9 @@ class LearnerRank:
 
     def load(self, directory: Path) -> int:
         self._learner.load(directory)
-        return self._learner.policy_version
+        step, policy_version = self._learner.step, self._learner.policy_version
+        log.set_progress(step=step, policy_version=policy_version)
+        return policy_version
 
 
 @dataclass
@@ -209,15 +214,8 @@ class LearnerGroup:
 
     async def forward_backward(self, headers: Sequence[GroupHeader]) -> None:
         """Add the gradients of these groups; if one is lost, raises `WireError` and adds none."""
-        plan = ray.put(
-            plan_groups(
-                headers,
-                len(self.ranks),
-                self.settings.microbatch_tokens,
-                self.settings.minibatches,
-                self.num_planned,
-            )
-        )
+        limits = self.settings.microbatch_tokens, self.settings.minibatches
+        plan = ray.put(plan_groups(headers, len(self.ranks), *limits, self.num_planned))
         await self.call("fetch", plan)
         await self.take_gpus()
         await self.call("forward_backward", plan)

@@ -31,20 +31,27 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def prepare(
-    policy: Policy, texts: Sequence[str], cache_dir: Path, out_dir: Path, seed: int = 0
+    policy: Policy,
+    texts: Sequence[str],
+    cache_dir: Path,
+    out_dir: Path,
+    seed: int = 0,
+    models: Path | None = None,
 ) -> Path:
     """The directory of `policy`, made when it is not there yet.
 
     `texts` train the tiny policy's tokenizer and `seed` draws its weights; both are unused
     otherwise. `cache_dir` outlives runs (a dequantized GGUF model), `out_dir` belongs to this run.
+    On a cluster `models`, which all nodes see, takes the place of this machine's caches.
     """
+    cache_dir = models or cache_dir
     disable_progress_bar()
     if isinstance(policy, TinyPolicy):
         return _once(out_dir, lambda target: _write_tiny(policy, texts, target, seed))
     if isinstance(policy, GgufPolicy):
         name = f"{policy.package}-{Path(policy.file).stem}-{policy.dtype}"
         return _once(cache_dir / name, lambda target: _write_dense(policy, target))
-    return _pretrained(policy)
+    return _pretrained(policy, models)
 
 
 def _once(place: Path, write: Callable[[Path], None]) -> Path:
@@ -112,14 +119,14 @@ def _write_dense(policy: GgufPolicy, target: Path) -> None:
     AutoTokenizer.from_pretrained(folder, gguf_file=policy.file).save_pretrained(target)
 
 
-def _pretrained(policy: PretrainedPolicy) -> Path:
+def _pretrained(policy: PretrainedPolicy, models: Path | None) -> Path:
     local = Path(policy.model).expanduser()
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise ConfigError(f"policy.model: {local} must hold a Hugging Face config.json")
         return local
     try:
-        return Path(snapshot_download(policy.model, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(policy.model, cache_dir=models, allow_patterns=_HUB_FILES))
     except Exception as error:
         raise ConfigError(
             f"policy.model: {policy.model!r} is neither a directory nor a hub model "

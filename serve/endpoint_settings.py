@@ -147,7 +147,7 @@ def _run_engine(run: RunDir) -> EngineSettings:
     config: Config = config_file.load(run.config)
     if isinstance(config.policy, TinyPolicy) and not (run.policy / "config.json").is_file():
         raise ConfigError(f"{run.path}: this run has not made its policy yet; try again shortly")
-    policy_dir = prepare(config.policy, [], CACHE_DIR, run.policy, config.run.seed)
+    policy_dir = prepare(config.policy, [], CACHE_DIR, run.policy, config.run.seed, run.models)
     return Placement.of(config).engine_settings(policy_dir)
 
 

@@ -57,7 +57,8 @@ def _convert(run_dir: RunDir, checkpoint: Path, dest: Path) -> None:
     from learners.policy_dir import prepare
 
     config = config_file.load(run_dir.config)
-    policy_dir = prepare(config.policy, [], CACHE_DIR, run_dir.policy, config.run.seed)
+    seed, place = config.run.seed, run_dir.policy
+    policy_dir = prepare(config.policy, [], CACHE_DIR, place, seed, run_dir.models)
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:

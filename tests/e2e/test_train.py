@@ -19,6 +19,7 @@ import pytest
 from cluster.run_dir import RunDir
 from cluster.status import read
 from tests.processes import KINDS, kinds, left_of, processes_of
+from tests.trace_collector import attributes, collecting
 
 pytestmark = pytest.mark.timeout(900)
 ROOT = Path(__file__).parents[2]
@@ -80,11 +81,24 @@ def test_an_interrupt_before_the_first_step_leaves_no_process(tmp_path: Path) ->
     assert left_of(tmp_path) == {}
 
 
-def test_two_ranks_and_two_engines_train_together(tmp_path: Path) -> None:
-    process = start(tmp_path, "run.steps=2", "learner.world_size=2", "rollout.workers=2")
-    output, _ = process.communicate(timeout=400)
+def test_two_ranks_and_two_engines_train_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with collecting() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", f"{collector.url}/v1/traces")
+        process = start(tmp_path, "run.steps=2", "learner.world_size=2", "rollout.workers=2")
+        output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     run = tmp_path / "runs" / "demo"
+    ends = {s.trace_id: attributes(s) for _, s in collector.spans if s.name == "group"}
+    used = [trace_id for trace_id, end in ends.items() if end.get("step") == 1]
+    assert len(used) == 4
+    for trace_id in used:
+        names = {span.name for _, span in collector.spans if span.trace_id == trace_id}
+        assert names == {"group", "rollout", "score", "gradients"}
+    roles = {role for role, _ in collector.spans}
+    assert {"controller", "rollout-0", "rollout-1", "learner-0", "learner-1"} <= roles
+    assert any(role.startswith("reward-") for role in roles)
     last = rows(run, "metrics.jsonl")[-1]
     assert last["step"] == 2
     assert float(str(last["ratio/mismatch_abs_mean"])) <= 1e-4

@@ -75,6 +75,15 @@ def test_every_file_and_key_that_the_page_names_is_there() -> None:
         assert field in model.model_fields, key  # pyright: ignore
 
 
+def test_the_namespaces_that_policies_let_in_are_named() -> None:
+    """Whoever has another one would wait for an operator that cannot reach the head."""
+    base = (ROOT / "deploy" / "kuberay" / "base.yaml").read_text()
+    others = set(re.findall(r"kubernetes\.io/metadata\.name: ([\w-]+)", base)) - {"kube-system"}
+    assert others
+    for name in others:
+        assert f"`{name}`" in SECTIONS["Kubernetes"], name
+
+
 def test_every_proof_that_the_security_page_names_is_there() -> None:
     page = (ROOT / "docs" / "security.md").read_text()
     proofs = re.findall(r"`(tests/[\w/.]+)`", page)

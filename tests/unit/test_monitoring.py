@@ -80,6 +80,25 @@ def test_each_alert_says_what_to_do_and_has_series_that_fire_it() -> None:
         assert rule["annotations"]["action"]
 
 
+def test_the_pod_monitor_finds_the_exporter_of_every_ray_pod() -> None:
+    """By a label and the name of a port; one that is missed is missed without a word."""
+    kuberay = ROOT / "deploy" / "kuberay"
+    monitor = yaml.safe_load((kuberay / "monitoring.yaml").read_text())["spec"]
+    [endpoint] = monitor["podMetricsEndpoints"]
+    templates = [
+        group["template"]
+        for name in ("raycluster.yaml", "rayservice.yaml")
+        for spec in [yaml.safe_load((kuberay / name).read_text())["spec"]]
+        for cluster in [spec.get("rayClusterConfig", spec)]
+        for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    ]
+    assert len(templates) == 6
+    for template in templates:
+        assert monitor["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+        ports = template["spec"]["containers"][0]["ports"]
+        assert {"name": endpoint["port"], "containerPort": 8080} in ports
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -237,6 +237,15 @@ def test_records_are_json_objects_where_the_environment_says_so(
         "level": "INFO", "run": run.name, "actor": "rollout", "rank": 3, "step": 7,
         "policy_version": 6, "message": "two\\nlines",
     }  # fmt: skip
+    for role, who in {
+        "controller": ("controller", None), "verifier-a-b-77": ("verifier-a-b", 77),
+        "learner/1": ("learner", 1),
+    }.items():  # fmt: skip
+        log.setup(role, run)
+        logging.getLogger("somewhere").info("here")
+        line = (run.logs / f"{role.replace('/', '-')}.log").read_text().splitlines()[-1]
+        row = msgspec.json.decode(line)
+        assert (row["actor"], row["rank"]) == who
 
 
 def test_a_new_run_under_a_used_name_has_a_buffer_of_its_own(run: RunDir, tmp_path: Path):

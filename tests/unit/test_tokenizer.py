@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from cluster.config import GgufPolicy, PretrainedPolicy, TinyPolicy
 from cluster.errors import ConfigError
+from cluster.run_dir import RunDir
 from cluster.types import Message
 from learners.policy_dir import prepare
 from learners.tokenizer import encode_completion, load_tokenizer, render, train_tokenizer
@@ -82,3 +83,24 @@ def test_missing_models_name_the_knob(tmp_path: Path) -> None:
     for policy, message in cases:
         with pytest.raises(ConfigError, match=message):
             prepare(policy, [], tmp_path / "cache", tmp_path / "policy")
+
+
+def test_a_hub_model_is_fetched_to_where_all_nodes_of_a_cluster_see_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path | None] = []
+
+    def fetch(model: str, *, cache_dir: Path | None, allow_patterns: list[str]) -> str:
+        asked.append(cache_dir)
+        return str(tmp_path / model)
+
+    monkeypatch.setattr("learners.policy_dir.snapshot_download", fetch)
+    policy = PretrainedPolicy(type="pretrained", model="someone/a-model")
+    alone = RunDir.create(tmp_path / "alone", "demo", "run: {}\n", exist_ok=False)
+    assert alone.models is None
+    on_cluster = RunDir.create(tmp_path / "runs", "demo", "run: {}\n", exist_ok=False)
+    on_cluster.share_weights()
+    for run in (alone, on_cluster):
+        prepare(policy, [], tmp_path / "cache", run.policy, models=run.models)
+    assert asked == [None, tmp_path / "runs" / ".models"]
+    assert RunDir(tmp_path / "runs" / "next").models == asked[1], "kept for other runs"
