@@ -237,7 +237,7 @@ def prepare_policy(
     tasks: list[Task],
     out_dir: Path,
     has_checkpoint: bool,
-    models: Path | None = None,
+    models: Path | None,
 ) -> PreparedPolicy:
     """Also what a warm start learns from `tasks`, unless a checkpoint holds what came of it."""
     from learners.policy_dir import prepare

@@ -100,7 +100,7 @@ def _warm_up(config: Config, place: Path, tasks: list[Task]) -> None:
 
     making = place.with_name(f"{place.name}.making")
     shutil.rmtree(making, ignore_errors=True)
-    policy = prepare_policy(config, tasks, making / "tiny", has_checkpoint=False)
+    policy = prepare_policy(config, tasks, making / "tiny", has_checkpoint=False, models=None)
     learner = Learner(
         config=config, policy_dir=policy.directory, rank=0, world_size=1, master="", num_threads=1
     )

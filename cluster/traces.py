@@ -10,7 +10,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -46,7 +46,7 @@ def end(group_id: str, **outcome: str | int) -> None:
 
 
 @contextmanager
-def span(name: str, *group_ids: str, **attributes: str | int) -> Iterator[None]:
+def span(name: str, *group_ids: str, **attributes: str | int) -> Generator[None]:
     """What is done to these groups, at once."""
     traces = _traces
     if traces is None:
