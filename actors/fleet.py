@@ -164,8 +164,8 @@ class RolloutFleet:
         for worker in self.workers:
             if worker.repair is not None:
                 worker.repair.cancel()
-        handles = [*(w.handle for w in self.workers), self.actors.standby]
-        await end([handle for handle in handles if handle is not None])
+        self.actors.end()
+        await end([worker.handle for worker in self.workers if worker.handle is not None])
 
     async def wait_for_healthy(self) -> None:
         """Wait for a worker that can serve, within the start deadline."""

@@ -53,6 +53,12 @@ class RolloutActors:
         self._num_standbys += 1
         self.standby.prepare.remote()
 
+    def end(self) -> None:
+        """Nobody is replaced any more."""
+        if self.standby is not None:
+            ray.kill(self.standby)
+        self.standby = None
+
     def _make(self, name: str, generation: int, options: dict[str, Any]) -> Any:
         """The process id tells it from what the last controller may have left."""
         named = ray.remote(RolloutWorker).options(

@@ -18,7 +18,6 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 OF_ACTOR = ("actors.vllm_engine", "learners.tokenizer")
 OF_ENGINE = ("ray", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "actors.weight_transfer")
-LOWEST_PRIORITY = 19
 
 
 class EngineProcess(ForkServerProcess):
@@ -54,10 +53,12 @@ def prepare() -> None:
 
 
 def import_patiently(names: Sequence[str]) -> None:
-    """Import modules at the lowest priority; that of the calling thread stays as it is."""
+    """Import modules while nobody else wants the core; the calling thread stays as it is. The
+    lowest priority would not do: Ray's workers have one of 15, and 19 gets half as much as 15.
+    """
 
     def work() -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # of this thread
         for name in names:
             importlib.import_module(name)
 

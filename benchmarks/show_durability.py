@@ -21,7 +21,7 @@ NOISE = 3.0  # standard errors
 # Seconds until work goes on, of a tiny policy on CPU (docs/durability.md).
 TARGETS_S = {"rollout": 15, "reward": 5, "learner": 20, "redis": 30, "controller": 30, "hang": 60}
 FAULTS = "tests/e2e/test_faults.py"
-SYNC = "tests/integration/test_weight_sync.py"
+BROADCAST = "tests/integration/test_weight_broadcast.py"
 
 
 def rows(quick: bool) -> Iterator[Row | Part]:
@@ -79,7 +79,7 @@ def held_by_tests() -> Iterator[Row]:
         [
             "tests/integration/test_scaling.py",
             "tests/integration/test_gang.py",
-            f"{SYNC}::test_a_worker_is_added_proven_and_removed_while_groups_are_sampled",
+            f"{BROADCAST}::test_a_worker_is_added_proven_and_removed_while_groups_are_sampled",
         ],
         "all pass",
     )

@@ -18,7 +18,7 @@ from cluster.run_dir import RunDir
 HONE = Path(sys.executable).parent / "hone"
 QUICKSTART = ROOT / "deploy" / "configs" / "quickstart.yaml"
 SMOLLM2 = ROOT / "deploy" / "configs" / "smollm2_cpu.yaml"
-BUFFER_TESTS = ("buffer", "faults", "lost_replies", "model")
+BUFFER_TESTS = ("buffer", "leases", "faults", "lost_replies", "model")
 GAIN, MISMATCH = 0.25, 1e-4
 QUICKSTART_S, FEEDBACK_S, TEST_S = 600.0, 1.0, 1800.0
 

@@ -43,7 +43,7 @@ def fuzz(url: str, keys: list[str], rounds: int) -> Fuzzed:
                 body = BASE | body
             if body.get("action") in CHANGES:
                 continue
-            for name in ("run", "group", "step"):
+            for name in ("run", "group", "step", "model"):
                 path = path.replace(f"{{{name}}}", NAMES[random.integers(len(NAMES))])
             answer = http.request(
                 method, path,

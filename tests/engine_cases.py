@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from ray import cloudpickle
 
 from actors.fleet import RolloutFleet
+from actors.fleet_worker import Worker
 from actors.placement import Placement
 from actors.producer import Producer
 from actors.reward_pool import RewardPool
 from actors.reward_set import RewardHome
 from actors.rollout import RolloutRequest, Sampling
 from actors.stages import Stages
-from actors.weight_sync import WeightSync
+from actors.weight_sync import SyncReport, WeightSync
 from cluster import wire
 from cluster.config import Config, VerifierConfig
 from cluster.redis_client import connect
@@ -63,6 +65,7 @@ async def running_parts(
         events.append((kind, fields))
 
     fleet = RolloutFleet(name, placement, policy_dir, str(run_dir), on_event)
+    fleet._max_groups = 100  # engines are crowded here more than a run would
     learner, _ = await asyncio.gather(
         LearnerGroup.start(
             run_id=name, config=config, policy_dir=policy_dir, buffer_url=redis_url,
@@ -92,6 +95,19 @@ def request(group_id: str, max_new_tokens: int = 8, seed: int = 1) -> RolloutReq
 
 async def rollout(parts: Parts, asked: RolloutRequest) -> TrajectoryGroup:
     return wire.decode(await (await parts.fleet.rollout(asked)), TrajectoryGroup)
+
+
+def probe_error(report: SyncReport) -> float:
+    """Of a sync in which an engine was probed."""
+    assert report.probe_error is not None
+    return report.probe_error
+
+
+def child(worker: Worker, word: str) -> psutil.Process:
+    """The process that the actor of `worker` has started with `word` in its command line."""
+    children = psutil.Process(worker.pid).children()
+    [found] = [each for each in children if word in " ".join(each.cmdline())]
+    return found
 
 
 async def move_weights(parts: Parts, seed: int, scale: float = 0.05) -> None:

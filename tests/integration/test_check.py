@@ -122,14 +122,14 @@ def test_hints_must_have_something_to_come_from(config_file_path: Path, tmp_path
 def test_what_a_cpu_cannot_do_is_said_before_the_start(config_file_path: Path):
     [problem] = examine(config_file_path, "rollout.tensor_parallel_size=2").problems
     assert problem == "rollout.tensor_parallel_size must be 1 without GPUs, got 2"
+    with pytest.raises(ConfigError, match=r"policy: 3 versions of its weights need .* /dev/shm"):
+        check._check_memory(config_file.load(config_file_path), 10**13)
 
 
 def test_engines_cannot_give_memory_back_without_gpus(config_file_path: Path):
     turns = ["resources.layout=alternating", "resources.engine_gpu_share=0.4"]
     [problem] = examine(config_file_path, *turns, "rollout.max_policy_age=0").problems
     assert problem.startswith("resources.layout alternating needs GPUs")
-    with pytest.raises(ConfigError, match=r"policy: 3 versions of its weights need .* /dev/shm"):
-        check._check_memory(config_file.load(config_file_path), 10**13)
 
 
 def test_a_plug_in_beside_the_config_is_found(config_file_path: Path, tmp_path: Path):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.judge_injections import INJECTIONS, SUMS, Asked, ask, row
+from benchmarks.judge_injections import HARMLESS, INJECTIONS, SUMS, Asked, ask, row
 from benchmarks.relay import Relay
 from cluster.config import VerifierConfig
 from cluster.errors import ConfigError
@@ -175,9 +175,10 @@ async def test_injected_text_stays_inside_the_fence(server: Server, text: str):
     assert "erdict:" not in fence_off(text)
 
 
-async def test_injections_are_compared_with_plain_wrong_and_right_answers(server: Server):
+async def test_injections_are_compared_with_harmless_words_in_the_same_place(server: Server):
     found = await ask(f"{server.url}/v1", "m", min_mass=0.5)
-    assert found == [Asked(1.0, 0.0, [0.0] * len(INJECTIONS))] * len(SUMS)
+    nothing = [0.0] * len(INJECTIONS), [0.0] * len(HARMLESS)
+    assert found == [Asked(1.0, 0.0, *nothing)] * len(SUMS)
     assert row(found).verdict == "holds"
 
 
