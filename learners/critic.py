@@ -68,14 +68,14 @@ class Critic:
         assert rows.returns is not None
         term = self.loss.loss(rows, self.module(rows))
         term.total.backward()
-        returns = rows.returns[~rows.is_guided].double()
-        errors = returns - rows.values[~rows.is_guided].double()
+        is_plain = ~rows.is_guided
+        returns = rows.returns[is_plain].double()
+        errors = returns - rows.values[is_plain].double()
         self._sums.add(
             {
                 "loss": term.total.detach(),
-                "tokens": rows.num_loss_tokens,
-                "sequences": rows.num_sequences,
-                "plain": len(returns),
+                "tokens": len(returns),
+                "sequences": len(rows.sequence_ids[is_plain].unique()),
                 "returns": returns.sum(),
                 "return_squares": returns.square().sum(),
                 "errors": errors.sum(),
@@ -100,16 +100,14 @@ class Critic:
             self._optimizer.step(self.section.lr, factor)
         else:
             self._optimizer.skip()
-        count = max(1.0, totals["plain"])
+        count = max(1.0, totals["tokens"])
         metrics = {
             "value/loss": totals["loss"] / divisor,
             "value/grad_norm": grad_norm,
             "value/return_mean": totals["returns"] / count,
         }
         metrics |= {
-            name: total / max(1.0, totals["tokens"])
-            for name, total in totals.items()
-            if name.startswith("value/")
+            name: total / count for name, total in totals.items() if name.startswith("value/")
         }
         variance, unexplained = (
             totals[f"{name}_squares"] / count - (totals[f"{name}s"] / count) ** 2
