@@ -25,7 +25,7 @@ METHODS = "tests/integration/test_learner_methods.py"
 def rows(quick: bool) -> Iterator[Row | Part]:
     yield _tests(
         "published values of every method, and properties of them",
-        [f"{UNIT}{name}.py" for name in VECTORS],
+        [*(f"{UNIT}{name}.py" for name in VECTORS), "tests/integration/test_layouts.py"],
     )
     yield _tests(
         "each loss equals its slow reference in float64, packed and padded",

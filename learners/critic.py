@@ -16,10 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from cluster.config import Config, CriticSection
-from cluster.errors import ConfigError
 from learners.batch import MicroBatch
 from learners.checkpoint import Part
-from learners.credit import Credit, ValueBased
 from learners.model import PolicyModel, ValueModel, shard
 from learners.optimizer import ShardedAdamW, clip_factor
 from learners.step_sums import StepSums
@@ -134,11 +132,3 @@ def open_critic(
     shard(module, mesh, getattr(torch, config.policy.dtype), "critic" in learner.save_memory)
     loss = build_value_loss(section)
     return Critic(module, section, loss, device, learner.weight_decay, learner.max_grad_norm)
-
-
-def check_critic(section: CriticSection | None, credit: Credit) -> None:
-    """Refuse a credit without the critic that it needs, and a critic that nobody asks."""
-    if isinstance(credit, ValueBased) and section is None:
-        raise ConfigError("critic: objective.credit needs values, so this section must be there")
-    if section is not None and not isinstance(credit, ValueBased):
-        raise ConfigError("critic: objective.credit needs no values; use gae, or leave critic out")

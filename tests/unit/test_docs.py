@@ -10,8 +10,7 @@ from actors.hints import SOURCES
 from actors.programs import PROGRAMS
 from cluster import plugins
 from cluster.config_file import parse
-from learners.credit import CREDITS, build_credit
-from learners.critic import check_critic
+from learners.credit import CREDITS, build_credit, check_critic
 from learners.objectives import OBJECTIVES, WeightedLosses
 from learners.token_filters import FILTERS
 from learners.value_loss import LOSSES, build_value_loss
