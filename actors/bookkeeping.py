@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from actors.curriculum import Curriculum
 from actors.reward_worker import GroupSummary
@@ -33,7 +34,9 @@ from cluster.types import (
     StepResult,
     TrajectoryGroup,
 )
-from learners.group import LearnerGroup
+
+if TYPE_CHECKING:
+    from learners.group import LearnerGroup
 
 NUM_SHOWN_GROUPS = 2
 KEEP_ENDED_S = 30 * 24 * 3600.0
@@ -97,7 +100,7 @@ class Bookkeeping:
         except HoneError as error:
             log.warning("the groups of the ended run stay in Redis: %s", error)
 
-    async def restore(self, learner: LearnerGroup, curriculum: Curriculum) -> int:
+    async def restore(self, learner: "LearnerGroup", curriculum: Curriculum) -> int:
         """Go back to the newest whole checkpoint; returns how many groups are in the buffer.
 
         The groups of steps after it are ready again. In `sync` mode those that lost weights sampled

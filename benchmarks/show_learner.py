@@ -19,13 +19,14 @@ UNIT = "tests/unit/test_"
 VECTORS = ("credit", "objectives", "surrogates", "siren", "nucleus", "kl", "entropy_terms",
            "guidance", "guide", "whitening", "segments", "packing", "logprobs", "gae", "value_loss",
            "published_values")  # fmt: skip
+PROPERTIES = ("tests/integration/test_layouts.py", "tests/integration/test_gym_steps.py")
 METHODS = "tests/integration/test_learner_methods.py"
 
 
 def rows(quick: bool) -> Iterator[Row | Part]:
     yield _tests(
         "published values of every method, and properties of them",
-        [f"{UNIT}{name}.py" for name in VECTORS],
+        [*(f"{UNIT}{name}.py" for name in VECTORS), *PROPERTIES],
     )
     yield _tests(
         "each loss equals its slow reference in float64, packed and padded",

@@ -60,7 +60,7 @@ SHORT = (
     ("efficiency, language and trace rules: published values", ["tests/unit/test_trace_rules.py"]),
     ("step scores at token ends, on odd splits; exact steps; formats of public process models",
      ["tests/unit/test_steps.py", "tests/unit/test_arithmetic_steps.py",
-      f"{TESTS}process_reward.py", f"{TESTS}process_training.py"]),
+      f"{TESTS}gym_steps.py", f"{TESTS}process_reward.py", f"{TESTS}process_training.py"]),
 )  # fmt: skip
 
 

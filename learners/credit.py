@@ -12,7 +12,8 @@ from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
-from cluster.config import Plugin
+from cluster.config import CriticSection, Plugin
+from cluster.errors import ConfigError
 from cluster.plugins import build
 from cluster.types import Trajectory, TrajectoryGroup, TrajectoryStatus
 from learners.batch import MicroBatch
@@ -152,6 +153,14 @@ class BatchNormalized(_Outcome):
 def build_credit(config: Plugin) -> Credit:
     """The configured credit; raises `ConfigError` naming `objective.credit`."""
     return build(config.use, config.settings, CREDITS, "objective.credit")
+
+
+def check_critic(section: CriticSection | None, credit: Credit) -> None:
+    """Refuse a credit without the critic that it needs, and a critic that nobody asks."""
+    if isinstance(credit, ValueBased) and section is None:
+        raise ConfigError("critic: objective.credit needs values, so this section must be there")
+    if section is not None and not isinstance(credit, ValueBased):
+        raise ConfigError("critic: objective.credit needs no values; use gae, or leave critic out")
 
 
 def whitening_of(credit: Credit) -> Whitening:

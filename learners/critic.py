@@ -16,10 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from cluster.config import Config, CriticSection
-from cluster.errors import ConfigError
 from learners.batch import MicroBatch
 from learners.checkpoint import Part
-from learners.credit import Credit, ValueBased
 from learners.model import PolicyModel, ValueModel, shard
 from learners.optimizer import ShardedAdamW, clip_factor
 from learners.step_sums import StepSums
@@ -68,14 +66,14 @@ class Critic:
         assert rows.returns is not None
         term = self.loss.loss(rows, self.module(rows))
         term.total.backward()
-        returns = rows.returns[~rows.is_guided].double()
-        errors = returns - rows.values[~rows.is_guided].double()
+        is_plain = ~rows.is_guided
+        returns = rows.returns[is_plain].double()
+        errors = returns - rows.values[is_plain].double()
         self._sums.add(
             {
                 "loss": term.total.detach(),
-                "tokens": rows.num_loss_tokens,
-                "sequences": rows.num_sequences,
-                "plain": len(returns),
+                "tokens": len(returns),
+                "sequences": len(rows.sequence_ids[is_plain].unique()),
                 "returns": returns.sum(),
                 "return_squares": returns.square().sum(),
                 "errors": errors.sum(),
@@ -100,16 +98,14 @@ class Critic:
             self._optimizer.step(self.section.lr, factor)
         else:
             self._optimizer.skip()
-        count = max(1.0, totals["plain"])
+        count = max(1.0, totals["tokens"])
         metrics = {
             "value/loss": totals["loss"] / divisor,
             "value/grad_norm": grad_norm,
             "value/return_mean": totals["returns"] / count,
         }
         metrics |= {
-            name: total / max(1.0, totals["tokens"])
-            for name, total in totals.items()
-            if name.startswith("value/")
+            name: total / count for name, total in totals.items() if name.startswith("value/")
         }
         variance, unexplained = (
             totals[f"{name}_squares"] / count - (totals[f"{name}s"] / count) ** 2
@@ -136,11 +132,3 @@ def open_critic(
     shard(module, mesh, getattr(torch, config.policy.dtype), "critic" in learner.save_memory)
     loss = build_value_loss(section)
     return Critic(module, section, loss, device, learner.weight_decay, learner.max_grad_norm)
-
-
-def check_critic(section: CriticSection | None, credit: Credit) -> None:
-    """Refuse a credit without the critic that it needs, and a critic that nobody asks."""
-    if isinstance(credit, ValueBased) and section is None:
-        raise ConfigError("critic: objective.credit needs values, so this section must be there")
-    if section is not None and not isinstance(credit, ValueBased):
-        raise ConfigError("critic: objective.credit needs no values; use gae, or leave critic out")

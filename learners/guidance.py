@@ -25,6 +25,7 @@ from learners.aggregation import Name
 from learners.batch import MicroBatch, Row
 from learners.logprobs import TokenOutputs
 from learners.model import PolicyModel
+from learners.objectives import LossTerm
 from learners.off_policy import RatioTo, log_ratio, proximal_logprobs
 from learners.surrogates import Losses, PolicyGradient
 
@@ -61,7 +62,7 @@ class GuidedPolicyGradient(PolicyGradient):
     min(engine and age, `engine_cap`). gamma is the `gamma_quantile` of what f is applied to, over
     the guided tokens of the whole update, or `gamma`. `ratio_to` and `correction` are those of
     plain rows. r = [.6065, .1003, 1.1052], A = 1: gamma 1.005443, mean loss -.330189. The mean log
-    of each factor is logged as `guide/log_*`.
+    of each factor over the guided tokens is logged as `guide/log_*`.
     """
 
     needs_sampled_context = True
@@ -103,30 +104,36 @@ class GuidedPolicyGradient(PolicyGradient):
         self._is_joint = factors == "joint"
         self._quantile = gamma_quantile
         self._cap, self._engine_cap = cap, engine_cap
-        self._is_surveyed = shaping == "ratio" and gamma is None
         self._gamma = 1.0 if gamma is None else gamma
-        self.needs_survey = True  # means over the guided tokens of the whole update
+        self.needs_survey = shaping == "ratio" and gamma is None
 
-    def survey(self, rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, "M 3"]:
-        """Logs of the three factors, of each guided token."""
-        step, shift, engine = _log_factors(rows, outputs)
-        return torch.stack([step.detach(), shift, engine], 1)[rows.is_guided].double()
+    def survey(self, rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, "M 1"] | None:
+        """Log of what f is applied to, of each guided token; None where gamma is no quantile."""
+        if not self.needs_survey:
+            return None
+        _, shift, _ = _log_factors(rows, outputs)
+        logs = log_ratio(rows, outputs, "rollout").detach() if self._is_joint else shift
+        return logs[rows.is_guided].double()[:, None]
 
-    def begin(self, table: Float[Tensor, "M 3"]) -> dict[str, float]:
+    def begin(self, table: Float[Tensor, "M 1"]) -> dict[str, float]:
         if len(table) == 0:
             return {}
-        names = ("policy_step", "context_shift", "engine_age")
-        means = table.mean(0).tolist()
-        metrics = {f"guide/log_{name}": mean for name, mean in zip(names, means, strict=True)}
-        if not self._is_surveyed:
-            return metrics
-        shaped = table.sum(1) if self._is_joint else table[:, 1]
-        ordered = shaped.clamp(-_MAX_LOG, _MAX_LOG).exp().sort().values
+        ordered = table[:, 0].exp().sort().values
         place = (len(ordered) - 1) * self._quantile
         low = ordered[int(place)].item()
         high = ordered[min(int(place) + 1, len(ordered) - 1)].item()
         self._gamma = max(_MIN_GAMMA, low + (place - int(place)) * (high - low))
-        return metrics | {"guide/gamma": self._gamma}
+        return {"guide/gamma": self._gamma}
+
+    def loss(self, rows: MicroBatch, outputs: TokenOutputs) -> LossTerm:
+        term = super().loss(rows, outputs)
+        names = ("policy_step", "context_shift", "engine_age")
+        logs = zip(names, _log_factors(rows, outputs), strict=True)
+        return replace(
+            term,
+            metrics=term.metrics
+            | {f"guide/log_{name}": log.detach()[rows.is_guided].sum() for name, log in logs},
+        )
 
     def _is_corrected(self, rows: MicroBatch) -> Bool[Tensor, " N"]:
         return ~rows.is_guided

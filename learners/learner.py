@@ -26,8 +26,8 @@ from cluster.errors import ConfigError
 from cluster.types import StepResult, TrajectoryGroup
 from learners import checkpoint, weight_source
 from learners.batch import MicroBatch, Row
-from learners.credit import ValueBased, build_credit, whitening_of
-from learners.critic import check_critic, open_critic
+from learners.credit import ValueBased, build_credit, check_critic, whitening_of
+from learners.critic import open_critic
 from learners.guidance import annotate
 from learners.lora import Lora
 from learners.model import PolicyModel, layout_on, load_policy, shard

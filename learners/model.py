@@ -22,8 +22,6 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 from cluster.errors import ConfigError
 from learners.batch import MicroBatch
@@ -131,6 +129,9 @@ def load_policy(
     """The policy with float32 weights: flash attention for `packed`, SDPA for `padded`. With `lora`
     its adapters learn and its own weights do not.
     """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()
     causal_lm: Any = AutoModelForCausalLM.from_pretrained(
         policy_dir,

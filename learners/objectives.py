@@ -43,7 +43,8 @@ _MAX_LOG_RATIO = 20.0
 
 @dataclass(frozen=True)
 class LossTerm:
-    """A scalar sum with gradient, and metrics as detached sums over the loss tokens.
+    """A scalar sum with gradient, and metrics as detached sums over the loss tokens; those named
+    `guide/...` are over the guided ones.
 
     `reported` replaces `total` in the metrics where the two differ: a linearised loss has the
     right gradient and another value.
@@ -82,6 +83,18 @@ class Surveying(Protocol):
     def begin(self, table: Float[Tensor, "M C"]) -> dict[str, float]:
         """Take in the survey of the whole update; returns metrics to log as they are."""
         ...
+
+
+@runtime_checkable
+class Anchored(Protocol):
+    """A surveying objective that compares with the policy it began with. While `needs_anchor`, a
+    step of several updates hands it the survey of all of them before the first.
+    """
+
+    @property
+    def needs_anchor(self) -> bool: ...
+
+    def anchor(self, table: Float[Tensor, "M C"]) -> None: ...
 
 
 @runtime_checkable
@@ -156,6 +169,20 @@ class WeightedLosses:
         for name, table in tables.items():
             metrics |= cast(Surveying, self._objectives[name]).begin(table)
         return metrics
+
+    @property
+    def needs_anchor(self) -> bool:
+        return any(
+            isinstance(objective, Anchored) and objective.needs_anchor
+            for objective in self._objectives.values()
+        )
+
+    def anchor(self, tables: Mapping[str, Tensor]) -> None:
+        """Hand the survey of a whole step to those that need it; the others learn nothing."""
+        for name, table in tables.items():
+            objective = self._objectives[name]
+            if isinstance(objective, Anchored):
+                objective.anchor(table)
 
     def sums(
         self,

@@ -28,11 +28,11 @@ class Siren:
     Peak tokens are those strictly above the `peak_quantile` of their own sequence, so never one
     that ties with it; a sequence without any counts as 0. A nucleus of one token has exactly 0:
     where so few tokens have a choice that the quantile is 0, the peaks are these few. H0, the
-    anchor, is the H of the first update, guided rows left out, unless `anchor` gives it; it then
-    stays for the run and goes into checkpoints. `peak_quantile` 0 takes all tokens, `nucleus_mass`
-    1 the full entropy. `beta` is to be seen against the normaliser of the policy loss: the source's
-    .005 goes with aggregation=constant. Entropies [.1, .9, .3, .7, .2] and [.4, .6, 0, .2] with
-    H0 = .5: H = .75, penalty 3.125e-4.
+    anchor, is the H of the first step, all its mini-batches together and guided rows left out,
+    unless `anchor` gives it; it then stays for the run and goes into checkpoints. `peak_quantile` 0
+    takes all tokens, `nucleus_mass` 1 the full entropy. `beta` is to be seen against the normaliser
+    of the policy loss: the source's .005 goes with aggregation=constant. Entropies [.1, .9, .3, .7,
+    .2] and [.4, .6, 0, .2] with H0 = .5: H = .75, penalty 3.125e-4.
     """
 
     denominator: Denominator = "sequences"
@@ -61,14 +61,21 @@ class Siren:
         is_guided = sequence_sums(rows.is_guided.double(), rows) > 0
         return torch.stack([means, (~is_guided).double()], -1)[rows.sequence_loss_tokens > 0]
 
-    def begin(self, table: Float[Tensor, "S 2"]) -> dict[str, float]:
+    @property
+    def needs_anchor(self) -> bool:
+        return self._anchor is None
+
+    def anchor(self, table: Float[Tensor, "S 2"]) -> None:
         entropies, is_plain = table[:, 0], table[:, 1] > 0
-        self._factor = self._penalty = 0.0
-        if len(entropies) == 0:
-            return {}
         if self._anchor is None and is_plain.any():
             self._anchor = entropies[is_plain].mean().item()
-        peak_entropy = entropies.mean().item()
+
+    def begin(self, table: Float[Tensor, "S 2"]) -> dict[str, float]:
+        self._factor = self._penalty = 0.0
+        if len(table) == 0:
+            return {}
+        self.anchor(table)
+        peak_entropy = table[:, 0].mean().item()
         metrics = {"siren/peak_entropy": peak_entropy}
         if self._anchor is not None:
             gap = peak_entropy - self._anchor

@@ -8,12 +8,11 @@ batch. Called by the learner for the few trajectories that a run keeps to look a
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedTokenizerBase
 
 from cluster.run_dir import TokenColumns
 from cluster.types import Trajectory, TrajectoryGroup
@@ -23,6 +22,9 @@ from learners.model import PolicyModel
 from learners.objectives import WeightedLosses
 from learners.siren import Siren
 from learners.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DIGITS = 4
 
@@ -45,7 +47,7 @@ class TokenViewer:
         self._siren = next((o for o in losses.objectives if isinstance(o, Siren)), Siren())
 
     @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
+    def _tokenizer(self) -> "PreTrainedTokenizerBase":
         return load_tokenizer(self._policy_dir)
 
     @torch.no_grad()
@@ -82,7 +84,7 @@ class TokenViewer:
         )
 
 
-def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
+def token_texts(tokenizer: "PreTrainedTokenizerBase", token_ids: Sequence[int]) -> list[str]:
     """The text of each token; a character that takes several tokens stands at its last one."""
     texts: list[str] = []
     waiting: list[int] = []

@@ -7,24 +7,28 @@ whoever needs the tokens of a task or of a worked solution (rollouts, warm start
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cluster.errors import ConfigError
 from cluster.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, EOS = "<|pad|>", "<|end|>"
 _CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
     """Byte-level BPE in which every digit is a token of its own, trained on the task texts.
 
     The chat template is the plain text of the messages, one per line. Raises `ConfigError` when
     `vocab_size` cannot hold the 256 bytes and two special tokens.
     """
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + 2:
         raise ConfigError(
@@ -55,15 +59,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def load_tokenizer(policy_dir: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(policy_dir: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a prepared policy directory; it has an end-of-sequence token."""
-    tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(policy_dir))
+    from transformers import AutoTokenizer
+
+    tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(policy_dir))
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"policy: the tokenizer in {policy_dir} must have an eos_token")
     return tokenizer
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
     """Context tokens of a conversation, ready for the policy to continue.
 
     Uses the tokenizer's chat template; a base model without one gets one message per line.
@@ -78,6 +84,6 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> l
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_completion(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """Tokens of a completion as the policy should write it: the text, then end of sequence."""
     return [*tokenizer.encode(text, add_special_tokens=False), cast(int, tokenizer.eos_token_id)]

@@ -24,7 +24,7 @@ from learners.objectives import WeightedLosses
 from learners.optimizer import ShardedAdamW, clip_factor
 from learners.step_sums import StepSums
 
-_COUNTS = ("grad_square", "num_loss_tokens", "num_sequences", "num_tokens")
+_COUNTS = ("grad_square", "num_loss_tokens", "num_guided_tokens", "num_sequences", "num_tokens")
 Counts = dict[Denominator, float]
 
 
@@ -67,21 +67,27 @@ class PolicyUpdate:
             sums.add({"tokens": pack.num_loss_tokens, "sequences": pack.num_sequences})
         totals = sums.reduce()
         self._counts = {"tokens": totals["tokens"], "sequences": totals["sequences"]}
-        if not self._losses.needs_survey:
-            return
+        if self._losses.needs_survey:
+            self._surveyed = self._losses.begin(self._tables(packs))
+
+    @torch.no_grad()
+    def _tables(self, packs: Sequence[MicroBatch]) -> dict[str, Tensor]:
+        """What the losses want to know of `packs` of all ranks, by name; one pass over them."""
         tables: dict[str, list[Tensor]] = {}
-        with torch.no_grad():
-            for pack in packs:
-                outputs = self._policy(pack, self._losses.nucleus)
-                for name, table in self._losses.survey(pack, outputs).items():
-                    tables.setdefault(name, []).append(table)
+        for pack in packs:
+            outputs = self._policy(pack, self._losses.nucleus)
+            for name, table in self._losses.survey(pack, outputs).items():
+                tables.setdefault(name, []).append(table)
         cast(FSDPModule, self._policy).reshard()
-        whole = {name: gather(torch.cat(parts)) for name, parts in sorted(tables.items())}
-        self._surveyed = self._losses.begin(whole)
+        return {name: gather(torch.cat(parts)) for name, parts in sorted(tables.items())}
 
     @torch.no_grad()
     def with_proximal(self, packs: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """`packs` with the log-probs of the policy as it is now."""
+        """`packs`, all of a step, with the log-probs of the policy as it is now. A loss that still
+        needs an anchor gets it from them, by one more pass.
+        """
+        if self._losses.needs_anchor:
+            self._losses.anchor(self._tables(packs))
         result = [replace(pack, proximal_logprobs=self._policy(pack).logprobs) for pack in packs]
         cast(FSDPModule, self._policy).reshard()
         return result
@@ -95,6 +101,7 @@ class PolicyUpdate:
         self._sums.add(
             {
                 "num_loss_tokens": rows.num_loss_tokens,
+                "num_guided_tokens": rows.is_guided.sum(),
                 "num_sequences": rows.num_sequences,
                 "num_tokens": rows.num_tokens,
             }
@@ -120,10 +127,12 @@ class PolicyUpdate:
             self._optimizer.step(rate, scale * clip_factor(grad_norm, self._max_grad_norm))
         else:
             self._optimizer.skip()
+        counts = {"loss": divisor, "guide": totals["num_guided_tokens"]}
         metrics = {
-            name: value / (divisor if name.startswith("loss/") else max(1.0, num_loss_tokens))
+            name: value / count
             for name, value in totals.items()
             if name not in _COUNTS
+            and (count := counts.get(name.partition("/")[0], max(1.0, num_loss_tokens)))
         }
         metrics |= self._surveyed | {
             "grad/norm": grad_norm,

@@ -1,7 +1,8 @@
 """Losses of the critic: what its values on the tokens that the policy wrote should have been.
 
 Invariant: as for the policy's objectives, a loss is an unnormalised sum and names the global count
-that divides it; values and returns from before the step carry no gradient. Called by the critic.
+that divides it, but hinted rows are in neither: their return is not that of the context the critic
+sees. Values and returns from before the step carry no gradient. Called by the critic.
 """
 
 # ruff: noqa: F722 (shapes in annotations)
@@ -33,8 +34,7 @@ class ClippedValue:
     """.5 max((v - R)^2, (v_old + clip(v - v_old, +-clip) - R)^2) per loss token (PPO, arXiv
     1707.06347), v_old from before the step; `clip` None is the plain squared error.
 
-    Hinted rows give 0: their return is not that of the context the critic sees. v .9, v_old .1,
-    clip .5, R .2: .245.
+    v .9, v_old .1, clip .5, R .2: .245.
     """
 
     def __init__(

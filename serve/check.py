@@ -94,8 +94,7 @@ def build(config: Config, *, address: str, announce: Announce) -> CheckReport:
 
 def _build_plugins(config: Config, report: CheckReport) -> None:
     from actors.programs import PROGRAMS
-    from learners.credit import build_credit
-    from learners.critic import check_critic
+    from learners.credit import build_credit, check_critic
     from learners.lora import Lora
     from learners.objectives import WeightedLosses
     from learners.value_loss import build_value_loss

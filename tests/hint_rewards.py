@@ -1,5 +1,7 @@
-"""A verifier for tests of the program `guide`, importable by reward actors."""
+"""A verifier and a program for tests of hints, importable by actors."""
 
+from actors.guide import Guide
+from actors.rollout import RolloutIO, RolloutRequest
 from cluster.types import TrajectoryGroup, Verdict
 from rewards.base import VerifierIO
 
@@ -16,3 +18,18 @@ class PassesAtLevel:
             Verdict(score=float(mark.startswith(f"hint{self._level}-") and mark[-1] in "02468"))
             for mark in marks
         ]
+
+
+class RejectsAfter(Guide):
+    """`guide` that rejects every completion after a hint with `word`, and no other one."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__(reject="")
+        self._word = word
+        self._strict = Guide(reject=r"\A")
+
+    async def run(self, request: RolloutRequest, io: RolloutIO) -> TrajectoryGroup:
+        level = request.hint_level
+        if level and self._word in request.task.hints[level - 1]:
+            return await self._strict.run(request, io)
+        return await super().run(request, io)

@@ -1,7 +1,4 @@
-"""A tiny policy, groups of odd sizes and learners on them, for the tests of the learner.
-
-Invariant: all is drawn from the step number, so every process and test sees the same groups.
-"""
+"""A tiny policy and learners on the groups of `tests.group_cases`, for the tests of the learner."""
 
 import multiprocessing
 import socket
@@ -10,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -18,23 +14,14 @@ from cluster.checkpoint_store import CheckpointStore
 from cluster.config import Config
 from cluster.config_file import dump, parse
 from cluster.run_dir import RunDir
-from cluster.types import (
-    GroupHeader,
-    RunState,
-    StepResult,
-    Task,
-    Trajectory,
-    TrajectoryGroup,
-    TrajectoryStatus,
-    VersionSpan,
-)
+from cluster.types import GroupHeader, RunState, StepResult
 from learners.learner import Learner
 from learners.packing import plan_groups
 from learners.policy_dir import prepare
+from tests.group_cases import VOCAB, make_groups
 
 CONTEXT_LENGTH = 36
 RANKS_S = 240  # of processes that load torch on busy cores, and then train
-VOCAB = 259  # odd sizes: shards of unequal length
 
 
 def make_config(**learner: Any) -> Config:
@@ -62,53 +49,6 @@ def make_config(**learner: Any) -> Config:
 def make_policy(root: Path) -> Path:
     """The directory of the tiny policy under `root`."""
     return prepare(make_config().policy, ["1 plus 2 is 3"] * 20, root / "cache", root / "tiny", 1)
-
-
-def _trajectory(
-    rng: np.random.Generator, group_id: str, index: int, num_tokens: int, reward: float | None
-) -> Trajectory:
-    num_context = int(rng.integers(2, 8))
-    length = num_tokens - num_context
-    loss_mask = rng.random(length) < 0.8
-    loss_mask[0] = True
-    is_guided = index % 2 == 1
-    return Trajectory(
-        trajectory_id=f"{group_id}-{index}",
-        group_id=group_id,
-        task_id=group_id,
-        context_tokens=rng.integers(0, VOCAB, num_context + 3 * is_guided).astype(np.int32),
-        train_context_tokens=(
-            rng.integers(0, VOCAB, num_context).astype(np.int32) if is_guided else None
-        ),
-        token_ids=rng.integers(0, VOCAB, length).astype(np.int32),
-        loss_mask=loss_mask,
-        rollout_logprobs=rng.normal(-5.5, 0.3, length).astype(np.float32),
-        version_spans=[VersionSpan(0, 0, length)],
-        status=TrajectoryStatus.COMPLETED,
-        temperature=float(rng.choice([0.7, 1.0])),
-        reward=reward,
-    )
-
-
-def make_groups(step: int) -> list[TrajectoryGroup]:
-    """Three groups, one reward abstained; of two ranks, the second group leaves one idle once."""
-    rng = np.random.default_rng(step)
-    shapes: list[list[tuple[int, float | None]]] = [
-        [(20, 1.0), (13, 0.0), (17, 0.0), (9, None), (31, 1.0)],
-        [(30, 0.0), (20, 1.0), (18, 0.5)],
-        [(11, 1.0), (36, 0.0)],
-    ]
-    return [
-        TrajectoryGroup(
-            group_id=f"g{step}-{k}",
-            task=Task(task_id=f"g{step}-{k}", taskset="test", messages=[]),
-            trajectories=[
-                _trajectory(rng, f"g{step}-{k}", i, num_tokens, reward)
-                for i, (num_tokens, reward) in enumerate(shape)
-            ],
-        )
-        for k, shape in enumerate(shapes)
-    ]
 
 
 def free_port() -> int:

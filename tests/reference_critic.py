@@ -75,12 +75,12 @@ def valued(
 
 
 def value_loss(rows: list[Valued], clip: float) -> Tensor:
-    """Mean over all tokens; those of guided rows count in the divisor alone."""
+    """Mean over the tokens of plain rows."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for row in rows:
-        count += len(row.before)
         if row.is_guided:
             continue
+        count += len(row.before)
         for value, before, target in zip(row.values, row.before, row.returns, strict=True):
             near = value.clamp(before - clip, before + clip)
             total = total + torch.maximum((value - target) ** 2, (near - target) ** 2) / 2

@@ -231,6 +231,34 @@ def test_microbatches_do_not_change_an_update(name: str, policy_dir: Path, tmp_p
     )
 
 
+def test_the_whole_first_step_anchors_siren_whatever_its_minibatches(policy_dir: Path) -> None:
+    anchors: list[float] = []
+    for minibatches in (1, 2):
+        config = _config(METHODS["siren"].objective.losses, minibatches=minibatches)
+        with open_learner(config, policy_dir) as learner:
+            metrics = train_step(learner, 0, minibatches=minibatches).metrics
+        anchors.append(metrics["siren/anchor"])
+    assert anchors[1] == pytest.approx(anchors[0], rel=1e-5)
+
+
+def test_factors_of_hinted_tokens_are_means_over_them_with_and_without_a_survey(
+    policy_dir: Path,
+) -> None:
+    causal_lm = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float64)
+    rows = [row for row in reference.scored(causal_lm, make_groups(0)) if row.is_guided]
+    with torch.no_grad():
+        shift = torch.cat([row.logprobs - row.hinted for row in rows]).mean().item()
+        engine = torch.cat([row.hinted - row.rollout for row in rows]).mean().item()
+    for shaping in ("ratio", "truncate"):
+        config = _config({"policy": _loss("guide", shaping=shaping)})
+        with open_learner(config, policy_dir) as learner:
+            metrics = train_step(learner, 0).metrics
+        assert ("guide/gamma" in metrics) == (shaping == "ratio")
+        assert metrics["guide/log_policy_step"] == 0.0
+        assert metrics["guide/log_context_shift"] == pytest.approx(shift, abs=1e-5)
+        assert metrics["guide/log_engine_age"] == pytest.approx(engine, abs=1e-5)
+
+
 def test_the_first_update_anchors_siren_and_reports_it(policy_dir: Path) -> None:
     causal_lm = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float64)
     rows = reference.scored(causal_lm, make_groups(0))

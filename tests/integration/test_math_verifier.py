@@ -13,6 +13,7 @@ from cluster.config import VerifierConfig
 from cluster.types import Message, Task, TrajectoryGroup, Verdict
 from rewards import self_check
 from rewards.base import TIMED_OUT
+from rewards.golden import golden_check
 from rewards.isolation import IsolatedPool
 from rewards.rubric import Rubric
 
@@ -182,3 +183,17 @@ async def test_the_first_check_of_a_worker_is_not_charged_for_imports():
     finally:
         pool.close()
     assert equal is True
+
+
+async def test_the_built_in_set_of_math_holds_and_finds_a_verifier_that_cannot_check():
+    settings = {"require_boxed": True, "pairs": "interval", "boxes": "agree"}
+    rubric = Rubric({"m": VerifierConfig(use="math", settings=settings, timeout_s=60.0)})
+    broken = Rubric(
+        {"m": VerifierConfig(use="math", settings={"check_timeout_s": 1e-6}, timeout_s=60.0)}
+    )
+    try:
+        assert await golden_check(rubric) == []
+        assert any("x^2+1" in line for line in await golden_check(broken))
+    finally:
+        await rubric.close()
+        await broken.close()

@@ -5,6 +5,7 @@ a learner's step on their scores.
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -12,12 +13,22 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
+from benchmarks import process_reward
 from cluster.config import VerifierConfig
 from cluster.errors import ConfigError
-from cluster.types import Message, Task, Trajectory, TrajectoryGroup, TrajectoryStatus, VersionSpan
+from cluster.types import (
+    Message,
+    Task,
+    Trajectory,
+    TrajectoryGroup,
+    TrajectoryStatus,
+    Verdict,
+    VersionSpan,
+)
 from learners.process_credit import ProcessNormalized
 from learners.tokenizer import encode_completion, load_tokenizer, render
 from rewards.rubric import Rubric
+from rewards.self_check import group_of
 from rewards.step_format import DEFAULT_MARKER, StepFormat
 from rewards.step_likelihood import StepLikelihood
 from rewards.step_models import StepClassifier, StepTokenProbability
@@ -241,3 +252,24 @@ async def test_step_scores_reach_the_tokens_as_process_credit(tiny_policy_dir: P
     assert (wrong[first:] < 0).all()
     assert len(empty) == 1
     assert empty[0] < 0
+
+
+def test_a_sample_whose_check_could_not_be_made_is_left_out_of_the_accuracies() -> None:
+    task = Task(task_id="t", taskset="x", reference="2", messages=[], solution="2")
+    group = group_of(task, ["2", "3", "2"])
+    known = [
+        msgspec.structs.replace(t, reward=reward)
+        for t, reward in zip(group.trajectories, (1.0, 0.0, None), strict=True)
+    ]
+    given = msgspec.structs.replace(group, trajectories=known)
+    verdicts = [Verdict(score=score, step_scores=[(1, score)]) for score in (0.5, 0.1, 0.9)]
+    scored = msgspec.structs.replace(
+        group,
+        trajectories=[
+            msgspec.structs.replace(t, verdicts=[verdict])
+            for t, verdict in zip(known, verdicts, strict=True)
+        ],
+    )
+    figures = process_reward._figures([scored], [[[True], [False], [True]]], [given])
+    assert figures["best_of_n"] == 1.0
+    assert figures["auc"] == 1.0

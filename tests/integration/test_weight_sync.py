@@ -45,7 +45,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 @pytest.fixture(scope="module")
 def guided_config(tiny_config: Config, redis_url: str) -> Config:
     """Plain requests are what they are with `single_turn`."""
-    guide = Plugin(use="guide", settings={"reject": ""})
+    guide = Plugin(use="tests.hint_rewards:RejectsAfter", settings={"word": "copy"})
     return tiny_config.model_copy(
         update={
             "rollout": tiny_config.rollout.model_copy(update={"program": guide}),
@@ -119,7 +119,7 @@ async def test_a_lost_learner_starts_anew_and_goes_on_from_its_checkpoint(
     assert probe_error(report) <= 1e-4
 
 
-HINTED = msgspec.structs.replace(TASK, task_id="hinted", hints=["2 + 2 = 5", "1 + 2 = 3"])
+HINTED = msgspec.structs.replace(TASK, task_id="hinted", hints=["copy 3", "2 + 2 = 5", "1 + 2 = 3"])
 
 
 async def test_a_failed_task_is_sampled_with_hints_and_learned_without(
@@ -127,11 +127,13 @@ async def test_a_failed_task_is_sampled_with_hints_and_learned_without(
 ) -> None:
     asked = RolloutRequest("guided", HINTED, 4, Sampling(8, 1.0, [1], 5))
     plain = await rollout(parts, asked)
-    async with producer(parts, guided_config, redis_url, tmp_path, level=2) as (made, buffer):
+    async with producer(parts, guided_config, redis_url, tmp_path, level=3) as (made, buffer):
         production = await made.produce(asked)
-    assert production.plain.outcome == production.hinted[1].outcome == UNSOLVED
-    assert production.last is production.hinted[2]
-    assert production.last.outcome == "added"
+    rejected, wrong, right = (production.hinted[level] for level in (1, 2, 3))
+    assert production.plain.outcome == rejected.outcome == wrong.outcome == UNSOLVED
+    assert (rejected.passed, wrong.passed) == ([None] * 4, [False] * 4)
+    assert production.last is right
+    assert right.outcome == "added"
     [header] = buffer.claim(9, owner="test", wait_s=1.0)
     [group] = buffer.fetch(["guided"])
     assert [t.reward for t in group.trajectories] == [1.0, 0.0, 1.0, 0.0]

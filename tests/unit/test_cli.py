@@ -89,7 +89,9 @@ def test_help_starts_fast_and_imports_nothing_heavy():
         seconds, loaded = done.stdout.split(" ", 1)
         assert loaded.strip() == "[]"
         times.append(float(seconds))
-    assert min(times) < 0.5
+        if times[-1] < 0.5:
+            return
+    pytest.fail(f"took {times} s of CPU time")
 
 
 def test_help_lists_every_command_and_the_exit_codes(hone: Hone):

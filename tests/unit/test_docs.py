@@ -1,48 +1,70 @@
-"""What the docs tell users to write: every YAML block of docs/algorithms.md builds."""
+"""What the docs tell users to write: every YAML block of these pages is valid and builds."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from actors.hints import SOURCES
-from actors.programs import PROGRAMS
 from cluster import plugins
+from cluster.config import Plugin, VerifierConfig
 from cluster.config_file import parse
-from learners.credit import CREDITS, build_credit
-from learners.critic import check_critic
-from learners.objectives import OBJECTIVES, WeightedLosses
+from learners.credit import CREDITS
+from learners.objectives import OBJECTIVES
 from learners.token_filters import FILTERS
-from learners.value_loss import LOSSES, build_value_loss
+from learners.value_loss import LOSSES
+from rewards.process_reward import SCORERS
+from rewards.rubric import Rubric
+from serve.check import CheckReport, _build_plugins
 from tests.conftest import TINY
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "algorithms.md").read_text()
-BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+BASE: dict[str, dict[str, Any]] = TINY | {"rollout": TINY["rollout"] | {"max_policy_age": 1}}
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_a_block_builds(block: str) -> None:
-    override = yaml.safe_load(block)
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```yaml\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("page", "block"),
+    [
+        pytest.param(page, block, id=f"{page}-{i}")
+        for page in ("algorithms.md", "rewards.md", "durability.md", "gpu.md")
+        for i, block in enumerate(blocks(page))
+    ],
+)
+def test_a_block_builds(page: str, block: str) -> None:
+    given: dict[str, Any] = yaml.safe_load(block)
+    # An indented block shows verifiers alone.
+    override = {"rewards": {"verifiers": given}} if block.startswith(" ") else given
     merged = {
-        section: {**TINY.get(section, {}), **override.get(section, {})}
-        for section in TINY.keys() | override.keys()
+        section: BASE.get(section, {}) | override.get(section, {})
+        for section in BASE.keys() | override.keys()
     }
-    config = parse(merged, "docs/algorithms.md")
-    check_critic(config.critic, build_credit(config.objective.credit))
-    if config.critic is not None:
-        build_value_loss(config.critic)
-    WeightedLosses(config.objective)
-    program = config.rollout.program
-    plugins.build(program.use, program.settings, PROGRAMS, "rollout.program")
+    config = parse(merged, page)
+    report = CheckReport()
+    _build_plugins(config, report)
+    assert report.problems == []
+    Rubric({name: v for name, v in config.rewards.verifiers.items() if _is_here(v)})
+
+
+def _is_here(verifier: VerifierConfig) -> bool:
+    """Whether it can be built: the reader's own cannot, nor those whose model must be there."""
+    if verifier.use == "process":
+        scorer = Plugin.model_validate(verifier.settings["scorer"])
+        target = plugins.resolve(scorer.use, SCORERS, "scorer")
+        plugins.check_settings(target, scorer.settings, "scorer")
+    return verifier.use != "process" and not verifier.use.startswith("my_")
 
 
 @pytest.mark.parametrize("name", [*CREDITS, *OBJECTIVES, *FILTERS, *LOSSES, *SOURCES])
 def test_every_built_in_method_has_a_block(name: str) -> None:
-    assert any(re.search(rf"use: {name}\b", block) for block in BLOCKS) or f"{name}` (" in PAGE, (
-        name
-    )
+    shown = any(re.search(rf"use: {name}\b", block) for block in blocks("algorithms.md"))
+    assert shown or f"{name}` (" in PAGE, name
 
 
 @pytest.mark.parametrize("name", ["entropy_study.svg", "guide_study.svg"])

@@ -16,7 +16,7 @@ from learners.batch import MicroBatch, Row
 from learners.credit import ValueBased, build_credit, whitening_of
 from learners.gae import GeneralizedAdvantage
 from learners.segments import discounted_sums
-from tests.learner_cases import make_groups
+from tests.group_cases import make_groups
 from tests.loss_cases import rows_of
 
 REWARDS, VALUES = [0.0, 0.0, 1.0], [0.2, 0.5, 0.6]

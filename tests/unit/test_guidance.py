@@ -58,9 +58,10 @@ def test_the_published_factors_of_one_ratio_are_logged_and_corrected_apart() -> 
     for factors, gamma in (("joint", math.exp(-0.35)), ("apart", math.exp(-0.5))):
         objective = GuidedPolicyGradient(factors=factors)
         metrics = objective.begin(objective.survey(rows, outputs_of([-1.0])))
+        assert metrics == {"guide/gamma": pytest.approx(gamma, abs=1e-6)}
+        term = objective.loss(rows, outputs_of([-1.0]))
         for name, value in logs.items():
-            assert metrics[f"guide/log_{name}"] == pytest.approx(value, abs=1e-6)
-        assert metrics["guide/gamma"] == pytest.approx(gamma, abs=1e-6)
+            assert term.metrics[f"guide/log_{name}"].item() == pytest.approx(value, abs=1e-6)
     outputs = outputs_of([-1.0])
     objective.loss(rows, outputs).total.backward()
     weight = 0.5 * math.exp(0.05)  # f(shift) at gamma = shift, and the engine's factor
@@ -113,6 +114,22 @@ def test_the_shift_of_context_is_no_mismatch_of_the_engine() -> None:
     unknown = replace(rows, sampled_logprobs=None)
     _, sums = WeightedLosses(ObjectiveSection()).sums(unknown, outputs_of([-3.0, -0.4]))
     assert sums["ratio/mismatch_abs_mean"].item() == pytest.approx(0.1, abs=1e-6)
+
+
+@pytest.mark.parametrize("factors", ["joint", "apart"])
+@pytest.mark.parametrize(
+    ("values", "is_surveyed"),
+    [({}, True), ({"gamma": 1.0}, False), ({"shaping": "truncate"}, False)],
+)
+def test_only_a_quantile_takes_a_pass_over_the_whole_update(
+    values: dict[str, Any], is_surveyed: bool, factors: Factors
+) -> None:
+    settings = {"factors": factors, **values}
+    section = ObjectiveSection(losses={"policy": LossConfig(use="guide", settings=settings)})
+    losses = WeightedLosses(section)
+    assert losses.needs_survey is is_surveyed
+    tables = losses.survey(rows_of([[1.0]], guided=[True]), outputs_of([-1.0]))
+    assert tables.keys() == ({"policy"} if is_surveyed else set())
 
 
 @pytest.mark.parametrize("values", [{"factors": "both"}, {"engine_cap": 0.0}, {"gamma": -1.0}])

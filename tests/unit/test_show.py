@@ -6,16 +6,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 
-from benchmarks import chaos, judge_outage, live_swaps, process_reward, proofs, show
+from benchmarks import chaos, judge_outage, live_swaps, proofs, show
 from benchmarks.show import Part, Row, judged
 from cluster import config_file
 from cluster.group_log import Fate, GroupLine, GroupLog
 from cluster.run_dir import Event, RunDir
-from cluster.types import Task, Verdict
-from rewards.self_check import group_of
 
 BROKEN = """
 from benchmarks.show import Part, judged
@@ -91,8 +88,8 @@ def test_tests_that_do_not_end_do_not_hold_a_row(monkeypatch: pytest.MonkeyPatch
     path = tmp_path / "test_forever.py"
     path.write_text("import time\n\ndef test_forever():\n    time.sleep(60)\n")
     started = time.monotonic()
-    tested = proofs.run_tests([str(path)], timeout_s=3.0)
-    assert (tested.is_green, tested.why) == (False, "ended after 3 s")
+    tested = proofs.run_tests([str(path)], timeout_s=1.0)
+    assert (tested.is_green, tested.why) == (False, "ended after 1 s")
     assert time.monotonic() - started < 30
 
 
@@ -138,27 +135,6 @@ def test_the_run_of_the_judge_outage_is_a_valid_one():
     settings = verifiers["judged"].settings
     assert settings["base_url"] == "http://127.0.0.1:4711/v1"
     assert settings["first"] == {"use": verifiers["correct"].use}
-
-
-def test_a_sample_whose_check_could_not_be_made_is_left_out_of_the_accuracies():
-    task = Task(task_id="t", taskset="x", reference="2", messages=[], solution="2")
-    group = group_of(task, ["2", "3", "2"])
-    known = [
-        msgspec.structs.replace(t, reward=reward)
-        for t, reward in zip(group.trajectories, (1.0, 0.0, None), strict=True)
-    ]
-    given = msgspec.structs.replace(group, trajectories=known)
-    verdicts = [Verdict(score=score, step_scores=[(1, score)]) for score in (0.5, 0.1, 0.9)]
-    scored = msgspec.structs.replace(
-        group,
-        trajectories=[
-            msgspec.structs.replace(t, verdicts=[verdict])
-            for t, verdict in zip(known, verdicts, strict=True)
-        ],
-    )
-    figures = process_reward._figures([scored], [[[True], [False], [True]]], [given])
-    assert figures["best_of_n"] == 1.0
-    assert figures["auc"] == 1.0
 
 
 def test_a_run_that_does_not_end_is_a_timeout_that_a_row_can_tell(

@@ -106,6 +106,19 @@ def test_the_anchor_is_the_first_updates_plain_entropy_and_stays() -> None:
     assert _run(resumed, [SECOND])[0] == metrics
 
 
+def test_the_anchor_of_a_step_of_several_updates_is_that_of_all_of_them() -> None:
+    siren = Siren()
+    parts = [rows_of([[0.0] * len(values)]) for values in (FIRST, SECOND)]
+    outputs = [outputs_of([0.0] * len(v), nucleus_entropy=v) for v in (FIRST, SECOND)]
+    tables = [siren.survey(*part) for part in zip(parts, outputs, strict=True)]
+    assert siren.needs_anchor
+    siren.anchor(torch.cat(tables))
+    assert not siren.needs_anchor
+    for table, entropy in zip(tables, (0.9, 0.6), strict=True):
+        expected = {"siren/peak_entropy": entropy, "siren/anchor": 0.75}
+        assert siren.begin(table) == pytest.approx(expected)
+
+
 def test_only_guided_rows_leave_the_anchor_open_and_no_rows_give_zero() -> None:
     siren = Siren()
     metrics, penalty, slope = _run(siren, [FIRST], guided=[True])

@@ -7,8 +7,7 @@ import torch
 
 from cluster.config import CriticSection, Plugin
 from cluster.errors import ConfigError
-from learners.credit import GroupNormalized
-from learners.critic import check_critic
+from learners.credit import GroupNormalized, check_critic
 from learners.gae import GeneralizedAdvantage
 from learners.value_loss import ClippedValue, build_value_loss
 from tests.loss_cases import gradient, rows_of
