@@ -4,8 +4,8 @@ Tasks are messages in a secret code (`benchmarks.secret_code`). The policy start
 on codes drawn anew each time, so it can follow a hint, not quite reliably, and can only guess where
 there is none. Nothing ever shows it the secret code but the hints of tasks whose plain rollouts all
 failed. Held-out messages are never trained on and never hinted. Guide-PPO does not whiten: its
-critic foresees that plain rollouts fail, and whitening would push them down for that. Each seed has a code, a warm start
-and messages of its own. `benchmarks.show_learner` has rows of it.
+critic foresees that plain rollouts fail, and whitening would push them down for that. Each seed has
+a code, a warm start and messages of its own. `benchmarks.show_learner` has rows of it.
 """
 
 import json
