@@ -84,7 +84,8 @@ class Bookkeeping:
 
     @property
     def has_checkpoint(self) -> bool:
-        return bool(self.store.steps())
+        """Also a damaged one: the run does not begin a second time."""
+        return self.store.has_any()
 
     async def take_over(self) -> None:
         """Become the one writer of the run; a controller that was presumed dead is fenced off."""
@@ -109,9 +110,8 @@ class Bookkeeping:
         """
         self.step = self.policy_version = 0
         state = self.state(CurriculumState(), {})
-        had_checkpoint = self.has_checkpoint
         latest = await asyncio.to_thread(self.store.latest)
-        if latest is None and had_checkpoint:
+        if latest is None and self.has_checkpoint:
             raise StageError(
                 "checkpoint",
                 f"every checkpoint in {self._run.checkpoints} is damaged (now *.corrupt), so there "

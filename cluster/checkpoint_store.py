@@ -151,6 +151,10 @@ class CheckpointStore:
         """Steps of the complete checkpoints, oldest first; looks no further than COMPLETE."""
         return [step for step in self._published() if (self._path(step) / _MARKER).is_file()]
 
+    def has_any(self) -> bool:
+        """Something was published here, whatever became of it."""
+        return any(self._directory.glob("step_*"))
+
     def _published(self) -> list[int]:
         if not self._directory.is_dir():
             return []

@@ -102,8 +102,7 @@ async def test_a_lost_learner_starts_anew_and_goes_on_from_its_checkpoint(
     parts: Parts, tmp_path: Path
 ) -> None:
     """Kill -9 of the rank: the engines live on and agree with what it then holds."""
-    group = await rollout(parts, request("before the loss"))
-    parts.sync.choose_probes([group])
+    parts.sync.choose_probes([await rollout(parts, request("before the loss"))])
     engine_pid, lost_pid = parts.fleet.workers[0].pid, parts.learner.pids[0]
     await parts.learner.begin_save(tmp_path / "checkpoint")
     await parts.learner.finish_save()
@@ -284,8 +283,7 @@ async def test_a_lost_actor_is_replaced_by_the_one_that_stands_by(
     assert actors.standby not in (None, standby), "another one follows"
     for left, right in zip(before.trajectories, after.trajectories, strict=True):
         assert left.token_ids.tolist() == right.token_ids.tolist()
-    server = child(worker, "forkserver")
-    assert server.children(), "the engine is a copy of the fork server"
+    assert child(worker, "forkserver").children(), "the engine is a copy of it"
 
 
 async def test_the_probe_catches_a_stale_output_head(parts: Parts) -> None:
