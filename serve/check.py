@@ -156,8 +156,7 @@ def _check_hints(config: Config, tasks: list[Task]) -> None:
 
 def _measure_prompts(config: Config, splits: dict[str, list[Task]]) -> Prompts:
     """Prepare the policy as a run would (a tiny one in a temporary place) and tokenize prompts."""
-    from actors.bring_up import CACHE_DIR
-    from learners.policy_dir import prepare
+    from learners.policy_dir import CACHE_DIR, prepare
     from learners.tokenizer import load_tokenizer, render
 
     train, room = splits["train"], _prompt_room(config)
