@@ -6,7 +6,6 @@ Called by the controller.
 """
 
 import asyncio
-import os
 import random
 import time
 from dataclasses import dataclass, replace
@@ -40,7 +39,6 @@ from learners.group import LearnerGroup
 from learners.warm_start import Example
 from rewards.tasksets import load_splits
 
-CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hone"
 ENGINE_START_S = 45.0  # on two CPU cores; shown to the user as an estimate
 
 
@@ -240,7 +238,7 @@ def prepare_policy(
     models: Path | None,
 ) -> PreparedPolicy:
     """Also what a warm start learns from `tasks`, unless a checkpoint holds what came of it."""
-    from learners.policy_dir import prepare
+    from learners.policy_dir import CACHE_DIR, prepare
     from learners.tokenizer import encode_completion, load_tokenizer, render
 
     texts = [m.content for t in tasks for m in t.messages]

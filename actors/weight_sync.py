@@ -28,7 +28,6 @@ from cluster.types import TrajectoryGroup
 from learners.group import LearnerGroup
 from learners.learner import ScoreRequest
 
-KEEP_FILES = 2
 PROBE_SEQUENCES = 4
 logger = logging.getLogger(__name__)
 
@@ -271,6 +270,7 @@ class WeightSync:
 
     def _forget_old(self) -> None:
         """By age, not by number: a version number comes back when lost steps are repeated."""
-        paths = self._directory.glob("policy_*.safetensors")
-        for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)[:-KEEP_FILES]:
+        paths = list(self._directory.glob("policy_*.safetensors"))
+        paths.sort(key=lambda path: path.stat().st_mtime_ns)
+        for path in paths[: -published.KEEP_FILES]:
             path.unlink(missing_ok=True)

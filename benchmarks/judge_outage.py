@@ -98,8 +98,7 @@ def _outage(judge: Server) -> Row:
 @contextmanager
 def served() -> Generator[Server]:
     """The judge's model behind vLLM's own server."""
-    from actors.bring_up import CACHE_DIR
-    from learners.policy_dir import prepare
+    from learners.policy_dir import CACHE_DIR, prepare
 
     with tempfile.TemporaryDirectory(prefix="hone-judge-") as place:
         model = prepare(MODEL, [], CACHE_DIR, Path(place) / "unused")

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 FILE_NAME = "current.json"
+KEEP_FILES = 2  # versions of the weights that stay
 
 
 class Published(msgspec.Struct, frozen=True, kw_only=True):

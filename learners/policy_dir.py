@@ -1,8 +1,8 @@
 """The policy as a directory: config, weights and tokenizer that vLLM and transformers both load.
 
 Invariant: a directory that `prepare` returns is complete; it is built beside its place and renamed,
-so a crash leaves nothing half made, and a second call finds the first one's result. Called by the
-launcher before any actor starts.
+so a crash leaves nothing half made, and a second call finds the first one's result, without a wait
+for the libraries that make one. Called by the launcher before any actor starts.
 """
 
 import os
@@ -11,22 +11,11 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-from huggingface_hub import snapshot_download
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-from transformers.utils.logging import disable_progress_bar
-
 from cluster.config import GgufPolicy, Policy, PretrainedPolicy, TinyPolicy
 from cluster.errors import ConfigError
 from learners.tokenizer import EOS, PAD, train_tokenizer
 
+CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hone"
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
@@ -45,7 +34,6 @@ def prepare(
     On a cluster `models`, which all nodes see, takes the place of this machine's caches.
     """
     cache_dir = models or cache_dir
-    disable_progress_bar()
     if isinstance(policy, TinyPolicy):
         return _once(out_dir, lambda target: _write_tiny(policy, texts, target, seed))
     if isinstance(policy, GgufPolicy):
@@ -68,6 +56,11 @@ def _once(place: Path, write: Callable[[Path], None]) -> Path:
 
 
 def _write_tiny(policy: TinyPolicy, texts: Sequence[str], target: Path, seed: int) -> None:
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     tokenizer = train_tokenizer(texts, policy.vocab_size)
     tokenizer.save_pretrained(target)
     vocabulary = tokenizer.get_vocab()
@@ -106,6 +99,12 @@ def _write_dense(policy: GgufPolicy, target: Path) -> None:
         raise ConfigError(
             f"policy.file: {policy.package!r} has no {policy.file!r} (GGUF files there: {known})"
         )
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     dtype: torch.dtype = getattr(torch, policy.dtype)
     config = AutoConfig.from_pretrained(folder, gguf_file=policy.file)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -125,6 +124,10 @@ def _pretrained(policy: PretrainedPolicy, models: Path | None) -> Path:
         if not (local / "config.json").is_file():
             raise ConfigError(f"policy.model: {local} must hold a Hugging Face config.json")
         return local
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
     try:
         return Path(snapshot_download(policy.model, cache_dir=models, allow_patterns=_HUB_FILES))
     except Exception as error:

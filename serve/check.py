@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster import metrics, plugins, redis_client
+from cluster import metrics, plugins, published, redis_client
 from cluster.config import Config
 from cluster.embedded_redis import server_program
 from cluster.errors import ConfigError, HoneError, boundary
@@ -156,8 +156,7 @@ def _check_hints(config: Config, tasks: list[Task]) -> None:
 
 def _measure_prompts(config: Config, splits: dict[str, list[Task]]) -> Prompts:
     """Prepare the policy as a run would (a tiny one in a temporary place) and tokenize prompts."""
-    from actors.bring_up import CACHE_DIR
-    from learners.policy_dir import prepare
+    from learners.policy_dir import CACHE_DIR, prepare
     from learners.tokenizer import load_tokenizer, render
 
     train, room = splits["train"], _prompt_room(config)
@@ -199,12 +198,10 @@ def _check_memory(config: Config, num_parameters: int) -> None:
     """Versions of the weights are handed over in memory: those that are kept and one in the
     making.
     """
-    from actors.weight_sync import KEEP_FILES
-
     place = Path("/dev/shm")
     if not place.is_dir():
         return
-    num_files = KEEP_FILES + 1
+    num_files = published.KEEP_FILES + 1
     needed = num_files * num_parameters * (4 if config.policy.dtype == "float32" else 2)
     free = shutil.disk_usage(place).free
     if needed > free:

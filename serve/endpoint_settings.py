@@ -141,8 +141,7 @@ def check(settings: EndpointSettings, door: Door) -> None:
 
 
 def _run_engine(run: RunDir) -> EngineSettings:
-    from actors.bring_up import CACHE_DIR
-    from learners.policy_dir import prepare
+    from learners.policy_dir import CACHE_DIR, prepare
 
     config: Config = config_file.load(run.config)
     if isinstance(config.policy, TinyPolicy) and not (run.policy / "config.json").is_file():

@@ -50,11 +50,10 @@ def _convert(run_dir: RunDir, checkpoint: Path, dest: Path) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-    from actors.bring_up import CACHE_DIR
     from learners.checkpoint import export_hf
     from learners.lora import Lora
     from learners.model import load_policy
-    from learners.policy_dir import prepare
+    from learners.policy_dir import CACHE_DIR, prepare
 
     config = config_file.load(run_dir.config)
     seed, place = config.run.seed, run_dir.policy

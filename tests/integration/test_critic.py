@@ -108,6 +108,11 @@ def test_a_step_reports_the_reference_value_loss(policy_dir: Path) -> None:
             metrics = train_step(learner, 0).metrics
     assert metrics["value/explained_variance"] > 0.5
     assert metrics["value/loss"] < 0.5 * reference.value_loss(rows, 0.5).item()
+    by_sequence = {"use": "value", "settings": {"aggregation": "seq_mean_token_mean"}}
+    with open_learner(_config({"lr": 1e-2, "loss": by_sequence}), policy_dir) as learner:
+        metrics = train_step(learner, 0).metrics
+    means = [reference.value_loss([row], 0.5).item() for row in rows if not row.is_guided]
+    assert metrics["value/loss"] == pytest.approx(sum(means) / len(means))
 
 
 def test_pretraining_moves_the_critic_alone(policy_dir: Path, tmp_path: Path) -> None:

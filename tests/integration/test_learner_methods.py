@@ -141,6 +141,7 @@ METHODS: dict[str, Config] = {
             "bonus": _loss("adaptive_entropy", target=9.0, step=0.01, maximum=0.1),
         }
     ),
+    "guide_truncated": _config({"policy": _loss("guide", shaping="truncate")}),
     "filtered": _config(
         {"policy": _loss("policy_gradient", token_filter={"use": "forking_tokens"})}
     ),

@@ -94,7 +94,7 @@ def test_a_hub_model_is_fetched_to_where_all_nodes_of_a_cluster_see_it(
         asked.append(cache_dir)
         return str(tmp_path / model)
 
-    monkeypatch.setattr("learners.policy_dir.snapshot_download", fetch)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     policy = PretrainedPolicy(type="pretrained", model="someone/a-model")
     alone = RunDir.create(tmp_path / "alone", "demo", "run: {}\n", exist_ok=False)
     assert alone.models is None

@@ -82,16 +82,14 @@ def test_help_starts_fast_and_imports_nothing_heavy():
         f"print(d, [m for m in {HEAVY!r} if m in sys.modules])"
     )
     times: list[float] = []
-    for _ in range(3):  # the first run on a fresh machine compiles
+    while not times or (times[-1] >= 0.5 and len(times) < 3):  # a fresh machine compiles first
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
         )
         seconds, loaded = done.stdout.split(" ", 1)
         assert loaded.strip() == "[]"
         times.append(float(seconds))
-        if times[-1] < 0.5:
-            return
-    pytest.fail(f"took {times} s of CPU time")
+    assert times[-1] < 0.5
 
 
 def test_help_lists_every_command_and_the_exit_codes(hone: Hone):

@@ -98,6 +98,16 @@ def test_contracts_and_checks_import_without_the_heavy_libraries(modules: list[s
     assert answer.stdout.strip() == "[]"
 
 
+def test_no_unit_test_imports_what_takes_seconds() -> None:
+    slow = r"transformers|vllm|peft|datasets|reasoning_gym|sympy|math_verify"
+    ours = r"learners\.(?:learner|group|policy_dir)|rewards\.gym_taskset|tests\.learner_cases"
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        found = re.search(
+            rf"^\s*(?:from|import) (?:{slow}|{ours})\b.*", path.read_text(), re.MULTILINE
+        )
+        assert not found, f"{path.name}: {found} belongs to tests/integration"
+
+
 def test_only_the_engines_and_their_transfer_plug_in_import_vllm() -> None:
     users = [
         path.relative_to(ROOT).as_posix()
