@@ -25,7 +25,7 @@ from serve.charts import Chart, Series
 
 CONFIG = ROOT / "benchmarks" / "secret_code.yaml"
 MOST_PLAIN = 0.02  # bound of pass@1
-LEAST = {"Guide-GRPO": 0.30, "Guide-PPO": 0.05}
+LEARNING, LEAST = ("Guide-GRPO", "Guide-PPO"), 0.30
 PASS = "eval/pass@1"
 PROGRAM = {"use": "guide", "settings": {"template": TEMPLATE, "reject": ""}}
 GUIDED = f"rollout.program={json.dumps(PROGRAM)}"
@@ -102,9 +102,8 @@ def rows(quick: bool, folder: Path) -> Iterator[Row]:
     for arm, runs in results.items():
         last = [run.last(PASS) for run in runs]
         bound, held = f"under {MOST_PLAIN}", plain < MOST_PLAIN
-        if arm in LEAST:
-            bound = f"over {LEAST[arm]} and over all of GRPO's"
-            held = min(last) > max(LEAST[arm], plain)
+        if arm in LEARNING:
+            bound, held = f"over {LEAST}", min(last) > LEAST
         yield judged(
             f"a task that plain rollouts never solve: {arm}, held-out pass@1 without a hint, "
             + ("one seed (reduced)" if quick else "three seeds"),
