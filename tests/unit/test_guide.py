@@ -167,6 +167,9 @@ def test_a_solution_begun_in_the_completion_has_no_gradient_on_what_was_given(
         assert trajectory.text.startswith(policy.decode(given_tokens))
         assert trajectory.version_spans[0].start == count
         assert trajectory.rollout_logprobs.dtype == np.float32
+        pack = MicroBatch.pack([Row.of(trajectory, np.ones(len(trajectory.token_ids)))])
+        assert pack.is_hinted.all(), "SIREN's anchor leaves it out"
+        assert not pack.is_guided.any(), "and its ratio has no shift of context"
 
 
 def test_a_worked_solution_goes_on_where_it_was_cut() -> None:
