@@ -23,6 +23,7 @@ from learners.aggregation import Denominator
 from learners.batch import MicroBatch
 from learners.logprobs import TokenOutputs
 from learners.nucleus import Nucleus
+from learners.off_policy import proximal_logprobs
 
 OBJECTIVES = {
     "policy_gradient": "learners.surrogates:PolicyGradient",
@@ -38,13 +39,14 @@ OBJECTIVES = {
     "entropy_advantage": "learners.entropy:EntropyShapedGradient",
 }
 
+COMPARED = ("ratio/mismatch_kl", "ratio/mismatch_abs_mean", "ratio/mismatch_abs_max")
 _MAX_LOG_RATIO = 20.0
 
 
 @dataclass(frozen=True)
 class LossTerm:
     """A scalar sum with gradient, and metrics as detached sums over the loss tokens; those named
-    `guide/...` are over the guided ones.
+    `guide/...` are over the guided ones, `policy/reference_kl` over the others.
 
     `reported` replaces `total` in the metrics where the two differ: a linearised loss has the
     right gradient and another value.
@@ -194,13 +196,18 @@ class WeightedLosses:
 
         With the global `counts` each loss is divided by its own, without them by none (their
         common one divides later). `ratio/mismatch_kl` is the k3 estimate of KL(rollout ||
-        learner), from tokens of the rollout; guided ones are compared given their hint, and count
-        0 where no loss asked for that.
+        proximal), from tokens of the rollout. `mismatch_weights` and their squares are sums of w =
+        proximal / rollout over the `num_compared_tokens`, for their effective sample size.
         """
         gap = _mismatch(rows, outputs)
+        weights = gap.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
         sums = {
             "ratio/mismatch_kl": (gap.clamp(max=_MAX_LOG_RATIO).exp() - 1 - gap).sum(),
             "ratio/mismatch_abs_mean": gap.abs().sum(),
+            "ratio/mismatch_abs_max": torch.cat([gap.abs(), gap.new_zeros(1)]).max(),
+            "mismatch_weights": weights.sum(),
+            "mismatch_weight_squares": weights.square().sum(),
+            "num_compared_tokens": torch.ones_like(gap).sum(),
             "policy/entropy": outputs.entropy.detach().sum(),
         }
         if self.nucleus is not None:
@@ -231,8 +238,11 @@ class WeightedLosses:
             objective.restore(values.tolist())
 
 
-def _mismatch(rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, " N"]:
-    """log of learner / rollout without gradient, both in the context that was sampled from."""
-    sampled = rows.rollout_logprobs if rows.sampled_logprobs is None else rows.sampled_logprobs
-    learner = torch.where(rows.is_guided, sampled, outputs.logprobs.detach())
-    return learner - rows.rollout_logprobs
+def _mismatch(rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, " K"]:
+    """log of proximal / rollout without gradient, both in the context that was sampled from;
+    guided tokens are left out where no loss asked for their log-probs in that.
+    """
+    proximal = proximal_logprobs(rows, outputs).detach()
+    if rows.sampled_logprobs is None:
+        return (proximal - rows.rollout_logprobs)[~rows.is_guided]
+    return torch.where(rows.is_guided, rows.sampled_logprobs, proximal) - rows.rollout_logprobs

@@ -146,15 +146,6 @@ def guide(rows: list[Scored]) -> Tensor:
     return total / len(rows)
 
 
-def kl_k3(rows: list[Scored], reference: list[Scored]) -> Tensor:
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for row, frozen in zip(rows, reference, strict=True):
-        gap = row.logprobs - frozen.logprobs.detach()
-        total = total + ((-gap).exp() - 1 + gap).sum()
-        count += len(gap)
-    return total / count
-
-
 def guide_apart(rows: list[Scored]) -> Tensor:
     """On guided rows PPO times f(context shift) times min(engine, 2), both without gradient."""
     shifts = [(row.logprobs.detach() - row.hinted).exp() for row in rows]

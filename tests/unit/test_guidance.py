@@ -111,9 +111,11 @@ def test_the_shift_of_context_is_no_mismatch_of_the_engine() -> None:
     section = ObjectiveSection(losses={"policy": LossConfig(use="guide")})
     _, sums = WeightedLosses(section).sums(rows, outputs_of([-3.0, -0.4]))
     assert sums["ratio/mismatch_abs_mean"].item() == pytest.approx(0.05 + 0.1, abs=1e-6)
+    assert sums["num_compared_tokens"].item() == 2
     unknown = replace(rows, sampled_logprobs=None)
     _, sums = WeightedLosses(ObjectiveSection()).sums(unknown, outputs_of([-3.0, -0.4]))
     assert sums["ratio/mismatch_abs_mean"].item() == pytest.approx(0.1, abs=1e-6)
+    assert sums["num_compared_tokens"].item() == 1, "what is not known dilutes no mean"
 
 
 @pytest.mark.parametrize("factors", ["joint", "apart"])
