@@ -66,6 +66,7 @@ class GuidedPolicyGradient(PolicyGradient):
     """
 
     needs_sampled_context = True
+    takes_guided = True
 
     def __init__(
         self,

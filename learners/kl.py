@@ -31,6 +31,7 @@ class KLPenalty:
     """
 
     needs_reference = True
+    takes_guided = True
 
     def __init__(
         self,

@@ -59,7 +59,8 @@ class LossTerm:
 
 class Objective(Protocol):
     """May also have `needs_reference = True` (fill `rows.ref_logprobs` from the frozen initial
-    policy), `needs_sampled_context = True` (fill `rows.sampled_logprobs` of guided rows) and
+    policy), `needs_sampled_context = True` (fill `rows.sampled_logprobs` of guided rows),
+    `takes_guided = True` (it is right for rows whose `rollout_logprobs` are of another context) and
     `nucleus` (a `Nucleus`: fill `outputs.nucleus_entropy`).
     """
 
@@ -119,6 +120,7 @@ class WeightedLosses:
             )
             for name, loss in section.losses.items()
         }
+        self._uses = {name: loss.use for name, loss in section.losses.items()}
         self._objectives: dict[str, Objective] = {
             name: objective for name, (_, objective) in self._losses.items()
         }
@@ -148,6 +150,18 @@ class WeightedLosses:
     @property
     def objectives(self) -> list[Objective]:
         return [*self._objectives.values()]
+
+    def require_guided(self) -> None:
+        """Raise `ConfigError` naming every loss that is wrong for guided rows."""
+        wrong = [
+            f"objective.losses.{name}: {self._uses[name]} would take the hint that rollout.program "
+            "strips for a step of the policy, and clip it: use guide, or a program that leaves the "
+            "hint in place (settings: strip false, or place completion)"
+            for name, objective in self._objectives.items()
+            if not getattr(objective, "takes_guided", False)
+        ]
+        if wrong:
+            raise ConfigError("\n".join(wrong))
 
     @property
     def common_denominator(self) -> Denominator | None:

@@ -36,6 +36,7 @@ class Siren:
     """
 
     denominator: Denominator = "sequences"
+    takes_guided = True
 
     def __init__(
         self,

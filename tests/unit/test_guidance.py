@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cluster.config import LossConfig, ObjectiveSection
+from cluster.errors import ConfigError
 from learners.guidance import Factors, GuidedPolicyGradient
 from learners.objectives import WeightedLosses
 from tests.loss_cases import gradient, outputs_of, rows_of
@@ -138,3 +139,12 @@ def test_only_a_quantile_takes_a_pass_over_the_whole_update(
 def test_wrong_settings_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):
         GuidedPolicyGradient(**values)
+
+
+def test_losses_that_misread_a_stripped_hint_are_refused_by_name() -> None:
+    uses = {"a": "cispo", "b": "guide", "c": "siren", "d": "kl", "e": "entropy_advantage"}
+    section = ObjectiveSection(losses={name: LossConfig(use=use) for name, use in uses.items()})
+    with pytest.raises(ConfigError) as refused:
+        WeightedLosses(section).require_guided()
+    named = [line.partition(" would")[0] for line in str(refused.value).splitlines()]
+    assert named == ["objective.losses.a: cispo", "objective.losses.e: entropy_advantage"]
