@@ -30,6 +30,7 @@ OBJECTIVES = {
     "gspo": "learners.surrogates:SequencePolicyGradient",
     "cispo": "learners.surrogates:ClippedImportance",
     "gmpo": "learners.surrogates:GeometricMean",
+    "sapo": "learners.surrogates:SoftAdaptive",
     "guide": "learners.guidance:GuidedPolicyGradient",
     "kl": "learners.kl:KLPenalty",
     "siren": "learners.siren:Siren",

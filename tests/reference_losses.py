@@ -94,6 +94,16 @@ def gmpo(rows: list[Scored]) -> Tensor:
     return total / len(rows)
 
 
+def sapo(rows: list[Scored]) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        tau = 1.0 if row.advantage > 0 else 1.05
+        ratio = (row.logprobs - row.rollout).exp()
+        gate = 4 / tau / (1 + torch.exp(-tau * (ratio - 1)))
+        total = total - (gate * row.advantage).mean()
+    return total / len(rows)
+
+
 def entropies(row: Scored) -> Tensor:
     return -(row.distribution * row.distribution.log()).sum(-1)
 

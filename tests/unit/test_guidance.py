@@ -42,6 +42,27 @@ def test_a_guided_token_counts_at_most_a_quarter(ratio: float, slope: float) -> 
     assert gradient(outputs.logprobs) == pytest.approx([-slope], abs=1e-6)
 
 
+# TV-F1
+@pytest.mark.parametrize(
+    ("logprob", "weight", "slope"),
+    [
+        (math.log(0.1), 0.5, 0.25),
+        (-0.1, 0.900481, 0.089615),
+        (-2.0, 0.575074, 0.244364),
+        (-5.0, 0.063126, 0.059141),
+    ],
+)
+def test_a_trace_whose_sampler_is_taken_for_certain(
+    logprob: float, weight: float, slope: float
+) -> None:
+    """LUFFY's pi / (pi + .1) is the shaped ratio to a policy of probability 1."""
+    outputs = outputs_of([logprob])
+    term = GuidedPolicyGradient(gamma=0.1).loss(rows_of([[1.0]], guided=[True]), outputs)
+    term.total.backward()
+    assert term.total.item() == pytest.approx(-weight, abs=1e-6)
+    assert gradient(outputs.logprobs) == pytest.approx([-slope], abs=1e-6)
+
+
 def test_truncated_weights_and_plain_rows() -> None:
     objective = GuidedPolicyGradient(shaping="truncate", cap=1.0)
     outputs = outputs_of([math.log(r) for r in (0.5, 3.0, 1.35)])

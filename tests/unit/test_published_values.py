@@ -1,4 +1,6 @@
-"""Worked numbers of the sources that belong to no single module: TV-A2, B1, C9, D2, D5, G2."""
+"""Worked numbers of the sources that belong to no single module: TV-A2, B1, C9, D2, G2, and of D5
+what is logged (the weights of its sequence are in `test_surrogates`).
+"""
 
 import asyncio
 
