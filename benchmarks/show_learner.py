@@ -21,7 +21,7 @@ DENSE_BYTES_PER_TOKEN = 2**20  # four arrays of float32 over the vocabulary, and
 UNIT = "tests/unit/test_"
 VECTORS = ("credit", "objectives", "surrogates", "siren", "nucleus", "kl", "entropy_terms",
            "guidance", "guide", "whitening", "segments", "packing", "logprobs", "gae", "value_loss",
-           "published_values")  # fmt: skip
+           "published_values", "splits")  # fmt: skip
 PROPERTIES = ("tests/integration/test_layouts.py", "tests/integration/test_gym_steps.py")
 METHODS = "tests/integration/test_learner_methods.py"
 
