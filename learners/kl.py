@@ -71,8 +71,8 @@ class KLPenalty:
         if self._off_policy:
             shift = (outputs.logprobs - rows.rollout_logprobs).detach()
             losses = losses * shift.clamp(-_MAX_GAP, _MAX_GAP).exp()
-        losses = torch.where(rows.is_guided, 0.0, losses)
+        losses, k3 = (torch.where(rows.is_guided, 0.0, values) for values in (losses, k3))
         return LossTerm(
             self._coefficient * self._aggregation.sum(losses, rows),
-            metrics={"policy/reference_kl": k3.detach()[~rows.is_guided].sum()},
+            metrics={"policy/reference_kl": k3.detach().sum()},
         )

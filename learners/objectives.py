@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cluster.config import ObjectiveSection
@@ -214,15 +214,15 @@ class WeightedLosses:
         proximal), from tokens of the rollout. `mismatch_weights` and their squares are sums of w =
         proximal / rollout over the `num_compared_tokens`, for their effective sample size.
         """
-        gap = _mismatch(rows, outputs)
-        weights = gap.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+        gap, is_compared = _mismatch(rows, outputs)
+        weights = gap.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp() * is_compared
         sums = {
             "ratio/mismatch_kl": (gap.clamp(max=_MAX_LOG_RATIO).exp() - 1 - gap).sum(),
             "ratio/mismatch_abs_mean": gap.abs().sum(),
             "ratio/mismatch_abs_max": torch.cat([gap.abs(), gap.new_zeros(1)]).max(),
             "mismatch_weights": weights.sum(),
             "mismatch_weight_squares": weights.square().sum(),
-            "num_compared_tokens": torch.ones_like(gap).sum(),
+            "num_compared_tokens": is_compared.sum(),
             "policy/entropy": outputs.entropy.detach().sum(),
         }
         if self.nucleus is not None:
@@ -253,11 +253,15 @@ class WeightedLosses:
             objective.restore(values.tolist())
 
 
-def _mismatch(rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, " K"]:
-    """log of proximal / rollout without gradient, both in the context that was sampled from;
-    guided tokens are left out where no loss asked for their log-probs in that.
+def _mismatch(
+    rows: MicroBatch, outputs: TokenOutputs
+) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
+    """log of proximal / rollout without gradient, both in the context that was sampled from, and
+    where that is known; it is 0 on guided tokens whose log-probs in that no loss asked for.
     """
     proximal = proximal_logprobs(rows, outputs).detach()
-    if rows.sampled_logprobs is None:
-        return (proximal - rows.rollout_logprobs)[~rows.is_guided]
-    return torch.where(rows.is_guided, rows.sampled_logprobs, proximal) - rows.rollout_logprobs
+    is_known = ~rows.is_guided
+    if rows.sampled_logprobs is not None:
+        proximal = torch.where(rows.is_guided, rows.sampled_logprobs, proximal)
+        is_known = torch.ones_like(is_known)
+    return torch.where(is_known, proximal - rows.rollout_logprobs, 0.0), is_known
