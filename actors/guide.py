@@ -7,9 +7,9 @@ the reward worker that scores them keeps them out of the buffer when none passes
 hints end. Each attempt is scored as a whole by one reward version, and at most one attempt of a
 group enters the buffer, under the group's own id: slots, leases and the ledger do not know of it.
 
-Invariant: a hinted trajectory carries the context it was sampled from (`context_tokens`) and the
-one without the hint (`train_context_tokens`), token for token what a plain rollout of the task
-sees; evaluation asks for level 0 only. Guide: arXiv 2506.13923.
+Invariant: a hinted trajectory carries the context it was sampled from (`context_tokens`) and, where
+the hint is stripped, the one without it (`train_context_tokens`), token for token what a plain
+rollout of the task sees; evaluation asks for level 0 only. Guide: arXiv 2506.13923.
 """
 
 import re
@@ -45,12 +45,12 @@ class Guide:
     """`hints` is a plug-in `{use, settings}`: dataset, solution, answer, writer or your own.
 
     `place: prompt` shows the hint in the last user message, by `template` (`{prompt}` and
-    `{hint}`), and strips it for training; `place: completion` begins the completion with it, as
-    tokens without gradient, so nothing has to be stripped. `samples` hinted rollouts are drawn,
-    by default as many as plain ones. `merge: replace` puts the hinted group in the place of the
-    failed one; `fill_wrong` makes one group of the hinted rollouts that pass and the plain ones,
-    which all failed. A hinted completion that matches `reject` leans on what the policy will not
-    see, and is left out.
+    `{hint}`), and strips it for training unless `strip` is false; `place: completion` begins the
+    completion with it, as tokens without gradient, so nothing has to be stripped. `samples` hinted
+    rollouts are drawn, by default as many as plain ones. `merge: replace` puts the hinted group in
+    the place of the failed one; `fill_wrong` makes one group of the hinted rollouts that pass and
+    the plain ones, which all failed. A hinted completion that matches `reject` leans on what the
+    policy will not see, and is left out.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Guide:
         samples: int | None = None,
         merge: Merge = "replace",
         reject: str = r"(?i)\bhints?\b",
+        strip: bool = True,
     ) -> None:
         if place not in get_args(Place):
             raise ConfigError(f"place must be prompt or completion, got {place!r}")
@@ -78,6 +79,7 @@ class Guide:
         self._reject = re.compile(reject) if reject else None
         self._plain = SingleTurn()
         self.merge: Merge = merge
+        self.strips_hint = strip and place == "prompt"
 
     def num_levels(self, task: Task) -> int:
         """How often a failed task is tried again, each time with a stronger hint."""
@@ -146,7 +148,7 @@ class Guide:
             trajectory,
             trajectory_id=f"{request.group_id}/hint{request.hint_level}-{index}",
             arm=GUIDED,
-            train_context_tokens=plain if self._place == "prompt" else None,
+            train_context_tokens=plain if self.strips_hint else None,
         )
 
 

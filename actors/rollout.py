@@ -86,7 +86,10 @@ class RolloutProgram(Protocol):
 
 @runtime_checkable
 class Guiding(Protocol):
-    """A program that also tries tasks with hints, when all plain rollouts of one failed."""
+    """A program that also tries tasks with hints, when all plain rollouts of one failed.
+
+    May also have `strips_hint = False`: training sees the context that was sampled from.
+    """
 
     merge: Literal["replace", "fill_wrong"]
 

@@ -3,20 +3,25 @@
 Each way runs in a process of its own, so that its peak is its own; `extra` is the peak above the
 inputs and their gradients. SIREN's cost has its survey of the batch in it, a second forward pass.
 Times are CPU seconds of one thread, so that neighbours on the machine do not count. Run with
-`python -m benchmarks.entropy_memory [NUM_TOKENS]`, or call `measure`.
+`python -m benchmarks.entropy_memory [NUM_TOKENS]`, exit code 1 when a bound is passed, or call
+`measure` and `judge`.
 """
 
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+from benchmarks.show import Row, judged
 
 VOCAB, HIDDEN = 49152, 576  # as SmolLM2-135M
 WAYS = ("logprobs", "siren", "dense")
 NUM_SEQUENCES = 8
 TIMEOUT_S = 1200
+MOST_MEMORY, MOST_TIME, MOST_GAP = 1 / 8, 2.0, 1e-4
 
 
 class Cost(NamedTuple):
@@ -37,8 +42,41 @@ def measure(num_tokens: int) -> dict[str, Cost]:
     return costs
 
 
-def _run(num_tokens: int, way: str) -> Cost:
+def judge(costs: Mapping[str, Cost], what: str) -> list[Row]:
+    """What `measure` found for `what`, against its bounds."""
+    logprobs, siren, dense = (costs[way] for way in WAYS)
+    share = siren.extra_bytes / dense.extra_bytes
+    slowdown = siren.seconds / logprobs.seconds
+    gap = abs(logprobs.checksum / dense.checksum - 1)
+    return [
+        judged(
+            f"extra memory of log-prob and SIREN against a dense log-softmax, {what}",
+            f"1/{1 / max(share, 1e-9):.0f}", f"at most 1/{1 / MOST_MEMORY:.0f}",
+            0 < share <= MOST_MEMORY,
+        ),
+        judged(
+            f"time with SIREN, its survey included, against log-prob alone, {what}",
+            f"{slowdown:.2f}x (dense {dense.seconds / logprobs.seconds:.2f}x)",
+            f"at most {MOST_TIME:g}x", slowdown <= MOST_TIME,
+        ),
+        judged(
+            "chunked and dense gradients have the same size", f"{gap:.1e} apart", f"{MOST_GAP:g}",
+            gap <= MOST_GAP,
+        ),
+    ]  # fmt: skip
 
+
+def report(costs: Mapping[str, Cost], what: str) -> int:
+    """Print costs and verdicts; 1 when one falls short."""
+    for name, cost in costs.items():
+        print(f"{name:>9}: {cost.extra_bytes / 2**20:8.0f} MiB extra, {cost.seconds:6.1f} s")
+    rows = judge(costs, what)
+    for row in rows:
+        print(f"{row.verdict}: {row.claim}: {row.measured} (bound: {row.bound})")
+    return int(any(row.verdict == "falls short" for row in rows))
+
+
+def _run(num_tokens: int, way: str) -> Cost:
     import torch
     from torch import Tensor
 
@@ -91,5 +129,5 @@ if __name__ == "__main__":
     if len(sys.argv) == 3:
         print(json.dumps(_run(int(sys.argv[1]), sys.argv[2])))
     else:
-        for name, cost in measure(int(sys.argv[1]) if len(sys.argv) > 1 else 8192).items():
-            print(f"{name:>9}: {cost.extra_bytes / 2**20:8.0f} MiB extra, {cost.seconds:6.1f} s")
+        asked = int(sys.argv[1]) if len(sys.argv) > 1 else 8192
+        sys.exit(report(measure(asked), f"{asked} tokens x {VOCAB} words"))

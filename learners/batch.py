@@ -32,6 +32,7 @@ class Row:
     policy_age: np.ndarray | None = None  # [L] versions between sampling and now; None is 0
     is_truncated: bool = False  # ended by the token limit
     sampled_context: np.ndarray | None = None  # [C'] if sampled from another one: a guided row
+    is_hinted: bool = False  # sampled with a hint, which may still be in what the learner sees
 
     def __post_init__(self) -> None:
         if len(self.context) == 0 and self.loss_mask[:1].any():
@@ -60,6 +61,7 @@ class Row:
             policy_age=age,
             is_truncated=trajectory.status is TrajectoryStatus.TRUNCATED,
             sampled_context=None if context is None else trajectory.context_tokens,
+            is_hinted=trajectory.arm != "plain",
         )
 
     @classmethod
@@ -109,7 +111,8 @@ class MicroBatch:
     advantages: Float[Tensor, " N"]
     sequence_loss_tokens: Int[Tensor, " S"]
     policy_age: Float[Tensor, " N"]
-    is_guided: Bool[Tensor, " N"]
+    is_guided: Bool[Tensor, " N"]  # sampled in another context than the learner sees
+    is_hinted: Bool[Tensor, " N"]  # these, and those that still have their hint
     is_truncated: Bool[Tensor, " N"]
     num_tokens: int
     num_sequences: int  # with at least one loss token
@@ -175,6 +178,7 @@ class MicroBatch:
                 torch.float32,
             ),
             is_guided=put(repeated([row.is_guided for row in rows]), torch.bool),
+            is_hinted=put(repeated([row.is_guided or row.is_hinted for row in rows]), torch.bool),
             is_truncated=put(repeated([row.is_truncated for row in rows]), torch.bool),
             num_tokens=num_tokens,
             num_sequences=int((counts > 0).sum()),

@@ -24,6 +24,8 @@ from learners.surrogates import PolicyGradient
 class EntropyBonus:
     """-coefficient times the mean full entropy of the loss tokens."""
 
+    takes_guided = True
+
     def __init__(
         self,
         coefficient: float = 0.005,
@@ -46,6 +48,7 @@ class AdaptiveEntropyBonus:
     """
 
     denominator: Denominator = "tokens"
+    takes_guided = True
 
     def __init__(self, target: float = 0.2, step: float = 1e-4, maximum: float = 0.005) -> None:
         if target <= 0 or step <= 0 or maximum <= 0:
@@ -87,6 +90,7 @@ class CovarianceKL:
     """
 
     denominator: Denominator = "tokens"
+    takes_guided = True
 
     def __init__(self, coefficient: float = 1.0, fraction: float = 2e-3) -> None:
         if not 0 < fraction <= 1:

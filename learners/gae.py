@@ -31,7 +31,8 @@ class GeneralizedAdvantage:
     -`kl_coefficient` (log rollout - log reference) per token. `bootstrap_truncated` takes the last
     value for what follows a truncated completion, else 0. Advantages are whitened over the tokens
     of the step. Hinted rows are conditioned on another context than they were sampled from, so they
-    take lambda 1 and no KL. Rewards [0, 0, 1], values [.2, .5, .6], lambda .95: A = .756, .48, .4.
+    take lambda 1, no KL and no last value. Rewards [0, 0, 1], values [.2, .5, .6], lambda .95: A =
+    .756, .48, .4.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class GeneralizedAdvantage:
         is_last = torch.ones_like(rows.is_truncated)
         is_last[:-1] = rows.sequence_ids[:-1] != rows.sequence_ids[1:]
         at_end = values if self._bootstrap_truncated else torch.zeros_like(values)
-        at_end = torch.where(rows.is_truncated, at_end, 0.0)
+        at_end = torch.where(rows.is_truncated & ~rows.is_guided, at_end, 0.0)
         return torch.where(is_last, at_end, values.roll(-1))
 
     def _policy_lambdas(self, rows: MicroBatch) -> Float[Tensor, " N"]:

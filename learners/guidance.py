@@ -27,6 +27,7 @@ from learners.logprobs import TokenOutputs
 from learners.model import PolicyModel
 from learners.objectives import LossTerm
 from learners.off_policy import RatioTo, log_ratio, proximal_logprobs
+from learners.segments import quantile
 from learners.surrogates import Losses, PolicyGradient
 
 Shaping = Literal["ratio", "truncate"]
@@ -66,6 +67,7 @@ class GuidedPolicyGradient(PolicyGradient):
     """
 
     needs_sampled_context = True
+    takes_guided = True
 
     def __init__(
         self,
@@ -118,11 +120,7 @@ class GuidedPolicyGradient(PolicyGradient):
     def begin(self, table: Float[Tensor, "M 1"]) -> dict[str, float]:
         if len(table) == 0:
             return {}
-        ordered = table[:, 0].exp().sort().values
-        place = (len(ordered) - 1) * self._quantile
-        low = ordered[int(place)].item()
-        high = ordered[min(int(place) + 1, len(ordered) - 1)].item()
-        self._gamma = max(_MIN_GAMMA, low + (place - int(place)) * (high - low))
+        self._gamma = max(_MIN_GAMMA, quantile(table[:, 0].exp(), self._quantile))
         return {"guide/gamma": self._gamma}
 
     def loss(self, rows: MicroBatch, outputs: TokenOutputs) -> LossTerm:

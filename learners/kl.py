@@ -6,6 +6,8 @@ expectation of its gradient are two things, so each name says which it gets righ
 
 from typing import Literal, get_args
 
+import torch
+
 from learners.aggregation import Aggregation, Denominator, Name
 from learners.batch import MicroBatch
 from learners.logprobs import TokenOutputs
@@ -23,11 +25,13 @@ class KLPenalty:
     the reverse KL); k3 = exp(-x) - 1 + x (unbiased value, gradient of the forward KL); k3_plus has
     the value of k3 and the gradient of k2; k1_reward lets the sum of x from a token on weigh the
     token's log-prob, which is the penalty in the reward: exact for whole sequences.
-    `off_policy=True` multiplies by the detached ratio to the rollout policy. x = .2: k2 .02, k3
+    `off_policy=True` multiplies by the detached ratio to the rollout policy. Guided tokens were
+    sampled from another context, so they say nothing of this KL: they add 0. x = .2: k2 .02, k3
     .018731.
     """
 
     needs_reference = True
+    takes_guided = True
 
     def __init__(
         self,
@@ -67,6 +71,7 @@ class KLPenalty:
         if self._off_policy:
             shift = (outputs.logprobs - rows.rollout_logprobs).detach()
             losses = losses * shift.clamp(-_MAX_GAP, _MAX_GAP).exp()
+        losses, k3 = (torch.where(rows.is_guided, 0.0, values) for values in (losses, k3))
         return LossTerm(
             self._coefficient * self._aggregation.sum(losses, rows),
             metrics={"policy/reference_kl": k3.detach().sum()},

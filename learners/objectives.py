@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cluster.config import ObjectiveSection
@@ -23,12 +23,14 @@ from learners.aggregation import Denominator
 from learners.batch import MicroBatch
 from learners.logprobs import TokenOutputs
 from learners.nucleus import Nucleus
+from learners.off_policy import proximal_logprobs
 
 OBJECTIVES = {
     "policy_gradient": "learners.surrogates:PolicyGradient",
     "gspo": "learners.surrogates:SequencePolicyGradient",
     "cispo": "learners.surrogates:ClippedImportance",
     "gmpo": "learners.surrogates:GeometricMean",
+    "sapo": "learners.surrogates:SoftAdaptive",
     "guide": "learners.guidance:GuidedPolicyGradient",
     "kl": "learners.kl:KLPenalty",
     "siren": "learners.siren:Siren",
@@ -38,13 +40,14 @@ OBJECTIVES = {
     "entropy_advantage": "learners.entropy:EntropyShapedGradient",
 }
 
+COMPARED = ("ratio/mismatch_kl", "ratio/mismatch_abs_mean", "ratio/mismatch_abs_max")
 _MAX_LOG_RATIO = 20.0
 
 
 @dataclass(frozen=True)
 class LossTerm:
     """A scalar sum with gradient, and metrics as detached sums over the loss tokens; those named
-    `guide/...` are over the guided ones.
+    `guide/...` are over the guided ones, `policy/reference_kl` over the others.
 
     `reported` replaces `total` in the metrics where the two differ: a linearised loss has the
     right gradient and another value.
@@ -57,7 +60,8 @@ class LossTerm:
 
 class Objective(Protocol):
     """May also have `needs_reference = True` (fill `rows.ref_logprobs` from the frozen initial
-    policy), `needs_sampled_context = True` (fill `rows.sampled_logprobs` of guided rows) and
+    policy), `needs_sampled_context = True` (fill `rows.sampled_logprobs` of guided rows),
+    `takes_guided = True` (it is right for rows whose `rollout_logprobs` are of another context) and
     `nucleus` (a `Nucleus`: fill `outputs.nucleus_entropy`).
     """
 
@@ -117,6 +121,7 @@ class WeightedLosses:
             )
             for name, loss in section.losses.items()
         }
+        self._uses = {name: loss.use for name, loss in section.losses.items()}
         self._objectives: dict[str, Objective] = {
             name: objective for name, (_, objective) in self._losses.items()
         }
@@ -146,6 +151,18 @@ class WeightedLosses:
     @property
     def objectives(self) -> list[Objective]:
         return [*self._objectives.values()]
+
+    def require_guided(self) -> None:
+        """Raise `ConfigError` naming every loss that is wrong for guided rows."""
+        wrong = [
+            f"objective.losses.{name}: {self._uses[name]} would take the hint that rollout.program "
+            "strips for a step of the policy, and clip it: use guide, or a program that leaves the "
+            "hint in place (settings: strip false, or place completion)"
+            for name, objective in self._objectives.items()
+            if not getattr(objective, "takes_guided", False)
+        ]
+        if wrong:
+            raise ConfigError("\n".join(wrong))
 
     @property
     def common_denominator(self) -> Denominator | None:
@@ -194,13 +211,18 @@ class WeightedLosses:
 
         With the global `counts` each loss is divided by its own, without them by none (their
         common one divides later). `ratio/mismatch_kl` is the k3 estimate of KL(rollout ||
-        learner), from tokens of the rollout; guided ones are compared given their hint, and count
-        0 where no loss asked for that.
+        proximal), from tokens of the rollout. `mismatch_weights` and their squares are sums of w =
+        proximal / rollout over the `num_compared_tokens`, for their effective sample size.
         """
-        gap = _mismatch(rows, outputs)
+        gap, is_compared = _mismatch(rows, outputs)
+        weights = gap.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp() * is_compared
         sums = {
             "ratio/mismatch_kl": (gap.clamp(max=_MAX_LOG_RATIO).exp() - 1 - gap).sum(),
             "ratio/mismatch_abs_mean": gap.abs().sum(),
+            "ratio/mismatch_abs_max": torch.cat([gap.abs(), gap.new_zeros(1)]).max(),
+            "mismatch_weights": weights.sum(),
+            "mismatch_weight_squares": weights.square().sum(),
+            "num_compared_tokens": is_compared.sum(),
             "policy/entropy": outputs.entropy.detach().sum(),
         }
         if self.nucleus is not None:
@@ -231,8 +253,15 @@ class WeightedLosses:
             objective.restore(values.tolist())
 
 
-def _mismatch(rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, " N"]:
-    """log of learner / rollout without gradient, both in the context that was sampled from."""
-    sampled = rows.rollout_logprobs if rows.sampled_logprobs is None else rows.sampled_logprobs
-    learner = torch.where(rows.is_guided, sampled, outputs.logprobs.detach())
-    return learner - rows.rollout_logprobs
+def _mismatch(
+    rows: MicroBatch, outputs: TokenOutputs
+) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
+    """log of proximal / rollout without gradient, both in the context that was sampled from, and
+    where that is known; it is 0 on guided tokens whose log-probs in that no loss asked for.
+    """
+    proximal = proximal_logprobs(rows, outputs).detach()
+    is_known = ~rows.is_guided
+    if rows.sampled_logprobs is not None:
+        proximal = torch.where(rows.is_guided, rows.sampled_logprobs, proximal)
+        is_known = torch.ones_like(is_known)
+    return torch.where(is_known, proximal - rows.rollout_logprobs, 0.0), is_known

@@ -50,6 +50,17 @@ def sequence_quantiles(
     return torch.where(counts > 0, low + weight * (high - low), torch.zeros_like(low))
 
 
+def quantile(values: Float[Tensor, " M"], fraction: float) -> float:
+    """Of M >= 1 values of any sequences, by linear interpolation."""
+    ordered = values.sort().values
+    place = (len(ordered) - 1) * fraction
+    place = float(round(place)) if abs(place - round(place)) < _WHOLE else place
+    below = int(place)
+    low = ordered[below].item()
+    high = ordered[min(below + 1, len(ordered) - 1)].item()
+    return low + (place - below) * (high - low)
+
+
 def reverse_sums(values: Float[Tensor, " N"], rows: MicroBatch) -> Float[Tensor, " N"]:
     """Sum over this and the later loss tokens of the same sequence."""
     totals = sequence_sums(values, rows)

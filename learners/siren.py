@@ -28,7 +28,7 @@ class Siren:
     Peak tokens are those strictly above the `peak_quantile` of their own sequence, so never one
     that ties with it; a sequence without any counts as 0. A nucleus of one token has exactly 0:
     where so few tokens have a choice that the quantile is 0, the peaks are these few. H0, the
-    anchor, is the H of the first step, all its mini-batches together and guided rows left out,
+    anchor, is the H of the first step, all its mini-batches together and hinted rows left out,
     unless `anchor` gives it; it then stays for the run and goes into checkpoints. `peak_quantile` 0
     takes all tokens, `nucleus_mass` 1 the full entropy. `beta` is to be seen against the normaliser
     of the policy loss: the source's .005 goes with aggregation=constant. Entropies [.1, .9, .3, .7,
@@ -36,6 +36,7 @@ class Siren:
     """
 
     denominator: Denominator = "sequences"
+    takes_guided = True
 
     def __init__(
         self,
@@ -56,10 +57,10 @@ class Siren:
         self._factor = self._penalty = 0.0
 
     def survey(self, rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, "S 2"]:
-        """Per sequence with loss tokens: its peak entropy, and 1 where it is not guided."""
+        """Per sequence with loss tokens: its peak entropy, and 1 where it had no hint."""
         means = self._sequence_entropies(rows, outputs).detach().double()
-        is_guided = sequence_sums(rows.is_guided.double(), rows) > 0
-        return torch.stack([means, (~is_guided).double()], -1)[rows.sequence_loss_tokens > 0]
+        is_hinted = sequence_sums(rows.is_hinted.double(), rows) > 0
+        return torch.stack([means, (~is_hinted).double()], -1)[rows.sequence_loss_tokens > 0]
 
     @property
     def needs_anchor(self) -> bool:

@@ -221,3 +221,31 @@ class GeometricMean(Surrogate):
         )
         mean = sequence_means(clipped, rows)[rows.sequence_ids]
         return -rows.advantages * mean.exp(), clipped.detach() != ratio_log.detach()
+
+
+@dataclass(eq=False)
+class SoftAdaptive(Surrogate):
+    """SAPO (arXiv 2511.20347): -(4 / tau) sigmoid(tau (r - 1)) A, a smooth gate instead of a clip.
+
+    tau is `tau_positive` where A > 0, else `tau_negative`. At r = 1 the gradient is that of r A,
+    and it fades on both sides. r = 1.3 gives gates of 2.297770 at A > 0 and 2.202306 at A < 0.
+    """
+
+    tau_positive: float = 1.0
+    tau_negative: float = 1.05
+    aggregation: Name = field(default="seq_mean_token_mean", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.tau_positive, self.tau_negative) <= 0:
+            raise ValueError(
+                "tau_positive and tau_negative must be positive, "
+                f"got {self.tau_positive}, {self.tau_negative}"
+            )
+
+    def _token_losses(self, ratio_log: Tensor, rows: MicroBatch, outputs: TokenOutputs) -> Losses:
+        ratio = ratio_log.exp()
+        tau = torch.full_like(ratio, self.tau_negative)
+        tau = tau.masked_fill(rows.advantages > 0, self.tau_positive)
+        gate = 4 / tau * torch.sigmoid(tau * (ratio - 1))
+        return -gate * rows.advantages, torch.zeros_like(rows.is_guided)

@@ -19,7 +19,7 @@ from learners.batch import MicroBatch
 from learners.covariance import Covariance
 from learners.logprobs import TokenOutputs
 from learners.off_policy import proximal_logprobs
-from learners.segments import sequence_quantiles
+from learners.segments import quantile, sequence_quantiles
 
 FILTERS = {
     "forking_tokens": "learners.token_filters:ForkingTokens",
@@ -74,12 +74,7 @@ class ForkingTokens:
     def begin(self, table: Float[Tensor, "N 1"]) -> dict[str, float]:
         if len(table) == 0:
             return {}
-        ordered = table[:, 0].sort().values
-        place = (len(ordered) - 1) * (1 - self._fraction)
-        below = int(place)
-        above = min(below + 1, len(ordered) - 1)
-        low, high = ordered[below].item(), ordered[above].item()
-        self._threshold = low + (place - below) * (high - low)
+        self._threshold = quantile(table[:, 0], 1 - self._fraction)
         return {"policy/forking_threshold": self._threshold} if self._scope == "batch" else {}
 
     def keeps(

@@ -20,11 +20,14 @@ from learners.aggregation import Denominator
 from learners.batch import MicroBatch
 from learners.critic import Critic
 from learners.model import PolicyModel
-from learners.objectives import WeightedLosses
+from learners.objectives import COMPARED, WeightedLosses
 from learners.optimizer import ShardedAdamW, clip_factor
-from learners.step_sums import StepSums
+from learners.step_sums import LARGEST, StepSums
 
-_COUNTS = ("grad_square", "num_loss_tokens", "num_guided_tokens", "num_sequences", "num_tokens")
+_COUNTS = (
+    "grad_square", "num_loss_tokens", "num_guided_tokens", "num_compared_tokens", "num_sequences",
+    "num_tokens", "mismatch_weights", "mismatch_weight_squares",
+)  # fmt: skip
 Counts = dict[Denominator, float]
 
 
@@ -127,13 +130,21 @@ class PolicyUpdate:
             self._optimizer.step(rate, scale * clip_factor(grad_norm, self._max_grad_norm))
         else:
             self._optimizer.skip()
-        counts = {"loss": divisor, "guide": totals["num_guided_tokens"]}
+        num_guided, num_compared = totals["num_guided_tokens"], totals["num_compared_tokens"]
+        counts = {"loss": divisor, "guide": num_guided} | dict.fromkeys(COMPARED, num_compared)
+        counts["policy/reference_kl"] = num_loss_tokens - num_guided
         metrics = {
-            name: value / count
+            name: value if name.endswith(LARGEST) else value / count
             for name, value in totals.items()
             if name not in _COUNTS
-            and (count := counts.get(name.partition("/")[0], max(1.0, num_loss_tokens)))
+            and (
+                count := counts.get(
+                    name, counts.get(name.partition("/")[0], max(1.0, num_loss_tokens))
+                )
+            )
         }
+        if squares := totals["mismatch_weight_squares"]:
+            metrics["ratio/mismatch_ess"] = totals["mismatch_weights"] ** 2 / num_compared / squares
         metrics |= self._surveyed | {
             "grad/norm": grad_norm,
             "grad/skipped": float(not is_step),
@@ -173,9 +184,14 @@ def gather(table: Tensor) -> Tensor:
 
 
 def mean_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
-    """Metrics of a step from those of its updates: means; loss tokens add up."""
+    """Metrics of a step from those of its updates: means; loss tokens add up, and the largest of
+    what is a maximum stays.
+    """
     names = dict.fromkeys(name for result in results for name in result.metrics)
     known = {name: [r.metrics[name] for r in results if name in r.metrics] for name in names}
-    metrics = {name: sum(values) / len(values) for name, values in known.items()}
+    metrics = {
+        name: max(values) if name.endswith(LARGEST) else sum(values) / len(values)
+        for name, values in known.items()
+    }
     total = "learner/num_loss_tokens"
     return metrics | {total: sum(known[total])}

@@ -111,6 +111,7 @@ def _build_plugins(config: Config, report: CheckReport) -> None:
             build_value_loss(config.critic)
     with report.collect("objective.losses"):
         WeightedLosses(config.objective)
+        _check_guided(config, report)
     with report.collect("learner.lora"):
         Lora.of(config)
 
@@ -152,6 +153,26 @@ def _check_hints(config: Config, tasks: list[Task]) -> None:
     built = plugins.build(program.use, program.settings, PROGRAMS, "rollout.program")
     if tasks and isinstance(built, Guiding):
         built.check(tasks)
+
+
+def _check_guided(config: Config, report: CheckReport) -> None:
+    """What a hint that training does not see asks of losses and credit."""
+    from actors.programs import PROGRAMS
+    from actors.rollout import Guiding
+    from learners.credit import ValueBased, build_credit, whitening_of
+    from learners.objectives import WeightedLosses
+
+    program = config.rollout.program
+    built = plugins.build(program.use, program.settings, PROGRAMS, "rollout.program")
+    if not isinstance(built, Guiding) or not getattr(built, "strips_hint", True):
+        return
+    WeightedLosses(config.objective).require_guided()
+    credit = build_credit(config.objective.credit)
+    if isinstance(credit, ValueBased) and whitening_of(credit) != "none":
+        report.warnings.append(
+            "objective.credit.settings.whitening: with a critic and hints, whitening pushes failed "
+            "rollouts down more than it lifts hinted passes, and little is learned: set it to false"
+        )
 
 
 def _measure_prompts(config: Config, splits: dict[str, list[Task]]) -> Prompts:

@@ -94,6 +94,16 @@ def gmpo(rows: list[Scored]) -> Tensor:
     return total / len(rows)
 
 
+def sapo(rows: list[Scored]) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        tau = 1.0 if row.advantage > 0 else 1.05
+        ratio = (row.logprobs - row.rollout).exp()
+        gate = 4 / tau / (1 + torch.exp(-tau * (ratio - 1)))
+        total = total - (gate * row.advantage).mean()
+    return total / len(rows)
+
+
 def entropies(row: Scored) -> Tensor:
     return -(row.distribution * row.distribution.log()).sum(-1)
 
@@ -144,15 +154,6 @@ def guide(rows: list[Scored]) -> Tensor:
             losses = _clipped(ratio, row.advantage, 0.2, 0.2)
         total = total + losses.mean()
     return total / len(rows)
-
-
-def kl_k3(rows: list[Scored], reference: list[Scored]) -> Tensor:
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for row, frozen in zip(rows, reference, strict=True):
-        gap = row.logprobs - frozen.logprobs.detach()
-        total = total + ((-gap).exp() - 1 + gap).sum()
-        count += len(gap)
-    return total / count
 
 
 def guide_apart(rows: list[Scored]) -> Tensor:

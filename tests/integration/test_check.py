@@ -112,11 +112,36 @@ def test_rewards_that_pay_for_junk_are_a_warning(config_file_path: Path):
 
 
 def test_hints_must_have_something_to_come_from(config_file_path: Path, tmp_path: Path):
-    [problem] = examine(config_file_path, "rollout.program.use=guide").problems
+    guide = "objective.losses.policy.use=guide"
+    [problem] = examine(config_file_path, "rollout.program.use=guide", guide).problems
     assert problem.startswith("rollout.program.settings.hints: needs tasks with hints")
     assert "none of the 36 in tasks.train" in problem
     answer = "rollout.program={use: guide, settings: {hints: {use: answer}}}"
-    assert examine(config_file_path, answer).problems == []
+    assert examine(config_file_path, answer, guide).problems == []
+
+
+@pytest.mark.parametrize("kept", ["strip: false", "place: completion"])
+def test_a_stripped_hint_needs_a_loss_that_knows_of_it(config_file_path: Path, kept: str):
+    program = "rollout.program={{use: guide, settings: {{hints: {{use: answer}}, {}}}}}"
+    losses = "objective.losses={policy: {use: gspo}, bonus: {use: entropy_bonus}}"
+    [problem] = examine(config_file_path, program.format("merge: replace"), losses).problems
+    assert problem.startswith("objective.losses.policy: gspo would take the hint")
+    assert "use guide" in problem
+    assert examine(config_file_path, program.format(kept), losses).problems == []
+
+
+def test_whitened_advantages_of_hinted_groups_are_a_warning(config_file_path: Path):
+    guided = (
+        "rollout.program={use: guide, settings: {hints: {use: answer}}}",
+        "objective.losses={policy: {use: guide}}",
+        "critic={lr: 1.0e-5}",
+    )
+    for whitening in ("true", "false"):
+        credit = f"objective.credit={{use: gae, settings: {{whitening: {whitening}}}}}"
+        report = examine(config_file_path, *guided, credit)
+        assert report.problems == []
+        found = [line for line in report.warnings if line.startswith("objective.credit")]
+        assert bool(found) == (whitening == "true")
 
 
 def test_what_a_cpu_cannot_do_is_said_before_the_start(config_file_path: Path):

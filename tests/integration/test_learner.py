@@ -121,7 +121,14 @@ def test_a_step_reports_the_reference_loss_and_gradient(policy_dir: Path) -> Non
         [
             (sequence_logprobs(causal_lm, t) - torch.from_numpy(t.rollout_logprobs))[t.loss_mask]
             for t in known
+            if t.train_context_tokens is None  # of the others the loss asks for no hinted log-probs
         ]
+    )
+    weights = gaps.exp()
+    ess = weights.mean() ** 2 / weights.square().mean()
+    assert result.metrics["ratio/mismatch_ess"] == pytest.approx(ess.item(), abs=1e-5)
+    assert result.metrics["ratio/mismatch_abs_max"] == pytest.approx(
+        gaps.abs().max().item(), abs=1e-5
     )
     assert result.metrics["ratio/mismatch_abs_mean"] == pytest.approx(
         gaps.abs().mean().item(), abs=1e-5

@@ -43,6 +43,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[list[reference.Scored]], T
     "gspo": ("gspo", {"clip_low": 0.2, "clip_high": 0.3}, reference.gspo),
     "cispo": ("cispo", {"cap": 2.0}, reference.cispo),
     "gmpo": ("gmpo", {}, reference.gmpo),
+    "sapo": ("sapo", {}, reference.sapo),
     "guide": ("guide", {}, reference.guide),
     "guide_apart": ("guide", {"factors": "apart"}, reference.guide_apart),
     "forking": (

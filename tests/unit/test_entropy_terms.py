@@ -52,6 +52,11 @@ def test_forking_tokens_of_the_batch_and_of_each_sequence() -> None:
     term.total.backward()
     assert term.total.item() == pytest.approx(2.0), "the divisor stays 10 tokens"
     assert gradient(outputs.logprobs) == pytest.approx([0.0] * 8 + [1.0] * 2)
+    edge = ForkingTokens(0.7)  # 10 * (1 - .7) is 3.0000000000000004, and so beyond the fourth token
+    values = [0.0] * 3 + [0.1] + [1000.0] * 7
+    eleven, spread = rows_of([[0.0] * 11]), outputs_of([0.0] * 11, entropy=values)
+    edge.begin(edge.survey(eleven, spread))
+    assert edge.keeps(eleven, spread, torch.zeros(11, dtype=torch.bool)).sum() == 8
     each = ForkingTokens(0.2, "sequence")
     each.begin(each.survey(rows, outputs))
     kept = each.keeps(rows, outputs, torch.zeros(10, dtype=torch.bool))

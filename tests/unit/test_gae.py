@@ -131,6 +131,12 @@ def test_hinted_rows_see_the_outcome_alone() -> None:
     assert advantages == pytest.approx([0.8, 0.5, 0.4, 0.3, 0.1, 0.4])
 
 
+def test_a_cut_hinted_row_takes_no_value_of_another_context() -> None:
+    credit = GeneralizedAdvantage(lambda_policy=1.0, bootstrap_truncated=True)
+    advantages, _ = _estimate(credit, [[0.0] * 3] * 2, [VALUES] * 2, [True, True], [True, False])
+    assert advantages == pytest.approx([-0.2, -0.5, -0.6, 0.4, 0.1, 0.0])
+
+
 SEQUENCES = st.lists(
     st.lists(st.tuples(*[st.floats(-2, 2, width=32)] * 2), max_size=9), min_size=1, max_size=5
 )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cluster.config import LossConfig, ObjectiveSection
+from cluster.errors import ConfigError
 from learners.guidance import Factors, GuidedPolicyGradient
 from learners.objectives import WeightedLosses
 from tests.loss_cases import gradient, outputs_of, rows_of
@@ -38,6 +39,27 @@ def test_published_gamma_loss_and_gradient_over_split_batches() -> None:
 def test_a_guided_token_counts_at_most_a_quarter(ratio: float, slope: float) -> None:
     outputs = outputs_of([math.log(ratio)])
     GuidedPolicyGradient(gamma=1.0).loss(rows_of([[1.0]], guided=[True]), outputs).total.backward()
+    assert gradient(outputs.logprobs) == pytest.approx([-slope], abs=1e-6)
+
+
+# TV-F1
+@pytest.mark.parametrize(
+    ("logprob", "weight", "slope"),
+    [
+        (math.log(0.1), 0.5, 0.25),
+        (-0.1, 0.900481, 0.089615),
+        (-2.0, 0.575074, 0.244364),
+        (-5.0, 0.063126, 0.059141),
+    ],
+)
+def test_a_trace_whose_sampler_is_taken_for_certain(
+    logprob: float, weight: float, slope: float
+) -> None:
+    """LUFFY's pi / (pi + .1) is the shaped ratio to a policy of probability 1."""
+    outputs = outputs_of([logprob])
+    term = GuidedPolicyGradient(gamma=0.1).loss(rows_of([[1.0]], guided=[True]), outputs)
+    term.total.backward()
+    assert term.total.item() == pytest.approx(-weight, abs=1e-6)
     assert gradient(outputs.logprobs) == pytest.approx([-slope], abs=1e-6)
 
 
@@ -111,9 +133,11 @@ def test_the_shift_of_context_is_no_mismatch_of_the_engine() -> None:
     section = ObjectiveSection(losses={"policy": LossConfig(use="guide")})
     _, sums = WeightedLosses(section).sums(rows, outputs_of([-3.0, -0.4]))
     assert sums["ratio/mismatch_abs_mean"].item() == pytest.approx(0.05 + 0.1, abs=1e-6)
+    assert sums["num_compared_tokens"].item() == 2
     unknown = replace(rows, sampled_logprobs=None)
     _, sums = WeightedLosses(ObjectiveSection()).sums(unknown, outputs_of([-3.0, -0.4]))
     assert sums["ratio/mismatch_abs_mean"].item() == pytest.approx(0.1, abs=1e-6)
+    assert sums["num_compared_tokens"].item() == 1, "what is not known dilutes no mean"
 
 
 @pytest.mark.parametrize("factors", ["joint", "apart"])
@@ -136,3 +160,12 @@ def test_only_a_quantile_takes_a_pass_over_the_whole_update(
 def test_wrong_settings_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):
         GuidedPolicyGradient(**values)
+
+
+def test_losses_that_misread_a_stripped_hint_are_refused_by_name() -> None:
+    uses = {"a": "cispo", "b": "guide", "c": "siren", "d": "kl", "e": "entropy_advantage"}
+    section = ObjectiveSection(losses={name: LossConfig(use=use) for name, use in uses.items()})
+    with pytest.raises(ConfigError) as refused:
+        WeightedLosses(section).require_guided()
+    named = [line.partition(" would")[0] for line in str(refused.value).splitlines()]
+    assert named == ["objective.losses.a: cispo", "objective.losses.e: entropy_advantage"]

@@ -148,6 +148,16 @@ def test_the_learner_sees_the_plain_context_and_no_token_of_the_hint(
         assert trajectory.min_policy_version == 3
 
 
+def test_a_hint_that_is_not_stripped_is_trained_on() -> None:
+    group, policy = run(Guide(strip=False, reject=""), request(TASK, 1))
+    [seen] = policy.contexts
+    for trajectory in group.trajectories:
+        pack = MicroBatch.pack([Row.of(trajectory, np.ones(len(trajectory.token_ids)))])
+        assert pack.token_ids.tolist() == [*seen.tolist(), *trajectory.token_ids.tolist()]
+        assert pack.is_hinted.all()
+        assert not pack.is_guided.any()
+
+
 @given(text=TEXTS, seed=st.integers(0, 2**31 - 1))
 @settings(max_examples=30, deadline=None)
 def test_a_solution_begun_in_the_completion_has_no_gradient_on_what_was_given(
@@ -167,6 +177,9 @@ def test_a_solution_begun_in_the_completion_has_no_gradient_on_what_was_given(
         assert trajectory.text.startswith(policy.decode(given_tokens))
         assert trajectory.version_spans[0].start == count
         assert trajectory.rollout_logprobs.dtype == np.float32
+        pack = MicroBatch.pack([Row.of(trajectory, np.ones(len(trajectory.token_ids)))])
+        assert pack.is_hinted.all(), "SIREN's anchor leaves it out"
+        assert not pack.is_guided.any(), "and its ratio has no shift of context"
 
 
 def test_a_worked_solution_goes_on_where_it_was_cut() -> None:

@@ -69,3 +69,13 @@ def test_in_the_reward_a_token_answers_for_the_later_ones() -> None:
     rows = _with_reference(rows_of([[0.0] * 3, [0.0]]), [0.0] * 4)
     KLPenalty("k1_reward", coefficient=1.0).loss(rows, outputs).total.backward()
     assert gradient(outputs.logprobs) == pytest.approx([0.6, 0.5, 0.3, 0.5])
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3_plus", "k1_reward"])
+def test_guided_tokens_have_no_part_in_it(estimator: Estimator) -> None:
+    outputs = outputs_of([0.2, 0.4])
+    rows = _with_reference(rows_of([[0.0], [0.0]], guided=[False, True]), [0.0, 0.0])
+    term = KLPenalty(estimator, coefficient=1.0).loss(rows, outputs)
+    term.total.backward()
+    assert gradient(outputs.logprobs) == pytest.approx([0.2, 0.0])
+    assert term.metrics["policy/reference_kl"].item() == pytest.approx(0.018731, abs=1e-6)

@@ -1,4 +1,6 @@
-"""Worked numbers of the sources that belong to no single module: TV-A2, B1, C9, D2, D5, G2."""
+"""Worked numbers of the sources that belong to no single module: TV-A2, B1, C9, D2, G2, and of D5
+what is logged (the weights of its sequence are in `test_surrogates`).
+"""
 
 import asyncio
 
@@ -110,13 +112,20 @@ async def test_slots_left_for_new_groups() -> None:
         await asyncio.wait_for(slots.admit(), 0.01)
 
 
-def test_mismatch_of_learner_and_rollout() -> None:
-    """TV-D5: log-ratios .1, -.2, .05 have a k3 estimate of .008391."""
+@pytest.mark.parametrize("proximal", [None, [0.0] * 3])
+def test_mismatch_of_proximal_policy_and_rollout(proximal: list[float] | None) -> None:
+    """TV-D5: log-ratios .1, -.2, .05 have a k3 estimate of .008391 and an effective sample size of
+    .984536, also when the learner has moved on from the proximal policy.
+    """
     losses = WeightedLosses(ObjectiveSection())
-    rows = rows_of([[0.0] * 3], [[-0.1, 0.2, -0.05]])
-    _, sums = losses.sums(rows, outputs_of([0.0] * 3))
+    rows = rows_of([[0.0] * 3], [[-0.1, 0.2, -0.05]], proximal=proximal)
+    _, sums = losses.sums(rows, outputs_of([0.0 if proximal is None else 7.0] * 3))
+    assert sums["num_compared_tokens"].item() == 3
     assert sums["ratio/mismatch_kl"].item() / 3 == pytest.approx(0.008391, abs=1e-6)
     assert sums["ratio/mismatch_abs_mean"].item() / 3 == pytest.approx(0.35 / 3)
+    assert sums["ratio/mismatch_abs_max"].item() == pytest.approx(0.2)
+    weights, squares = sums["mismatch_weights"].item(), sums["mismatch_weight_squares"].item()
+    assert weights**2 / 3 / squares == pytest.approx(0.984536, abs=1e-6)
 
 
 def test_the_denominator_is_global() -> None:

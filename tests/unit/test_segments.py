@@ -6,7 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learners.segments import reverse_sums, sequence_means, sequence_quantiles, sequence_sums
+from learners.segments import (
+    quantile,
+    reverse_sums,
+    sequence_means,
+    sequence_quantiles,
+    sequence_sums,
+)
 from tests.loss_cases import rows_of
 
 SEQUENCES = st.lists(
@@ -29,3 +35,11 @@ def test_reductions_equal_numpy_on_each_sequence(
         expected = np.quantile(row, fraction) if row else 0.0
         assert quantiles[i].item() == pytest.approx(expected, abs=1e-5)
         assert later[i].tolist() == pytest.approx(np.cumsum(row[::-1])[::-1].tolist(), abs=1e-9)
+
+
+@given(
+    values=st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=12), fraction=st.floats(0, 1)
+)
+def test_a_quantile_of_all_equals_numpy(values: list[float], fraction: float) -> None:
+    ours = quantile(torch.tensor(values, dtype=torch.float64), fraction)
+    assert ours == pytest.approx(np.quantile(values, fraction), abs=2e-5)

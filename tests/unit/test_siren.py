@@ -1,6 +1,7 @@
 """SIREN: published values, the anchor, and a gradient that splitting does not change."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,6 +118,15 @@ def test_the_anchor_of_a_step_of_several_updates_is_that_of_all_of_them() -> Non
     for table, entropy in zip(tables, (0.9, 0.6), strict=True):
         expected = {"siren/peak_entropy": entropy, "siren/anchor": 0.75}
         assert siren.begin(table) == pytest.approx(expected)
+
+
+def test_a_hint_that_the_learner_still_sees_is_not_in_the_anchor() -> None:
+    rows = rows_of([[0.0] * len(values) for values in (FIRST, SECOND)])
+    rows = replace(rows, is_hinted=rows.sequence_ids == 1)
+    outputs = outputs_of([0.0] * 9, nucleus_entropy=[*FIRST, *SECOND])
+    siren = Siren()
+    metrics = siren.begin(siren.survey(rows, outputs))
+    assert metrics == pytest.approx({"siren/peak_entropy": 0.75, "siren/anchor": 0.9})
 
 
 def test_only_guided_rows_leave_the_anchor_open_and_no_rows_give_zero() -> None:

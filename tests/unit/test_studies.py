@@ -8,8 +8,17 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import entropy_study, guide_study, ppo_quickstart, staleness_study, study
-from benchmarks.show import Row
+from benchmarks import (
+    entropy_memory,
+    entropy_study,
+    guide_study,
+    ppo_quickstart,
+    show_learner,
+    staleness_study,
+    study,
+)
+from benchmarks.entropy_memory import Cost
+from benchmarks.show import Row, judged
 from benchmarks.study import Run, mean_curve
 from cluster.run_dir import RunDir
 
@@ -133,3 +142,30 @@ def test_a_mean_curve_has_the_steps_that_all_runs_have():
     runs = [Run([{"step": 1, "x": 1.0}, {"step": 2, "x": 2.0}]), Run([{"step": 2, "x": 4.0}])]
     assert mean_curve(runs, "x") == [(2, 3.0)]
     assert mean_curve(runs, "y") == []
+
+
+def test_a_figure_outlives_the_runs_that_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(show_learner, "FIGURES", tmp_path / "runs" / "figures")
+    (tmp_path / "study.svg").write_text("<svg/>")
+    [row] = show_learner.drawn([judged("a", "1", "1", True)], tmp_path / "study.svg")
+    assert row.claim == "a"
+    assert (tmp_path / "runs" / "figures" / "study.svg").read_text() == "<svg/>"
+
+
+@pytest.mark.parametrize(
+    ("siren", "verdicts"),
+    [
+        (Cost(100, 1.9, 5.0), ["holds", "holds", "holds"]),
+        (Cost(130, 1.9, 5.0), ["falls short", "holds", "holds"]),
+        (Cost(100, 2.1, 5.0), ["holds", "falls short", "holds"]),
+    ],
+)
+def test_costs_beyond_a_bound_fall_short(
+    siren: Cost,
+    verdicts: list[str],
+    capsys: pytest.CaptureFixture[str],
+):
+    costs = {"logprobs": Cost(80, 1.0, 5.0), "siren": siren, "dense": Cost(1000, 0.8, 5.0)}
+    assert [row.verdict for row in entropy_memory.judge(costs, "8 tokens")] == verdicts
+    assert entropy_memory.report(costs, "8 tokens") == int("falls short" in verdicts)
+    assert "(bound: at most 1/8)" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from learners.surrogates import (
     GeometricMean,
     PolicyGradient,
     SequencePolicyGradient,
+    SoftAdaptive,
 )
 from tests.loss_cases import gradient, outputs_of, rows_of
 
@@ -79,6 +80,23 @@ def test_gmpo(logs: list[float], advantage: float, loss: float) -> None:
     assert gradient(outputs.logprobs) == pytest.approx(
         [0.0 if clipped else loss / 2 for clipped in is_clipped], abs=1e-6
     )
+
+
+# TV of C.7
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "gate"),
+    [(1.3, 1.0, 2.297770), (1.3, -1.0, 2.202306), (1.0, 1.0, 2.0), (1.0, -1.0, 2 / 1.05)],
+)
+def test_sapo(ratio: float, advantage: float, gate: float) -> None:
+    outputs = outputs_of([math.log(ratio)])
+    term = SoftAdaptive().loss(rows_of([[advantage]]), outputs)
+    term.total.backward()
+    assert term.total.item() == pytest.approx(-gate * advantage, abs=1e-6)
+    [slope] = gradient(outputs.logprobs)
+    if ratio == 1.0:
+        assert slope == pytest.approx(-advantage, abs=1e-6), "that of the plain policy gradient"
+    else:
+        assert 0 < -slope * advantage < ratio, "it fades"
 
 
 # TV-D1
@@ -164,6 +182,7 @@ def test_old_tokens_count_less() -> None:
         ("gspo", {"clip_low": -1}, "clip_low must be"),
         ("cispo", {"cap": 0.5}, "floor <= 1 <= cap"),
         ("gmpo", {"clip_high": -0.4}, "must be >= 0"),
+        ("sapo", {"tau_negative": 0.0}, "must be positive"),
         ("kl", {"estimator": "k1"}, "zero expected gradient"),
         ("siren", {"peak_quantile": 1.0}, "peak_quantile must be"),
         ("siren", {"nucleus_rule": "both"}, "nucleus rule must be"),

@@ -46,6 +46,12 @@ def test_tokens_weight_by_length_and_sequences_do_not() -> None:
     assert by_sequence[0].item() == pytest.approx(1.620185, abs=1e-5)
 
 
+# TV-C7
+def test_published_values_of_gae_advantages() -> None:
+    [pack] = whiten([rows_of([[0.756, 0.48, 0.4]])], "tokens")
+    assert pack.advantages.tolist() == pytest.approx([1.127910, -0.349795, -0.778115], abs=1e-5)
+
+
 def test_too_little_to_compare_gives_zero() -> None:
     assert whiten([rows_of([[3.0]])], "tokens")[0].advantages.tolist() == [0.0]
     assert whiten([rows_of([])], "sequences")[0].advantages.tolist() == []
