@@ -12,7 +12,7 @@ from cluster.config import VerifierConfig
 from cluster.errors import HoneError
 from cluster.types import Message, Task, TrajectoryGroup
 from rewards import isolation, self_check
-from rewards.code_runs import BudgetError, run_cases, run_tests
+from rewards.code_runs import BudgetError, check_cases, run_cases, run_tests
 from rewards.rubric import Rubric
 from rewards.sandbox import Limits, Sandbox, SandboxError, choose
 
@@ -73,10 +73,56 @@ def test_each_call_may_take_the_limit_of_a_test_and_only_a_slow_one_fails() -> N
     slow = "import time\ndef f(x):\n  time.sleep(x)\n  return x"
     assert cases(slow, [[0.7], [0.7], [0.7]], "f") == ["0.7"] * 3
     assert cases(slow, [[0.1], [9], [0.2]], "f") == ["0.1", "wall_timeout", "0.2"]
-    loops = f"def f(x):\n  {LOOP}"
-    assert set(cases(loops, [[i] for i in range(9)], "f", budget_s=1.5)) <= {
-        "cpu_timeout", "wall_timeout",
-    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return 'x' * 1000",  # 200 KB in all, each within 64 KiB
+        "print('x' * 1000)\n  return 0",
+        "return 'x' * 70000 if i == 9 else i",
+        "if i == 9: raise SystemExit\n  return i",
+        "if i == 9: import os; os._exit(0)\n  return i",
+        "if i == 9: import ctypes; ctypes.string_at(0)\n  return i",
+        "return len('x' * (1 << 40)) if i == 9 else i",
+    ],
+)
+def test_one_bad_call_fails_itself_only_and_output_is_limited_per_call(body: str) -> None:
+    statuses = [
+        status
+        for status, _ in run_cases(
+            TIER, f"def f(i):\n  {body}", "f", [[i] for i in range(200)], Limits(), False, 30.0
+        )
+    ]
+    bad = {9} if "i == 9" in body else set[int]()
+    assert {i for i, status in enumerate(statuses) if status != "ok"} == bad
+
+
+def test_calls_larger_than_a_request_in_all_are_made_in_parts() -> None:
+    inputs: list[object] = [["x" * (3 << 20)] for _ in range(4)]
+    answers = run_cases(TIER, "f = len", "f", inputs, Limits(), False, 30.0)
+    assert list(answers) == [("ok", str(3 << 20))] * 4
+
+
+def check(code: str, budget_s: float, function: str = "") -> int:
+    case = {"args": [], "expected": 1} if function else {"output": "1"}
+    tests = {"function": function, "cases": [case] * 4}
+    entry = json.dumps({"tests": tests})
+    return check_cases(TIER, code, entry, LIMITS, False, 0.0, budget_s)[0]
+
+
+@pytest.mark.parametrize(
+    ("code", "function"),
+    [
+        (LOOP, ""),
+        (f"def f():\n  {LOOP}", "f"),
+        ("import time\ntime.sleep(0.9)\nprint(0)", ""),
+        ("import time\ndef f():\n  time.sleep(0.9)\n  return 0", "f"),
+        ("import time\ntime.sleep(0.5)\n1 / 0", "f"),
+    ],
+)
+def test_what_has_failed_a_test_buys_no_abstention_with_time(code: str, function: str) -> None:
+    assert check(code, 1.4, function) == 0
 
 
 def test_a_budget_that_honest_tests_use_up_says_nothing() -> None:

@@ -48,6 +48,8 @@ ATTACKS = {
     "fork bomb": "import os\nwhile True:\n  os.fork()\n  print('ESCAPED')",
     "spawn a shell": "import subprocess\nprint('ESCAPED', subprocess.run(['/bin/sh', '-c', 'id']))",
     "exec": "import os\nos.execv('/bin/echo', ['echo', 'ESCAPED'])",
+    "thread bomb": "import threading, time\nthreading.stack_size(32768)\nfor i in range(4000):\n"
+    "  threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\nprint('ESCAPED')",
     "memory bomb": "x = []\nwhile True: x.append(bytearray(1 << 24))",
     "memfd": "import os\nos.memfd_create('x')\nprint('ESCAPED')",
     "shared memory": "from multiprocessing import shared_memory\n"
