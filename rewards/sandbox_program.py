@@ -8,12 +8,13 @@ Standard library only; called by `rewards.sandbox_zygote`.
 import ast
 import builtins
 import json
+import math
 import os
 import select
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import Any, cast
 
 RESULT_FD = 3
@@ -49,24 +50,26 @@ def run_server(request: dict[str, Any]) -> None:
     with os.fdopen(PEER_FD, "rb", closefd=False) as calls:
         for line in calls:
             name, arguments, named = json.loads(line, object_hook=unmark)
-            write_all(PEER_FD, answer(scope, name, arguments, named, mark))
+            write_all(PEER_FD, answer(scope, name, arguments, named, mark, is_finite=False))
 
 
 def run_tests(request: dict[str, Any]) -> None:
     """Trusted tests against `solution`, whose functions live in another sandbox.
 
-    Counts the methods of test cases, `test...` functions and asserts at the top level, which need
-    not import what they call; where there are none of these, calls at the top level (`check(add)`).
-    A top-level statement that fails after it called the solution is a failed test; one that fails
-    by itself ends the module without a tally.
+    Counts the methods of test cases, `test...` functions without parameters and asserts at the top
+    level; where there are none of these, calls at the top level (`check(add)`). No name needs an
+    import: what neither the module nor Python defines is a function of the solution. What fails
+    after it called the solution is a failed test; a top-level statement or a test that fails by
+    itself ends the module without a tally.
     """
     solution = Solution(request["call_s"], request["limits"]["output_bytes"])
     module = types.ModuleType("solution")
     module.__getattr__ = solution.function  # type: ignore[method-assign]
     sys.modules["solution"] = module
     scope = load("", "tests")
+    scope["__builtins__"] = Names(solution)
     lines = list(script(ast.parse(request["code"]), scope, solution))
-    tests, passed = run_suite(scope)
+    tests, passed = run_suite(scope, solution)
     is_script = tests == 0 and not any(is_assert for is_assert, _ in lines)
     held = [ok for is_assert, ok in lines if is_assert or is_script or not ok]
     tests, passed = tests + len(held), passed + sum(held)
@@ -80,7 +83,7 @@ class Solution:
     """The other sandbox. After a call of more than `call_s` it is not asked again."""
 
     def __init__(self, call_s: float, max_bytes: int) -> None:
-        self._replies = os.fdopen(PEER_FD, "rb", closefd=False)
+        self._unread = bytearray()
         self._call_s = call_s
         self._max_bytes = max_bytes
         self._has_overrun = False
@@ -104,15 +107,41 @@ class Solution:
         if self._has_overrun or self.has_ended:
             return {"error": "the solution has ended"}
         line = b""
-        with suppress(ConnectionError):  # it has ended with requests unread
+        try:
             write_all(PEER_FD, json.dumps(request).encode() + b"\n")
-            if not select.select([PEER_FD], [], [], self._call_s)[0]:
-                self._has_overrun = True
-                return {"error": f"no answer in {self._call_s:g} s"}
-            line = self._replies.readline(self._max_bytes)
+            line = self._read_line()
+        except TimeoutError:
+            self._has_overrun = True
+            return {"error": f"no answer in {self._call_s:g} s"}
+        except ConnectionError:  # it has ended with requests unread
+            pass
         self.has_ended = not line
-        reply: Any = json.loads(line or b'{"error": "the solution has ended"}', object_hook=unmark)
+        try:
+            reply: Any = json.loads(
+                line or b'{"error": "the solution has ended"}',
+                object_hook=unmark, parse_constant=INFINITIES.__getitem__,
+            )  # fmt: skip
+        except (ValueError, KeyError, TypeError, RecursionError):
+            reply = {}
         return cast("dict[str, Any]", reply) if isinstance(reply, dict) else {}
+
+    def _read_line(self) -> bytes:
+        """The next line, `{}` for one of more than `max_bytes`, nothing at the end."""
+        deadline, is_long = time.monotonic() + self._call_s, False
+        while b"\n" not in self._unread:
+            left = max(0.0, deadline - time.monotonic())
+            if not select.select([PEER_FD], [], [], left)[0]:
+                raise TimeoutError
+            chunk = os.read(PEER_FD, 65536)
+            if not chunk:
+                return b""
+            self._unread += chunk
+            if len(self._unread) > self._max_bytes and b"\n" not in chunk:
+                is_long = True
+                self._unread.clear()
+        line, _, rest = self._unread.partition(b"\n")
+        self._unread = rest
+        return b"{}" if is_long or not 0 < len(line) <= self._max_bytes else bytes(line)
 
 
 def script(
@@ -125,7 +154,7 @@ def script(
         num_calls, is_line = solution.num_calls, isinstance(node, ast.Assert | ast.Expr)
         code = compile(ast.Module([node], []), "tests.py", "exec")
         try:
-            exec(code, scope, Names(scope, solution) if is_line else scope)
+            exec(code, scope)
             ok = True
         except Exception:
             ok = False
@@ -142,12 +171,40 @@ def script(
             return
 
 
-def run_suite(scope: dict[str, Any]) -> tuple[int, int]:
-    """(tests, passed) of test cases and `test...` functions; a skipped one is no test."""
+def run_suite(scope: dict[str, Any], solution: Solution) -> tuple[int, int]:
+    """(tests, passed) of test cases and `test...` functions; a skipped one is no test.
+
+    Raises `ValueError` for a test in error that has not called the solution, when nothing outside
+    of tests (the top level, `setUpClass`) has called it either: no program could pass that one.
+    """
+    import inspect
     import unittest
 
     class Outcome(unittest.TestResult):
         num_passed = 0
+        num_calls = 0  # of tests that are over
+        num_before = 0
+
+        def startTest(self, test: Any) -> None:
+            super().startTest(test)
+            self.num_before = solution.num_calls
+
+        def stopTest(self, test: Any) -> None:
+            super().stopTest(test)
+            self.num_calls += solution.num_calls - self.num_before
+
+        def addError(self, test: Any, err: Any) -> None:
+            self._require_call(test, err)
+            super().addError(test, err)
+
+        def addSubTest(self, test: Any, subtest: Any, err: Any) -> None:
+            if err is not None and not issubclass(err[0], test.failureException):
+                self._require_call(test, err)
+            super().addSubTest(test, subtest, err)
+
+        def _require_call(self, test: Any, err: Any) -> None:
+            if solution.num_calls == self.num_calls:
+                raise ValueError(f"{test} fails by itself: {err[0].__name__}: {err[1]}")
 
         def addSuccess(self, test: Any) -> None:
             self.num_passed += 1
@@ -155,13 +212,20 @@ def run_suite(scope: dict[str, Any]) -> tuple[int, int]:
         def addExpectedFailure(self, test: Any, err: Any) -> None:
             self.num_passed += 1
 
+    def takes_nothing(function: Callable[..., Any]) -> bool:
+        try:
+            inspect.signature(function).bind()
+        except TypeError:
+            return False
+        return True
+
     suite = unittest.TestSuite()
     loader = unittest.defaultTestLoader
     for value in list(scope.values()):
         if isinstance(value, type) and issubclass(value, unittest.TestCase):
             suite.addTests(loader.loadTestsFromTestCase(value))
     for name, value in list(scope.items()):
-        if name.startswith("test") and callable(value):
+        if name.startswith("test") and callable(value) and takes_nothing(value):
             suite.addTest(unittest.FunctionTestCase(value))
     total, outcome = suite.countTestCases(), Outcome()
     suite.run(outcome)
@@ -170,15 +234,14 @@ def run_suite(scope: dict[str, Any]) -> tuple[int, int]:
 
 
 class Names(dict[str, Any]):
-    """Names that no test defines are functions of the solution."""
+    """The builtins of a test module: a name that Python has not is a function of the solution."""
 
-    def __init__(self, scope: dict[str, Any], solution: Solution) -> None:
-        super().__init__(scope)
+    def __init__(self, solution: Solution) -> None:
+        super().__init__(vars(builtins))
         self._solution = solution
-        self._builtins = scope["__builtins__"]
 
     def __missing__(self, name: str) -> Any:
-        if name in self._builtins:
+        if name.startswith("__"):
             raise KeyError(name)
         return self._solution.function(name)
 
@@ -205,6 +268,7 @@ def unmark(value: dict[str, Any]) -> Any:
 MARKS: dict[str, Any] = {
     "__tuple__": tuple, "__set__": set, "__frozenset__": frozenset, "__dict__": dict
 }  # fmt: skip
+INFINITIES = {"Infinity": math.inf, "-Infinity": -math.inf}  # a value like others; NaN is none
 MODES = {"program": run_program, "calls": run_calls, "server": run_server, "tests": run_tests}
 
 
@@ -214,6 +278,7 @@ def answer(
     arguments: list[Any],
     named: dict[str, Any],
     convert: Callable[[Any], Any],
+    is_finite: bool = True,
 ) -> bytes:
     try:
         value = (
@@ -221,7 +286,7 @@ def answer(
             if name in scope
             else scope["Solution"]().__getattribute__(name)(*arguments, **named)
         )
-        return json.dumps({"value": convert(value)}, allow_nan=False).encode() + b"\n"
+        return json.dumps({"value": convert(value)}, allow_nan=not is_finite).encode() + b"\n"
     except MemoryError:
         raise
     except Exception as error:

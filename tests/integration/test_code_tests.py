@@ -9,10 +9,11 @@ import psutil
 import pytest
 
 from cluster.config import VerifierConfig
-from cluster.errors import HoneError
+from cluster.errors import ConfigError, HoneError
 from cluster.types import Message, Task, TrajectoryGroup
 from rewards import isolation, self_check
 from rewards.code_runs import BudgetError, check_cases, run_cases, run_tests
+from rewards.code_verifier import CodeVerifier
 from rewards.rubric import Rubric
 from rewards.sandbox import Limits, Sandbox, SandboxError, choose
 
@@ -132,6 +133,12 @@ def test_a_budget_that_honest_tests_use_up_says_nothing() -> None:
         cases("import time\ndef f(x): time.sleep(0.5)", [[1], [2], [3]], "f", budget_s=0.8)
 
 
+@pytest.mark.parametrize("settings", [{"memory_mib": 2049}, {"file_mib": 65}])
+def test_a_limit_above_that_of_the_worker_is_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(settings))}: at most"):
+        CodeVerifier(**settings)  # pyright: ignore[reportArgumentType]
+
+
 async def test_a_test_limit_beyond_the_verifiers_is_refused_in_one_line() -> None:
     settings = {"test_timeout_s": 9}
     rubric = Rubric({"code": VerifierConfig(use="code", settings=settings)})
@@ -171,6 +178,7 @@ SUBTESTS = (
     "      with self.subTest(i): self.assertEqual(add(i, 9), i + 9)\n"
     "  def test_one(self): self.assertEqual(add(0, 0), 0)\n"
 )
+CASE = "import unittest\nclass T(unittest.TestCase):\n  def test_one(self): {}\n"
 IMPORT = "from solution import add\n"
 
 
@@ -195,6 +203,19 @@ IMPORT = "from solution import add\n"
         ("import unittest\nfrom solution import f\nclass T(unittest.TestCase):\n"
          "  def test_it(self):\n    with self.assertRaises(ValueError): f()",
          "def f(): raise ValueError('no')", (1, 1)),
+        (CASE.format("self.assertEqual(add(1, 2), 3)"), ADD, (1, 1)),
+        (CASE.format("self.assertEqual(add(1, 2), 3)"), "def add(a, b): return 0", (0, 1)),
+        (CASE.format("self.assertEqual(add(1, 2).real, 3)"), "def add(a, b): return 'x'", (0, 1)),
+        ("def test_pair(f): assert f(1, 2) == 3\ntest_pair(add)", ADD, (1, 1)),
+        ("import unittest\nclass T(unittest.TestCase):\n  @classmethod\n"
+         "  def setUpClass(cls): cls.sum = add(1, 2)\n"
+         "  def test_it(self): self.assertEqual(self.sum.real, 3)",
+         "def add(a, b): return 'x'", (0, 1)),
+        ("assert f() == float('inf')", "def f(): return float('inf')", (1, 1)),
+        ("assert not f() == 3", "def f(): return float('nan')", (0, 1)),
+        ("assert f(99999) != 0\nassert f(1) == 'x'", "def f(n): return 'x' * n", (1, 2)),
+        ("assert f() == 1\nassert 1 == 1",
+         "import os, time\ndef f():\n  os.write(4, b'{')\n  time.sleep(60)", (1, 2)),
     ],
 )  # fmt: skip
 def test_modules_of_every_form_tell_right_from_wrong(
@@ -203,7 +224,17 @@ def test_modules_of_every_form_tell_right_from_wrong(
     assert tally(tests, code) == wanted
 
 
-@pytest.mark.parametrize("tests", ["x = 1", "import nothing_here\nassert add(1, 2) == 3", "1 / 0"])
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "x = 1",
+        "import nothing_here\nassert add(1, 2) == 3",
+        "1 / 0",
+        "def test_add(fixture): assert add(1, 2) == fixture",
+        CASE.format("self.assertEqual(self.wanted, add(1, 2))"),
+        CASE.format("self.wanted; add(1, 2)") + "  def test_two(self): add(1, 2)\n",
+    ],
+)
 def test_a_module_that_is_broken_by_itself_gives_no_tally(tests: str) -> None:
     with pytest.raises(HoneError):
         tally(tests, ADD)
