@@ -145,15 +145,19 @@ def run_tests(
     bound = msgspec.convert(limits, Limits)
     whole = msgspec.structs.replace(bound, wall_s=budget_s, cpu_s=math.ceil(budget_s))
     reply = sandbox_of(tier).run_tests(code, tests, whole, call_s=bound.wall_s)
+    too_slow = BudgetError(
+        f"the test module took more than {budget_s:g} s: raise the verifier's timeout_s"
+    )
     if reply.status in TIMEOUTS:
-        raise BudgetError(
-            f"the test module took more than {budget_s:g} s: raise the verifier's timeout_s"
-        )
+        raise too_slow
     try:
-        return msgspec.json.decode(reply.result, type=dict[str, int])
+        tally = msgspec.json.decode(reply.result, type=dict[str, int])
     except msgspec.DecodeError:
         last = reply.stderr.strip().splitlines()[-1:] or [reply.status]
         raise HoneError(f"the test module gave no tally: {last[0]}") from None
+    if tally["spent"]:
+        raise too_slow
+    return tally
 
 
 def read_answers(reply: RunResult, count: int) -> list[Answer]:

@@ -244,6 +244,14 @@ def test_many_honest_calls_within_a_module_use_up_its_budget() -> None:
     tests = "from solution import f\nfor i in range(9): assert f(i) is None"
     with pytest.raises(BudgetError):
         tally(tests, "import time\ndef f(x): time.sleep(0.3)", budget_s=1.2)
+    wrong = "import time\ndef f(x):\n  time.sleep(0.5)\n  return 0"
+    tests = "assert f(0) is None\nassert f(1) is None\nassert f(2) is None"
+    assert tally(tests, wrong, budget_s=1.2) == (0, 3)
+    methods = "".join(f"  def test_{i}(self): self.assertIsNone(f({i}))\n" for i in range(3))
+    tests = "import unittest\nclass T(unittest.TestCase):\n" + methods
+    assert tally(tests, wrong, budget_s=1.2) == (0, 3)
+    with pytest.raises(BudgetError):
+        tally(tests, wrong.replace("return 0", "return"), budget_s=1.2)
 
 
 def test_a_fault_of_the_programs_own_sandbox_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
