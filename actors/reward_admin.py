@@ -69,11 +69,11 @@ class RewardAdmin:
         verifiers = _parsed(last.verifiers if last else self._origin)
         candidate = Candidate(self._pool.home, verifiers)
         try:
-            version = self._register(await candidate.start(), verifiers)
+            state, version = self._registered(await candidate.start(), verifiers)
         finally:
             candidate.close()
         self._pool.cut_over(await self._pool.prepare(version, self._tasks))
-        await self._save(self._state.activate(version.label))
+        await self._save(state.activate(version.label))
         if last is not None and last.label != version.label:
             self._tell("resume", last.label, version, "its code has changed since")
         await self.door.open()
@@ -125,12 +125,13 @@ class RewardAdmin:
             raise StageError("shadow", "another candidate is in the shadow: promote or stop it")
         candidate, verifiers = self._candidate(arguments)
         try:
-            version = self._register(await candidate.start(), verifiers)
+            facts = await candidate.start()
             warnings = await candidate.self_check(self._tasks)
-        except HoneError:
+            state, version = self._registered(facts, verifiers)
+            await self._save(state)
+        except BaseException:
             candidate.close()
             raise
-        await self._save(self._state)
         candidate.follow(self._pool.live.full_reward)
         self._shadowed, self._pool.shadow, self._num_reported = version, candidate, 0
         self._on_event("reward_shadow_started", version=version.label, live=self._state.active)
@@ -153,7 +154,7 @@ class RewardAdmin:
     async def _swap(self, arguments: dict[str, Any]) -> dict[str, Any]:
         candidate, verifiers = self._candidate(arguments)
         try:
-            version = self._register(await candidate.start(), verifiers)
+            _, version = self._registered(await candidate.start(), verifiers)
             if version.label == self._state.active:
                 raise StageError("swap", f"{version.label} is live already")
             warnings = await candidate.self_check(self._tasks)
@@ -170,7 +171,8 @@ class RewardAdmin:
         workers = await self._pool.prepare(version, self._tasks)
         before = self._state.active
         try:
-            await self._save(self._state.activate(version.label))
+            state, _ = self._state.register(version.hash, version.verifiers, version.signals)
+            await self._save(state.activate(version.label))
         except BaseException:
             self._pool.discard(workers)
             raise
@@ -220,9 +222,11 @@ class RewardAdmin:
         verifiers = _parsed(arguments.get("verifiers"))
         return Candidate(self._pool.home, verifiers), verifiers
 
-    def _register(self, facts: Any, verifiers: dict[str, VerifierConfig]) -> RubricVersion:
-        self._state, version = self._state.register(facts.hash, _plain(verifiers), facts.signals)
-        return version
+    def _registered(
+        self, facts: Any, verifiers: dict[str, VerifierConfig]
+    ) -> tuple[RewardState, RubricVersion]:
+        """The state with this version in it; nothing is kept before it is saved."""
+        return self._state.register(facts.hash, _plain(verifiers), facts.signals)
 
     async def _save(self, state: RewardState) -> None:
         await asyncio.to_thread(reward_state.save, self._run.path, state)

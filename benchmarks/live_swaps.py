@@ -50,7 +50,11 @@ FIRST_STEPS = 6  # before the first change
 STEPS_BETWEEN = 2
 SAMPLE = 512  # groups: more than the buffer holds between two checkpoints
 TOO_OLD = "too_old"  # dropped by the age bound, whatever scores them
-CRASHES = ("DiesOnGold", "DiesInWorkers", "DiesLive")
+# Dies when it is built, on gold, as a worker that is to go live (also after the shadow), and in it.
+CRASHES = (
+    ("DiesBuilt", "swap"), ("DiesOnGold", "swap"), ("DiesInWorkers", "swap"),
+    ("DiesInWorkers", "promote"), ("DiesLive", "shadow"),
+)  # fmt: skip
 
 
 class LiveSwaps(NamedTuple):
@@ -148,19 +152,32 @@ class Changes:
         self._num_versions = 0
 
     def crash(self, mark: Path) -> None:
-        """A candidate that dies on gold, one that dies as a worker, one that dies in the shadow."""
-        for use in CRASHES:
+        """A candidate for each of `CRASHES`; `mark` begins the names of files to make."""
+        for use, command in CRASHES:
             before = self._ask("list")["state"]["active"]
-            settings = {"mark": str(mark)} if use == "DiesInWorkers" else {}
-            try:
-                command = "shadow" if use == "DiesLive" else "swap"
-                self._ask(command, verifiers=self._verifiers(use, **settings))
-                is_gone = use == "DiesLive" and self._is_shadow_gone()
-            except StageError:
-                is_gone = use != "DiesLive"
+            settings = {"mark": f"{mark}-{command}"} if use == "DiesInWorkers" else {}
+            is_gone = self._dies(command, self._verifiers(use, **settings))
             self._wait(1)
             self._look()
             self.num_unmoved += is_gone and self._ask("list")["state"]["active"] == before
+
+    def _dies(self, command: str, verifiers: dict[str, Any]) -> bool:
+        """Whether the candidate is refused, or is gone from the shadow."""
+        if command == "swap":
+            return self._is_refused("swap", verifiers=verifiers)
+        self._ask("shadow", verifiers=verifiers)
+        if command == "shadow":
+            return self._is_shadow_gone()
+        is_refused = self._is_refused("promote")
+        self._ask("shadow", stop=True)
+        return is_refused
+
+    def _is_refused(self, command: str, **arguments: Any) -> bool:
+        try:
+            self._ask(command, **arguments)
+        except StageError:
+            return True
+        return False
 
     def carry_out(self, num_changes: int, limit_s: float) -> None:
         """Swap to a new version, roll back, and promote another from the shadow, in turn."""

@@ -26,6 +26,14 @@ class Bonus:
         return [Verdict(score=is_right(t.text, gold) + self._bonus) for t in group.trajectories]
 
 
+class DiesBuilt(Bonus):
+    """Dies before it can be checked."""
+
+    def __init__(self, bonus: float = 0.0) -> None:
+        super().__init__(bonus)
+        os._exit(9)
+
+
 class DiesOnGold(Bonus):
     """Dies when it is checked."""
 

@@ -1,10 +1,12 @@
 """The worker's side of the code verifier: runs a program's tests in the sandbox, within a budget.
 
-Invariant: a program that overruns the limit of one test has failed it; when the budget of all tests
-ends before that, nothing is said about the program. Runs inside an isolated worker
-(`rewards.isolation`); called by `rewards.code_verifier` by its path.
+Invariant: each test has the limits of a run to itself, and one that overruns them has failed, it
+alone. When the budget of all tests ends, what is left has failed if another test had; if none had,
+nothing is said about the program. Runs inside an isolated worker (`rewards.isolation`); called by
+`rewards.code_verifier` by its path.
 """
 
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -13,10 +15,11 @@ from typing import Any, cast
 import msgspec
 
 from cluster.errors import HoneError
-from rewards.code_tests import is_right, read_tests
+from rewards.code_tests import MAX_CASE_BYTES, is_right, read_tests
 from rewards.sandbox import Limits, RunResult, Sandbox, Tier, sandbox_of
 
 MAX_DEPTH = 32
+MAX_BATCH_BYTES = MAX_CASE_BYTES  # of the arguments of one process's calls
 TIMEOUTS = ("wall_timeout", "cpu_timeout")
 Answer = tuple[str, str]  # status and what was printed, or the function's value as JSON
 
@@ -26,31 +29,26 @@ class BudgetError(HoneError):
 
 
 class _Clock:
-    """What is left of the budget, and whether a test has overrun its own limit yet."""
+    """What is left of the budget."""
 
     def __init__(self, budget_s: float, limits: Limits) -> None:
         self._budget_s = budget_s
         self._end = time.monotonic() + budget_s
         self._limits = limits
-        self._has_overrun = False
 
-    def limits(self) -> Limits | None:
-        """Of the next run; None when the program has overrun a test and no time is left."""
+    def limits(self) -> Limits:
+        """Of the next run. Raises `BudgetError` when no time is left."""
         left = self._end - time.monotonic()
-        if left > 0:
-            return msgspec.structs.replace(self._limits, wall_s=min(self._limits.wall_s, left))
-        if self._has_overrun:
-            return None
-        raise BudgetError(
-            f"the tests took more than {self._budget_s:g} s in all, none more than its own "
-            f"{self._limits.wall_s:g} s: raise the verifier's timeout_s"
-        )
+        if left <= 0:
+            raise BudgetError(
+                f"the tests took more than {self._budget_s:g} s in all, none more than its own "
+                f"{self._limits.wall_s:g} s: raise the verifier's timeout_s"
+            )
+        return msgspec.structs.replace(self._limits, wall_s=min(self._limits.wall_s, left))
 
-    def is_overrun(self, status: str, given: Limits) -> bool:
-        """Whether a test without an answer used up its own limit, not just the budget's rest."""
-        is_full = given.wall_s == self._limits.wall_s or status == "cpu_timeout"
-        self._has_overrun |= status in TIMEOUTS and is_full
-        return self._has_overrun
+    def is_cut_short(self, status: str, given: Limits) -> bool:
+        """Whether it was the budget that ended a run, not the limit of a test."""
+        return status == "wall_timeout" and given.wall_s < self._limits.wall_s
 
 
 def check_cases(
@@ -65,18 +63,22 @@ def check_cases(
     """How many cases of a task's `entry` pass, and what was wrong with the first of the others.
 
     Each answer is compared here as it comes: together they may be larger than a worker's reply.
-    Raises `BudgetError`.
+    Raises `BudgetError` when the budget ends before a case has failed.
     """
     tests = read_tests(entry)
     inputs = [case.args if tests.function else case.input for case in tests.cases]
     bound = msgspec.convert(limits, Limits)
     answers = run_cases(tier, code, tests.function, inputs, bound, one_run_per_case, budget_s)
     num_passed, fault = 0, ""
-    for case, (status, answer) in zip(tests.cases, answers, strict=True):
-        if status == "ok" and is_right(tests, case, answer, tolerance):
-            num_passed += 1
-        else:
-            fault = fault or status.replace("ok", "wrong answer")
+    try:
+        for case, (status, answer) in zip(tests.cases, answers, strict=True):
+            if status == "ok" and is_right(tests, case, answer, tolerance):
+                num_passed += 1
+            else:
+                fault = fault or status.replace("ok", "wrong answer")
+    except BudgetError:
+        if not fault:
+            raise
     return num_passed, fault
 
 
@@ -94,36 +96,46 @@ def run_cases(
     if not function:
         yield from (_run_program(sandbox, code, text, clock) for text in inputs)
         return
-    for batch in [[arguments] for arguments in inputs] if one_run_per_case else [list(inputs)]:
+    for batch in _batches(inputs, 1 if one_run_per_case else MAX_BATCH_BYTES):
         yield from _run_calls(sandbox, code, function, batch, clock)
 
 
+def _batches(inputs: Sequence[Any], max_bytes: int) -> Iterator[list[Any]]:
+    """The arguments of calls in parts of at most `max_bytes` of JSON, or of a single call."""
+    batch, size = list[Any](), 0
+    for arguments in inputs:
+        more = len(json.dumps(arguments))
+        if batch and size + more > max_bytes:
+            yield batch
+            batch, size = [], 0
+        batch.append(arguments)
+        size += more
+    yield batch
+
+
 def _run_program(sandbox: Sandbox, code: str, text: str, clock: _Clock) -> Answer:
-    while limits := clock.limits():
+    while True:
+        limits = clock.limits()
         reply = sandbox.run("program", code, limits, stdin=text)
-        if reply.status not in TIMEOUTS or clock.is_overrun(reply.status, limits):
+        if not clock.is_cut_short(reply.status, limits):
             return reply.status, reply.stdout if reply.status == "ok" else ""
-    return "wall_timeout", ""
 
 
 def _run_calls(
     sandbox: Sandbox, code: str, function: str, calls: list[Any], clock: _Clock
-) -> list[Answer]:
-    """Calls of one process; one that a timeout cut short after others is tried again, alone with
-    those after it, so that each may take the limit of a test.
+) -> Iterator[Answer]:
+    """Calls of one process. The first one without an answer (too slow, too much output, a crash) is
+    tried again as the first of a new process, where it has the limits to itself; if it gets no
+    answer there, it has failed, and another process goes on with those after it.
     """
-    answers: list[Answer] = []
-    while len(answers) < len(calls) and (limits := clock.limits()):
-        batch = calls[len(answers) :]
-        reply = sandbox.run("calls", code, limits, function=function, calls=batch)
-        given = read_answers(reply, len(batch))
-        if reply.status not in TIMEOUTS:
-            return answers + given
-        done = [answer for answer in given if answer[0] not in TIMEOUTS]
-        if not done and clock.is_overrun(reply.status, limits):
-            done = given[:1]
-        answers += done
-    return answers + [("wall_timeout", "")] * (len(calls) - len(answers))
+    while calls:
+        limits = clock.limits()
+        reply = sandbox.run("calls", code, limits, function=function, calls=calls)
+        given = read_answers(reply, len(calls))
+        if not given and not clock.is_cut_short(reply.status, limits):
+            given = [(reply.status.replace("ok", "model_error"), "")]
+        yield from given
+        calls = calls[len(given) :]
 
 
 def run_tests(
@@ -133,20 +145,24 @@ def run_tests(
     bound = msgspec.convert(limits, Limits)
     whole = msgspec.structs.replace(bound, wall_s=budget_s, cpu_s=math.ceil(budget_s))
     reply = sandbox_of(tier).run_tests(code, tests, whole, call_s=bound.wall_s)
+    too_slow = BudgetError(
+        f"the test module took more than {budget_s:g} s: raise the verifier's timeout_s"
+    )
     if reply.status in TIMEOUTS:
-        raise BudgetError(
-            f"the test module took more than {budget_s:g} s: raise the verifier's timeout_s"
-        )
+        raise too_slow
     try:
-        return msgspec.json.decode(reply.result, type=dict[str, int])
+        tally = msgspec.json.decode(reply.result, type=dict[str, int])
     except msgspec.DecodeError:
         last = reply.stderr.strip().splitlines()[-1:] or [reply.status]
         raise HoneError(f"the test module gave no tally: {last[0]}") from None
+    if tally["spent"]:
+        raise too_slow
+    return tally
 
 
 def read_answers(reply: RunResult, count: int) -> list[Answer]:
-    """One answer per call from distrusted lines; too many lines spoil all of them."""
-    lines = reply.result.splitlines()
+    """One answer per whole line, distrusted; more than `count` lines spoil all of them."""
+    lines = reply.result.split("\n")[:-1]
     if len(lines) > count:
         return [("result_invalid", "")] * count
     answers: list[Answer] = []
@@ -162,8 +178,7 @@ def read_answers(reply: RunResult, count: int) -> list[Answer]:
             answers.append(("ok", text))
         else:
             answers.append(("model_error", ""))
-    missing = "model_error" if reply.status == "ok" else reply.status
-    return answers + [(missing, "")] * (count - len(answers))
+    return answers
 
 
 def _is_deep(value: object, max_depth: int = MAX_DEPTH) -> bool:

@@ -11,6 +11,8 @@ from typing import Any, cast
 
 import msgspec
 
+MAX_CASE_BYTES = 7 << 20  # of JSON: a request to the sandbox is at most 8 MiB with the program
+
 
 class Case(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Either `input` and `output` (text) or `args` and `expected` (plain data)."""
@@ -49,6 +51,14 @@ def read_tests(entry: str) -> Tests:
         if (case.args if tests.function else case.output) is None:
             wanted = "`args` and `expected`" if tests.function else "`input` and `output`"
             raise ValueError(f"each case must have {wanted}")
+    if 6 * len(entry) > MAX_CASE_BYTES:  # as ASCII a character is six bytes at the most
+        for sent in [tests.unittest, *(case.args or case.input for case in tests.cases)]:
+            size = len(json.dumps(sent))
+            if size > MAX_CASE_BYTES:
+                raise ValueError(
+                    f"the input of a test, or a test module, has {size >> 20} MiB as JSON, at most "
+                    f"{MAX_CASE_BYTES >> 20} MiB are accepted"
+                )
     return tests
 
 

@@ -20,6 +20,8 @@ from rewards.answers import after_thinking
 from rewards.base import VerifierIO, abstention
 from rewards.code_tests import Tests, read_tests
 from rewards.golden_sets import CODE
+from rewards.isolated_worker import FILE_MIB
+from rewards.isolation import MEMORY_MIB
 from rewards.sandbox import Limits, Tier, choose
 
 MAX_CODE_BYTES = 64 << 10
@@ -37,8 +39,8 @@ class CodeVerifier:
     Each test may take `test_timeout_s` and `memory_mib`; floats may differ by `tolerance`
     (relative or absolute). With `one_run_per_case` no case can learn of another. The tests of one
     program may take four fifths of the verifier's `timeout_s` in all: what is left then has failed
-    if a test overran its own limit, and the check abstains if none did. Example: a program that
-    passes 3 of 4 cases scores 0.75.
+    if a case had, and the check abstains if none had. Example: a program that passes 3 of 4 cases
+    scores 0.75.
     """
 
     example = "```python\n{answer}\n```"
@@ -63,6 +65,11 @@ class CodeVerifier:
                 "test_timeout_s, memory_mib, output_kib and file_mib must be above 0 and "
                 "tolerance not below"
             )
+        for name, value, most in (
+            ("memory_mib", memory_mib, MEMORY_MIB), ("file_mib", file_mib, FILE_MIB)
+        ):  # fmt: skip
+            if value > most:
+                raise ConfigError(f"{name}: at most {most}, the limit of its worker, got {value}")
         self._partial = partial
         self._tolerance = tolerance
         self._one_run_per_case = one_run_per_case

@@ -21,6 +21,7 @@ import msgspec
 
 from cluster.errors import ConfigError, DeadlineError, HoneError
 
+UNFIT = {400, 413, 422}  # the request's own problem: it says nothing about the endpoint
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 MAX_REPLY_BYTES = 1 << 20
 MAX_CACHED = 10_000
@@ -30,6 +31,10 @@ LONGEST_PAUSE_S = 8.0
 
 class EndpointError(HoneError):
     """No usable answer: says nothing about the text that was to be judged."""
+
+
+class UnfitRequest(EndpointError):
+    """The endpoint works and refuses this one, for example because the prompt is too long."""
 
 
 class EndpointTimeout(EndpointError, DeadlineError):
@@ -143,6 +148,8 @@ class Endpoint:
             self._breaker.check()
             try:
                 outcome = await self._post(request, deadline)
+            except UnfitRequest:
+                raise
             except EndpointError:
                 self._breaker.record(False)
                 raise
@@ -180,9 +187,8 @@ class Endpoint:
             wait_s = min(LONGEST_PAUSE_S, float(hint)) if hint.isdigit() else 0.0
             return _Failed(f"status {response.status_code}", wait_s)
         if response.status_code != 200:
-            raise EndpointError(
-                f"{self._url}: status {response.status_code}: {response.text[:200]!r}"
-            )
+            kind = UnfitRequest if response.status_code in UNFIT else EndpointError
+            raise kind(f"{self._url}: status {response.status_code}: {response.text[:200]!r}")
         try:
             return _read(response.content, self._prices)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:

@@ -11,6 +11,7 @@ import hashlib
 import math
 import re
 import secrets
+import unicodedata
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -26,7 +27,6 @@ from rewards.registry import build_verifier
 from rewards.versions import nested_version
 
 MAX_CANDIDATE_CHARS = 8192
-MIN_CONTENT_WORDS = 1
 CALLS = 0.9  # of the time that a group has left, so that what is decided is kept
 _MARKUP = re.compile(
     r"<\|[^<>|]{0,64}\|>|</?(?:candidate|system|user|assistant|verdict)[^<>]{0,64}>"
@@ -170,7 +170,7 @@ class JudgeVerifier:
         return fence_off(after_thinking(text)[-MAX_CANDIDATE_CHARS:])
 
     async def _verdict(self, group: TrajectoryGroup, candidate: str, deadline: float) -> Verdict:
-        if len(re.findall(r"\w+", candidate)) < MIN_CONTENT_WORDS:
+        if is_bare(candidate) and not (candidate and is_bare(group.task.reference or "none")):
             return Verdict(score=0.0, evidence="nothing to judge")
         votes = await asyncio.gather(
             *(self._vote(group, candidate, number, deadline) for number in range(self._votes))
@@ -260,12 +260,8 @@ class GenerativeVerifier(JudgeVerifier):
         return nested_version("first", settings.get("first", {"use": "math"}))
 
     def __init__(self, base_url: str, model: str, **settings: Any) -> None:
-        chosen: dict[str, Any] = {
-            "rubric": "equal",
-            "first": {"use": "math"},
-            "second_opinion": True,
-        }
-        super().__init__(base_url, model, **(chosen | settings))
+        settings = {"rubric": "equal", "first": {"use": "math"}, "second_opinion": True} | settings
+        super().__init__(base_url, model, **settings)
 
     def _candidate(self, text: str) -> str:
         return fence_off((extract_answer(text, require_boxed=False) or "")[:512])
@@ -278,6 +274,11 @@ def marker_for(candidate: str) -> str:
     """
     marker = hashlib.sha256(_SECRET + candidate.encode(errors="replace")).hexdigest()[:12]
     return f"candidate-{marker}"
+
+
+def is_bare(text: str) -> bool:
+    """No letter, digit or symbol ("+"): punctuation alone can sway a model (arXiv 2507.08794)."""
+    return not any(unicodedata.category(character)[0] in "LNS" for character in text)
 
 
 def fence_off(text: str) -> str:

@@ -5,15 +5,19 @@ namespaces; a root that holds Python, its libraries (read-only), three devices a
 no capabilities, no_new_privs; Landlock; a seccomp allow list of system calls, without processes,
 sockets or exec; rlimits for memory, CPU, files, threads; a keeper outside that owns the clock and
 the pipes. Tier `landlock` has no namespaces, but the same lack of capabilities, Landlock, seccomp
-and rlimits; all it can write is /dev/null, and seccomp also denies what changes a path (no Landlock
-guards modes and times). `stat` tells a program there that a path exists, not what is in it.
+and rlimits but that for threads, which counts all of a user's: there the keeper counts a program's
+50 times a second and kills it, so that for a moment it can have more. All it can write is
+/dev/null, and seccomp also denies what changes a path (no Landlock guards modes and times). `stat`
+tells a program there that a path exists, not what is in it.
 Both must pass `self_test` before any program runs; without either, Hone refuses, unless `unsafe_ok`
-asks for tier `none` (rlimits only).
+asks for tier `none` (rlimits and the keeper only: a program there can read what our user can, so
+also the tests of other processes).
 Any Landlock will do (version 1, Linux 5.13). What later versions add is denied by seccomp as well,
 and by it alone before them: truncation (3), TCP (4), ioctls of devices (5), signals and abstract
 sockets outside (6).
-Not covered: kernel bugs, side channels (timing, caches), other languages, GPUs, network access on
-purpose, C extensions outside the standard library, programs that start processes (they fail).
+Not covered: a cgroup or a user of its own for each slot, kernel bugs, side channels (timing,
+caches), other languages, GPUs, network access on purpose, C extensions outside the standard
+library, programs that start processes (they fail).
 
 Invariant: what comes back is data, never a verdict; expected values are never sent in. Runs inside
 an isolated worker (`rewards.isolation`); called by `rewards.code_verifier` by its path.
@@ -62,8 +66,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunResult(msgspec.Struct, frozen=True, kw_only=True):
-    """`status` ok, model_error, crash, cpu_timeout, wall_timeout, memory_limit, output_limit: the
-    program's doing; infra_error: ours.
+    """`status` ok, model_error, crash, cpu_timeout, wall_timeout, memory_limit, output_limit,
+    thread_limit: the program's doing; infra_error: ours.
     """
 
     status: str

@@ -160,6 +160,14 @@ def set_limits(memory_bytes: int, cpu_s: int, file_bytes: int, threads: int) -> 
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
 
 
+def num_threads(pid: int) -> int:
+    """Of a process; 0 without /proc, as after `enter_slot`, where RLIMIT_NPROC counts them."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/task"))
+    except FileNotFoundError:
+        return 0
+
+
 def no_new_privileges() -> None:
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
 

@@ -5,22 +5,18 @@ descriptor 3 (or 4, between two sandboxes) and nobody outside believes them to b
 Standard library only; called by `rewards.sandbox_zygote`.
 """
 
-import ast
-import builtins
 import json
 import os
-import select
 import sys
 import types
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from typing import Any, cast
 
 RESULT_FD = 3
 PEER_FD = 4
 
 
-def load(code: str | ast.Module, name: str) -> dict[str, Any]:
+def load(code: str, name: str) -> dict[str, Any]:
     module = types.ModuleType(name)
     module.__dict__["__name__"] = name
     sys.modules[name] = module
@@ -49,138 +45,7 @@ def run_server(request: dict[str, Any]) -> None:
     with os.fdopen(PEER_FD, "rb", closefd=False) as calls:
         for line in calls:
             name, arguments, named = json.loads(line, object_hook=unmark)
-            write_all(PEER_FD, answer(scope, name, arguments, named, mark))
-
-
-def run_tests(request: dict[str, Any]) -> None:
-    """Trusted tests against `solution`, whose functions live in another sandbox.
-
-    Counts the methods of test cases, `test...` functions and asserts at the top level, which need
-    not import what they call; where there are none of these, calls at the top level (`check(add)`).
-    A top-level statement that fails after it called the solution is a failed test; one that fails
-    by itself ends the module without a tally.
-    """
-    solution = Solution(request["call_s"], request["limits"]["output_bytes"])
-    module = types.ModuleType("solution")
-    module.__getattr__ = solution.function  # type: ignore[method-assign]
-    sys.modules["solution"] = module
-    scope = load("", "tests")
-    lines = list(script(ast.parse(request["code"]), scope, solution))
-    tests, passed = run_suite(scope)
-    is_script = tests == 0 and not any(is_assert for is_assert, _ in lines)
-    held = [ok for is_assert, ok in lines if is_assert or is_script or not ok]
-    tests, passed = tests + len(held), passed + sum(held)
-    if tests == 0:
-        raise ValueError("the module tests nothing")
-    verdict = {"tests": tests, "passed": passed, "solution_ended": int(solution.has_ended)}
-    os.write(RESULT_FD, json.dumps(verdict).encode() + b"\n")
-
-
-class Solution:
-    """The other sandbox. After a call of more than `call_s` it is not asked again."""
-
-    def __init__(self, call_s: float, max_bytes: int) -> None:
-        self._replies = os.fdopen(PEER_FD, "rb", closefd=False)
-        self._call_s = call_s
-        self._max_bytes = max_bytes
-        self._has_overrun = False
-        self.has_ended = False
-        self.num_calls = 0
-
-    def function(self, name: str) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            reply = self._ask([name, mark(arguments), mark(named)])
-            if "value" in reply:
-                return reply["value"]
-            kind = getattr(builtins, str(reply.get("type")), None)
-            if not (isinstance(kind, type) and issubclass(kind, Exception)):
-                kind = RuntimeError
-            raise kind(str(reply.get("error", "no value"))[:500])
-
-        return call
-
-    def _ask(self, request: list[Any]) -> dict[str, Any]:
-        self.num_calls += 1
-        if self._has_overrun or self.has_ended:
-            return {"error": "the solution has ended"}
-        line = b""
-        with suppress(ConnectionError):  # it has ended with requests unread
-            write_all(PEER_FD, json.dumps(request).encode() + b"\n")
-            if not select.select([PEER_FD], [], [], self._call_s)[0]:
-                self._has_overrun = True
-                return {"error": f"no answer in {self._call_s:g} s"}
-            line = self._replies.readline(self._max_bytes)
-        self.has_ended = not line
-        reply: Any = json.loads(line or b'{"error": "the solution has ended"}', object_hook=unmark)
-        return cast("dict[str, Any]", reply) if isinstance(reply, dict) else {}
-
-
-def script(
-    tree: ast.Module, scope: dict[str, Any], solution: Solution
-) -> Iterator[tuple[bool, bool]]:
-    """Runs the top level in order; (is an assert, has held) for each assert and each statement
-    that called the solution and is an expression or failed.
-    """
-    for number, node in enumerate(tree.body):
-        num_calls, is_line = solution.num_calls, isinstance(node, ast.Assert | ast.Expr)
-        code = compile(ast.Module([node], []), "tests.py", "exec")
-        try:
-            exec(code, scope, Names(scope, solution) if is_line else scope)
-            ok = True
-        except Exception:
-            ok = False
-            has_called = solution.num_calls > num_calls
-            if not isinstance(node, ast.Assert) and not has_called:
-                raise
-        if isinstance(node, ast.Assert):
-            yield True, ok
-        elif not ok or (is_line and solution.num_calls > num_calls):
-            yield False, ok
-        if not ok and not is_line:
-            rest = tree.body[number + 1 :]
-            yield from ((True, False) for later in rest if isinstance(later, ast.Assert))
-            return
-
-
-def run_suite(scope: dict[str, Any]) -> tuple[int, int]:
-    """(tests, passed) of test cases and `test...` functions; a skipped one is no test."""
-    import unittest
-
-    class Outcome(unittest.TestResult):
-        num_passed = 0
-
-        def addSuccess(self, test: Any) -> None:
-            self.num_passed += 1
-
-        def addExpectedFailure(self, test: Any, err: Any) -> None:
-            self.num_passed += 1
-
-    suite = unittest.TestSuite()
-    loader = unittest.defaultTestLoader
-    for value in list(scope.values()):
-        if isinstance(value, type) and issubclass(value, unittest.TestCase):
-            suite.addTests(loader.loadTestsFromTestCase(value))
-    for name, value in list(scope.items()):
-        if name.startswith("test") and callable(value):
-            suite.addTest(unittest.FunctionTestCase(value))
-    total, outcome = suite.countTestCases(), Outcome()
-    suite.run(outcome)
-    skipped = {id(getattr(test, "test_case", test)) for test, _ in outcome.skipped}
-    return max(total - len(skipped), outcome.num_passed), outcome.num_passed
-
-
-class Names(dict[str, Any]):
-    """Names that no test defines are functions of the solution."""
-
-    def __init__(self, scope: dict[str, Any], solution: Solution) -> None:
-        super().__init__(scope)
-        self._solution = solution
-        self._builtins = scope["__builtins__"]
-
-    def __missing__(self, name: str) -> Any:
-        if name in self._builtins:
-            raise KeyError(name)
-        return self._solution.function(name)
+            write_all(PEER_FD, answer(scope, name, arguments, named, mark, is_finite=False))
 
 
 def mark(value: Any) -> Any:
@@ -205,7 +70,7 @@ def unmark(value: dict[str, Any]) -> Any:
 MARKS: dict[str, Any] = {
     "__tuple__": tuple, "__set__": set, "__frozenset__": frozenset, "__dict__": dict
 }  # fmt: skip
-MODES = {"program": run_program, "calls": run_calls, "server": run_server, "tests": run_tests}
+MODES = {"program": run_program, "calls": run_calls, "server": run_server}
 
 
 def answer(
@@ -214,6 +79,7 @@ def answer(
     arguments: list[Any],
     named: dict[str, Any],
     convert: Callable[[Any], Any],
+    is_finite: bool = True,
 ) -> bytes:
     try:
         value = (
@@ -221,7 +87,7 @@ def answer(
             if name in scope
             else scope["Solution"]().__getattribute__(name)(*arguments, **named)
         )
-        return json.dumps({"value": convert(value)}, allow_nan=False).encode() + b"\n"
+        return json.dumps({"value": convert(value)}, allow_nan=not is_finite).encode() + b"\n"
     except MemoryError:
         raise
     except Exception as error:

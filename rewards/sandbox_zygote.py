@@ -36,11 +36,13 @@ from typing import Any
 
 from rewards import sandbox_kernel as kernel
 from rewards.sandbox_program import MODES, PEER_FD, RESULT_FD, write_all
+from rewards.sandbox_suite import run_tests
 
 WARM = (bisect, datetime, decimal, fractions, functools, heapq, itertools, math, operator, random,
         re, statistics, string, typing, collections)  # fmt: skip
 MAX_REQUEST = 8 << 20
 READY = b"R"
+TICK_S = 0.02  # between two looks at the clock and the threads
 OUR_PROCESSES = 6  # of a slot, counted with a program's threads: zygote, two keepers, two programs
 
 
@@ -126,10 +128,8 @@ def collect(
     """Everything the program wrote, up to its limits, and how it ended by the keeper's clock."""
     limits, started = request["limits"], time.monotonic()
     deadline = started + limits["wall_s"]
-    caps = {
-        "stdout": limits["output_bytes"], "stderr": 16384, "result": limits["output_bytes"],
-        "setup": 4096,
-    }  # fmt: skip
+    most = limits["output_bytes"]
+    caps = {"stdout": most, "stderr": 16384, "result": most, "setup": 4096}
     sources = {pipes[name][0]: name for name in caps}
     kept = {name: bytearray() for name in caps}
     feed, data = pipes["stdin"][1], memoryview(request["stdin"].encode())
@@ -140,12 +140,8 @@ def collect(
     poll.register(connection, 0)  # POLLHUP: nobody waits for the answer any more
     poll.register(feed, select.POLLOUT)
     is_feeding, why = True, ""
-    while sources and not why:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            why = "wall_timeout"
-            break
-        for descriptor, events in poll.poll(left * 1000):
+    while sources and not (why := why or overrun(pid, deadline, limits["threads"])):
+        for descriptor, events in poll.poll(TICK_S * 1000):
             if descriptor == connection:
                 why = "abandoned"
             elif descriptor == feed:
@@ -173,10 +169,14 @@ def collect(
                         why = "output_limit"
     if why:
         os.kill(pid, signal.SIGKILL)
-    status, usage, was_late = wait(pid, deadline)
-    why = why or ("wall_timeout" if was_late else "")
+    status, usage, late = wait(pid, deadline, limits["threads"])
+    why = why or late
+    for descriptor, name in sources.items():  # what a killed program had answered already
+        if name == "result" and select.select([descriptor], [], [], 0)[0]:
+            kept[name] += os.read(descriptor, 65536)
     cpu_s = usage.ru_utime + usage.ru_stime
-    del kept["stdout"][caps["stdout"] :]
+    for name in ("stdout", "result"):
+        del kept[name][caps[name] :]
     return {
         "status": classify(
             why, status, cpu_s >= limits["cpu_s"], bytes(kept["setup"]), bytes(kept["stderr"])
@@ -191,15 +191,22 @@ def collect(
     }
 
 
-def wait(pid: int, deadline: float) -> tuple[int, resource.struct_rusage, bool]:
-    """Its pipes are closed: it ends now, or is killed at the deadline (then True)."""
-    ended = os.pidfd_open(pid)
-    is_late = not select.select([ended], [], [], max(0.0, deadline - time.monotonic()))[0]
-    os.close(ended)
-    if is_late:
+def wait(pid: int, deadline: float, threads: int) -> tuple[int, resource.struct_rusage, str]:
+    """Its pipes are closed: it ends now, or is killed for what it overran."""
+    ended, why = os.pidfd_open(pid), ""
+    while not why and not select.select([ended], [], [], TICK_S)[0]:
+        why = overrun(pid, deadline, threads)
+    if why:
         os.kill(pid, signal.SIGKILL)
+    os.close(ended)
     _, status, usage = os.wait4(pid, 0)
-    return status, usage, is_late
+    return status, usage, why
+
+
+def overrun(pid: int, deadline: float, threads: int) -> str:
+    if time.monotonic() >= deadline:
+        return "wall_timeout"
+    return "thread_limit" if kernel.num_threads(pid) > 1 + threads else ""
 
 
 def classify(why: str, status: int, used_up_cpu: bool, setup: bytes, stderr: bytes) -> str:
@@ -243,7 +250,7 @@ def run(
         os._exit(1)
     os.closerange(5 if peer >= 0 else 4, 64)
     sys.argv = ["solution.py"]
-    MODES[request["mode"]](request)
+    (MODES | {"tests": run_tests})[request["mode"]](request)
     sys.stdout.flush()
     sys.stderr.flush()
 

@@ -37,6 +37,7 @@ class Handler(BaseHTTPRequestHandler):
             STATE["fail"] -= 1
             return self.send(*{"500": (500, {}), "429": (429, {})}[mode],
                              **({"retry_after": "1"} if mode == "429" else {}))
+        if mode == "narrow" and "long" in str(request["messages"]): return self.send(400, {})
         if mode == "slow": time.sleep(3)
         if mode == "down": return self.send(503, {})
         if mode == "junk": return self.send(200, b"not json")

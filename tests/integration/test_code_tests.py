@@ -9,10 +9,11 @@ import psutil
 import pytest
 
 from cluster.config import VerifierConfig
-from cluster.errors import HoneError
+from cluster.errors import ConfigError, HoneError
 from cluster.types import Message, Task, TrajectoryGroup
 from rewards import isolation, self_check
-from rewards.code_runs import BudgetError, run_cases, run_tests
+from rewards.code_runs import BudgetError, check_cases, run_cases, run_tests
+from rewards.code_verifier import CodeVerifier
 from rewards.rubric import Rubric
 from rewards.sandbox import Limits, Sandbox, SandboxError, choose
 
@@ -73,10 +74,56 @@ def test_each_call_may_take_the_limit_of_a_test_and_only_a_slow_one_fails() -> N
     slow = "import time\ndef f(x):\n  time.sleep(x)\n  return x"
     assert cases(slow, [[0.7], [0.7], [0.7]], "f") == ["0.7"] * 3
     assert cases(slow, [[0.1], [9], [0.2]], "f") == ["0.1", "wall_timeout", "0.2"]
-    loops = f"def f(x):\n  {LOOP}"
-    assert set(cases(loops, [[i] for i in range(9)], "f", budget_s=1.5)) <= {
-        "cpu_timeout", "wall_timeout",
-    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return 'x' * 1000",  # 200 KB in all, each within 64 KiB
+        "print('x' * 1000)\n  return 0",
+        "return 'x' * 70000 if i == 9 else i",
+        "if i == 9: raise SystemExit\n  return i",
+        "if i == 9: import os; os._exit(0)\n  return i",
+        "if i == 9: import ctypes; ctypes.string_at(0)\n  return i",
+        "return len('x' * (1 << 40)) if i == 9 else i",
+    ],
+)
+def test_one_bad_call_fails_itself_only_and_output_is_limited_per_call(body: str) -> None:
+    statuses = [
+        status
+        for status, _ in run_cases(
+            TIER, f"def f(i):\n  {body}", "f", [[i] for i in range(200)], Limits(), False, 30.0
+        )
+    ]
+    bad = {9} if "i == 9" in body else set[int]()
+    assert {i for i, status in enumerate(statuses) if status != "ok"} == bad
+
+
+def test_calls_larger_than_a_request_in_all_are_made_in_parts() -> None:
+    inputs: list[object] = [["x" * (3 << 20)] for _ in range(4)]
+    answers = run_cases(TIER, "f = len", "f", inputs, Limits(), False, 30.0)
+    assert list(answers) == [("ok", str(3 << 20))] * 4
+
+
+def check(code: str, budget_s: float, function: str = "") -> int:
+    case = {"args": [], "expected": 1} if function else {"output": "1"}
+    tests = {"function": function, "cases": [case] * 4}
+    entry = json.dumps({"tests": tests})
+    return check_cases(TIER, code, entry, LIMITS, False, 0.0, budget_s)[0]
+
+
+@pytest.mark.parametrize(
+    ("code", "function"),
+    [
+        (LOOP, ""),
+        (f"def f():\n  {LOOP}", "f"),
+        ("import time\ntime.sleep(0.9)\nprint(0)", ""),
+        ("import time\ndef f():\n  time.sleep(0.9)\n  return 0", "f"),
+        ("import time\ntime.sleep(0.5)\n1 / 0", "f"),
+    ],
+)
+def test_what_has_failed_a_test_buys_no_abstention_with_time(code: str, function: str) -> None:
+    assert check(code, 1.4, function) == 0
 
 
 def test_a_budget_that_honest_tests_use_up_says_nothing() -> None:
@@ -84,6 +131,12 @@ def test_a_budget_that_honest_tests_use_up_says_nothing() -> None:
         cases("import time\ntime.sleep(0.5)", ["", "", ""], budget_s=0.8)
     with pytest.raises(BudgetError, match="timeout_s"):
         cases("import time\ndef f(x): time.sleep(0.5)", [[1], [2], [3]], "f", budget_s=0.8)
+
+
+@pytest.mark.parametrize("settings", [{"memory_mib": 2049}, {"file_mib": 65}])
+def test_a_limit_above_that_of_the_worker_is_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(settings))}: at most"):
+        CodeVerifier(**settings)  # pyright: ignore[reportArgumentType]
 
 
 async def test_a_test_limit_beyond_the_verifiers_is_refused_in_one_line() -> None:
@@ -125,6 +178,7 @@ SUBTESTS = (
     "      with self.subTest(i): self.assertEqual(add(i, 9), i + 9)\n"
     "  def test_one(self): self.assertEqual(add(0, 0), 0)\n"
 )
+CASE = "import unittest\nclass T(unittest.TestCase):\n  def test_one(self): {}\n"
 IMPORT = "from solution import add\n"
 
 
@@ -149,6 +203,19 @@ IMPORT = "from solution import add\n"
         ("import unittest\nfrom solution import f\nclass T(unittest.TestCase):\n"
          "  def test_it(self):\n    with self.assertRaises(ValueError): f()",
          "def f(): raise ValueError('no')", (1, 1)),
+        (CASE.format("self.assertEqual(add(1, 2), 3)"), ADD, (1, 1)),
+        (CASE.format("self.assertEqual(add(1, 2), 3)"), "def add(a, b): return 0", (0, 1)),
+        (CASE.format("self.assertEqual(add(1, 2).real, 3)"), "def add(a, b): return 'x'", (0, 1)),
+        ("def test_pair(f): assert f(1, 2) == 3\ntest_pair(add)", ADD, (1, 1)),
+        ("import unittest\nclass T(unittest.TestCase):\n  @classmethod\n"
+         "  def setUpClass(cls): cls.sum = add(1, 2)\n"
+         "  def test_it(self): self.assertEqual(self.sum.real, 3)",
+         "def add(a, b): return 'x'", (0, 1)),
+        ("assert f() == float('inf')", "def f(): return float('inf')", (1, 1)),
+        ("assert not f() == 3", "def f(): return float('nan')", (0, 1)),
+        ("assert f(99999) != 0\nassert f(1) == 'x'", "def f(n): return 'x' * n", (1, 2)),
+        ("assert f() == 1\nassert 1 == 1",
+         "import os, time\ndef f():\n  os.write(4, b'{')\n  time.sleep(60)", (1, 2)),
     ],
 )  # fmt: skip
 def test_modules_of_every_form_tell_right_from_wrong(
@@ -157,7 +224,17 @@ def test_modules_of_every_form_tell_right_from_wrong(
     assert tally(tests, code) == wanted
 
 
-@pytest.mark.parametrize("tests", ["x = 1", "import nothing_here\nassert add(1, 2) == 3", "1 / 0"])
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "x = 1",
+        "import nothing_here\nassert add(1, 2) == 3",
+        "1 / 0",
+        "def test_add(fixture): assert add(1, 2) == fixture",
+        CASE.format("self.assertEqual(self.wanted, add(1, 2))"),
+        CASE.format("self.wanted; add(1, 2)") + "  def test_two(self): add(1, 2)\n",
+    ],
+)
 def test_a_module_that_is_broken_by_itself_gives_no_tally(tests: str) -> None:
     with pytest.raises(HoneError):
         tally(tests, ADD)
@@ -167,6 +244,14 @@ def test_many_honest_calls_within_a_module_use_up_its_budget() -> None:
     tests = "from solution import f\nfor i in range(9): assert f(i) is None"
     with pytest.raises(BudgetError):
         tally(tests, "import time\ndef f(x): time.sleep(0.3)", budget_s=1.2)
+    wrong = "import time\ndef f(x):\n  time.sleep(0.5)\n  return 0"
+    tests = "assert f(0) is None\nassert f(1) is None\nassert f(2) is None"
+    assert tally(tests, wrong, budget_s=1.2) == (0, 3)
+    methods = "".join(f"  def test_{i}(self): self.assertIsNone(f({i}))\n" for i in range(3))
+    tests = "import unittest\nclass T(unittest.TestCase):\n" + methods
+    assert tally(tests, wrong, budget_s=1.2) == (0, 3)
+    with pytest.raises(BudgetError):
+        tally(tests, wrong.replace("return 0", "return"), budget_s=1.2)
 
 
 def test_a_fault_of_the_programs_own_sandbox_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,34 @@ async def test_the_breaker_spares_a_dead_endpoint_and_it_recovers_by_itself(serv
     assert (await rubric.score(group("it is 42", "no"))).rewards[0] == 1.0
 
 
+async def test_a_request_that_is_refused_for_itself_does_not_count_against_the_endpoint(
+    server: Server,
+):
+    server.mode("narrow")
+    texts = [f"a long {i}" for i in range(6)]
+    got, verdicts = await rewards(
+        server, *texts, "it is 42", breaker_failures=2, max_parallel=1, retries=1
+    )
+    assert got == [None] * 6 + [1.0]
+    assert "status 400" in verdicts[0].error
+    assert server.calls == 7
+
+
+async def test_symbols_are_judged_and_punctuation_alone_only_where_the_reference_is_that(
+    server: Server,
+):
+    settings = {"base_url": f"{server.url}/v1", "model": "m"}
+    rubric = Rubric({"j": VerifierConfig(use="judge", settings=settings, timeout_s=20)})
+    for reference, answer, calls, reward in (
+        ("+", "+", 1, 1.0), ("\u221e", "\u221e", 1, 1.0), ("-", "-", 1, 1.0), ("42", "+", 1, 0.0),
+        ("42", ":", 0, 0.0), ("", ":", 0, 0.0), ("-", "", 0, 0.0),
+    ):  # fmt: skip
+        server.mode("ok")
+        assert (await rubric.score(group(answer, reference=reference))).rewards == [reward]
+        assert server.calls == calls
+    await rubric.close()
+
+
 async def test_an_endpoint_that_refuses_connections_abstains_and_comes_back(server: Server):
     relay = Relay(int(server.url.rpartition(":")[2]))
     settings = {"base_url": f"http://127.0.0.1:{relay.port}/v1", "model": "m", "retries": 0,
