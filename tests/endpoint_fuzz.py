@@ -55,6 +55,20 @@ def fuzz(url: str, keys: list[str], rounds: int) -> Fuzzed:
     return result
 
 
+def answers_without_key(url: str) -> set[str]:
+    """Documented routes ("get /health") that give a stranger anything but a refusal."""
+    document = httpx.get(f"{url}/openapi.json").json()
+    routes = [(path, method) for path, methods in document["paths"].items() for method in methods]
+    told: set[str] = set()
+    with httpx.Client(base_url=url, timeout=60) as http:
+        for path, method in routes:
+            asked = path.replace("{step}", "1").replace("{run}", "demo")
+            body = {"action": "follow"} if method == "post" else None
+            if not http.request(method, asked, params={"step": 1}, json=body).is_client_error:
+                told.add(f"{method} {path}")
+    return told
+
+
 def dangling_references(document: dict[str, Any]) -> set[str]:
     """Schemas that the document refers to and does not hold."""
     found: set[str] = set()
