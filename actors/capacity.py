@@ -47,12 +47,18 @@ def has_autoscaler() -> bool:
 def shortages(requests: Sequence[BundleRequest], nodes: Sequence[ClusterNode]) -> list[str]:
     """One line for each request that can never fit on `nodes`, naming what is missing.
 
-    Bundles are laid out greedily, those that need most GPUs first: SPREAD on the emptiest node,
-    PACK on the fullest.
+    Bundles are laid out greedily, those first that fewest nodes could hold, of these those that
+    need most GPUs: SPREAD on the emptiest node, PACK on the fullest.
     """
+
+    def choices(request: BundleRequest) -> tuple[int, float]:
+        could = [n for n in nodes if _fits(request.resources, n.resources)]
+        num_could = sum(labels_match(request.labels, n.labels) for n in could)
+        return num_could, -request.resources.get("GPU", 0.0)
+
     free = {node.node_id: dict(node.resources) for node in nodes}
     lines: list[str] = []
-    for request in sorted(requests, key=lambda r: -r.resources.get("GPU", 0.0)):
+    for request in sorted(requests, key=choices):
         matching = [n.node_id for n in nodes if labels_match(request.labels, n.labels)]
         num_placed = 0
         used = dict.fromkeys(matching, 0)

@@ -98,6 +98,17 @@ def test_an_engine_of_two_gpus_does_not_fit_on_two_nodes_of_one() -> None:
     assert not shortages([request], [gpu_node("a", 1), gpu_node("b", 2)])
 
 
+def test_who_can_go_anywhere_leaves_room_for_who_cannot() -> None:
+    anywhere = BundleRequest("learner", 1, {"GPU": 1}, {}, "PACK", "learner.world_size")
+    labelled = BundleRequest("rollout", 1, {"GPU": 1}, {"pool": "x"}, "SPREAD", "rollout.workers")
+    large = BundleRequest("rollout", 1, {"CPU": 8}, {}, "SPREAD", "rollout.workers")
+    small = BundleRequest("learner", 1, {"CPU": 1}, {}, "PACK", "learner.world_size")
+    one_each = [gpu_node("a", 1, pool="x"), gpu_node("b", 1)]
+    one_large = [cpu_node("a"), ClusterNode("b", {"CPU": 1.0}, {})]
+    for first, second, nodes in ((anywhere, labelled, one_each), (small, large, one_large)):
+        assert shortages([first, second], nodes) == shortages([second, first], nodes) == []
+
+
 def test_missing_labels_are_named() -> None:
     request = BundleRequest("learner", 1, {"CPU": 1}, {"pool": "h100"}, "PACK", "resources.labels")
     [line] = shortages([request], [gpu_node("a", 8, pool="a100")])
