@@ -4,14 +4,19 @@ Invariant: nothing is started or reserved here, so `hone check` can ask the same
 itself. Labels follow Ray's selectors: `h100`, `!h100`, `in(a,b)`, `!in(a,b)`.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
 from actors.placement import BundleRequest
 
 ASK_S = 60.0
+HEAD = "node:__internal_head__"
+# KubeRay starts a head without Ray's own monitor where it runs an autoscaler beside it.
+KUBERAY_START, AUTOSCALED = "KUBERAY_GEN_RAY_START_CMD", "--no-monitor"
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
 
 
@@ -33,26 +38,59 @@ def cluster_nodes() -> list[ClusterNode]:
     ]
 
 
-def has_autoscaler() -> bool:
-    """Whether an autoscaler has told the cluster how large it may grow."""
-    from ray._private.state import state
-    from ray.util.client import ray as client
+def growth() -> dict[str, float] | None:
+    """The most of each resource that an autoscaler may ever bring this cluster to: empty where it
+    tells nobody, as KubeRay's, None without one. Raises `RayError` when the head does not answer.
+    """
+    ask: Any = ray.remote(num_cpus=0, resources={HEAD: 0.001})(growth_seen_by_head)
+    return ray.get(ask.remote(), timeout=ASK_S)
 
-    if client.is_connected():  # this process is outside the cluster and cannot see its state
-        ask = ray.remote(num_cpus=0)(has_autoscaler).remote()
-        return bool(ray.get(ask, timeout=ASK_S))
-    return state.get_max_resources_from_cluster_config() is not None
+
+def growth_seen_by_head() -> dict[str, float] | None:
+    from ray._private.state import state
+
+    told = state.get_max_resources_from_cluster_config()
+    if told is None:
+        return {} if AUTOSCALED in os.environ.get(KUBERAY_START, "") else None
+    return {name: float(amount) for name, amount in told.items()}
+
+
+def beyond(
+    requests: Sequence[BundleRequest], nodes: Sequence[ClusterNode], most: Mapping[str, float]
+) -> list[str]:
+    """One line for each resource of which `requests` need more in all than `nodes` have and an
+    autoscaler can give; none where it does not tell.
+    """
+    lines: list[str] = []
+    for name in sorted({name for request in requests for name in request.resources}):
+        asking = [request for request in requests if request.resources.get(name)]
+        wanted = sum(request.count * request.resources[name] for request in asking)
+        has = sum(node.resources.get(name, 0.0) for node in nodes)
+        limit = max(has, most.get(name, 0.0))
+        if most and wanted > limit + 1e-9:
+            knobs = ", ".join(request.knobs for request in asking)
+            lines.append(
+                f"resources: {wanted:g} {name} are needed, and the cluster's autoscaler ends at "
+                f"{limit:g} ({knobs})"
+            )
+    return lines
 
 
 def shortages(requests: Sequence[BundleRequest], nodes: Sequence[ClusterNode]) -> list[str]:
     """One line for each request that can never fit on `nodes`, naming what is missing.
 
-    Bundles are laid out greedily, those that need most GPUs first: SPREAD on the emptiest node,
-    PACK on the fullest.
+    Bundles are laid out greedily, those first that fewest nodes could hold, of these those that
+    need most GPUs: SPREAD on the emptiest node, PACK on the fullest.
     """
+
+    def choices(request: BundleRequest) -> tuple[int, float]:
+        could = [n for n in nodes if _fits(request.resources, n.resources)]
+        num_could = sum(labels_match(request.labels, n.labels) for n in could)
+        return num_could, -request.resources.get("GPU", 0.0)
+
     free = {node.node_id: dict(node.resources) for node in nodes}
     lines: list[str] = []
-    for request in sorted(requests, key=lambda r: -r.resources.get("GPU", 0.0)):
+    for request in sorted(requests, key=choices):
         matching = [n.node_id for n in nodes if labels_match(request.labels, n.labels)]
         num_placed = 0
         used = dict.fromkeys(matching, 0)

@@ -48,6 +48,8 @@ class RolloutFleet:
         per_worker = -(-self._config.max_groups_in_flight // self._config.rollout.workers)
         self._max_groups = MAX_CROWD * per_worker  # of one worker
         self._changed = asyncio.Condition()
+        self.may_load = asyncio.Event()  # cleared while an engine would be in the learner's way
+        self.may_load.set()
         self._next_index = self._config.rollout.workers  # an index is never used again
         self.is_started = False
         self.catch_up: Callable[[Worker], Awaitable[None]] | None = None
@@ -199,10 +201,11 @@ class RolloutFleet:
     async def _pick(self) -> Worker:
         """The healthy worker with the fewest running groups. While all are crowded it waits, as
         long as groups come back: each does, finished or not, within `rollout.timeout_s`. While all
-        sleep it waits for the learner, whose calls have deadlines of their own.
+        sleep or none may load it waits for the learner, whose calls have deadlines of their own.
         """
         while not (free := self._free):
             if not self._well:
+                await self.may_load.wait()
                 await self.wait_for_healthy()
                 continue
             async with self._changed:
@@ -237,6 +240,7 @@ class RolloutFleet:
     async def _launch(self, worker: Worker) -> None:
         if worker.handle is not None:
             ray.kill(worker.handle)  # what is left of the one it replaces
+        await self.may_load.wait()
         is_first_try = worker.num_in_vain == 1  # to replace it, since it last finished a group
         make = self.actors.replacement if is_first_try else self.actors.make
         worker.handle = make(worker)

@@ -17,7 +17,14 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import devices
-from actors.capacity import ClusterNode, away_from_gpus, cluster_nodes, has_autoscaler, shortages
+from actors.capacity import (
+    ClusterNode,
+    away_from_gpus,
+    beyond,
+    cluster_nodes,
+    growth,
+    shortages,
+)
 from actors.connection import join
 from actors.placement import Placement
 from cluster import environment, ray_token
@@ -38,25 +45,27 @@ def require_capacity(config: Config, address: str) -> None:
     join(address, namespace="hone", log_to_driver=False, logging_level=logging.ERROR)
     try:
         missing = missing_capacity(config)
-        if is_final(missing):
+        if missing:
             raise ConfigError("\n".join(missing))
     finally:
         ray.shutdown()
 
 
 def missing_capacity(config: Config) -> list[str]:
-    """What the cluster lacks for this run, by its total size; busy or not does not matter here."""
+    """What the cluster lacks for this run for good: by its total size, busy or not, and where an
+    autoscaler may add to it by the most that this tells of.
+    """
     nodes = cluster_nodes()
     placement = Placement.of(config, sum(n.resources.get("GPU", 0.0) for n in nodes))
     selector = away_from_gpus(nodes) if placement.is_gpu else {}
     placement = Placement(config, placement.is_gpu, reward_selector=selector)
     requests = [*placement.requests(), *placement.reward_requests()]
-    return [*devices.problems(placement), *shortages(requests, nodes)]
-
-
-def is_final(missing: list[str]) -> bool:
-    """Whether waiting cannot help: something is missing, and no autoscaler may add it."""
-    return bool(missing) and not has_autoscaler()
+    missing = [*devices.problems(placement), *shortages(requests, nodes)]
+    try:
+        most = growth() if missing else None
+    except RayError:
+        most = {}  # a head that does not answer is a problem of its own, see `node_problems`
+    return missing if most is None else beyond(requests, nodes, most)
 
 
 def node_problems(config: Config, run: RunDir) -> list[str]:

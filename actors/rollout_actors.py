@@ -1,13 +1,13 @@
 """The Ray actors behind a fleet: how they are made, and the one that stands by.
 
-Invariant: an actor is handed out once; the one that stands by belongs to no worker before. Owned by
-`actors.fleet`.
+Invariant: an actor is handed out once; the one that stands by belongs to no worker before, and is
+handed out only when it is prepared: until then a new one is sooner up. Owned by `actors.fleet`.
 """
 
 import os
+from concurrent.futures import Future
 from typing import Any
 
-import psutil
 import ray
 
 from actors.fleet_worker import Worker
@@ -15,7 +15,6 @@ from actors.placement import Placement
 from actors.rollout_worker import RolloutWorker
 
 MAX_CALLS = 4096  # concurrent calls of one worker's event loop
-ROOM_BYTES = 4 * 2**30  # of free memory, so that a stand-by crowds nobody out
 
 
 class RolloutActors:
@@ -27,6 +26,7 @@ class RolloutActors:
         self._run_dir = run_dir
         self._num_standbys = 0
         self.standby: Any = None
+        self.prepared: Future[None] | None = None  # fails where its node has no room for it
 
     def make(self, worker: Worker) -> Any:
         """A new one for `worker`."""
@@ -34,30 +34,35 @@ class RolloutActors:
         return self._make(f"{worker.index}", worker.num_restarts, options)
 
     def replacement(self, worker: Worker) -> Any:
-        """The one that stands by, which another one follows; a new one where none does."""
-        standby, self.standby = self.standby, None
-        if standby is None:
+        """The one that stands by, if it is prepared; a new one otherwise. What is handed out, or
+        could not be prepared, is followed by another that stands by.
+        """
+        standby, prepared = self.standby, self.prepared
+        if prepared is None or not prepared.done():
             return self.make(worker)
+        self.standby = self.prepared = None
         self.stand_by()
-        return standby
+        if prepared.exception() is None:
+            return standby
+        ray.kill(standby)
+        return self.make(worker)
 
     def stand_by(self) -> None:
-        """Prepare an actor for the place of the next worker that is lost, where there is memory to
-        spare. For CPU engines only: a GPU that waits for that is dear.
+        """Prepare an actor for the place of the next worker that is lost. For CPU engines only: a
+        GPU that waits for that is dear.
         """
-        has_room = psutil.virtual_memory().available > ROOM_BYTES
-        if self._placement.is_gpu or self.standby is not None or not has_room:
+        if self._placement.is_gpu or self.standby is not None:
             return
         options = self._placement.rollout_options() | {"num_cpus": 0}
         self.standby = self._make("standby", self._num_standbys, options)
         self._num_standbys += 1
-        self.standby.prepare.remote()
+        self.prepared = self.standby.prepare.remote().future()
 
     def end(self) -> None:
         """Nobody is replaced any more."""
         if self.standby is not None:
             ray.kill(self.standby)
-        self.standby = None
+        self.standby = self.prepared = None
 
     def _make(self, name: str, generation: int, options: dict[str, Any]) -> Any:
         """The process id tells it from what the last controller may have left."""

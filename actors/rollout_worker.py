@@ -11,6 +11,7 @@ import os
 from typing import Any
 
 import numpy as np
+from ray.actor import exit_actor
 
 from actors import standby
 from actors.placement import EngineSettings
@@ -27,7 +28,6 @@ class RolloutWorker:
 
     def __init__(self, program: Plugin, run_dir: str) -> None:
         self._run_dir = run_dir
-        self._preparing: asyncio.Task[None] | None = None
         self._program: RolloutProgram = plugins.build(
             program.use, program.settings, PROGRAMS, "rollout.program.use"
         )
@@ -36,10 +36,13 @@ class RolloutWorker:
         self._context_length = 0
 
     async def prepare(self) -> None:
-        """Stand by: have all imports done when `start` is called."""
+        """Stand by: returns when all imports of `start` are done. Where the node has no memory to
+        spare the actor leaves.
+        """
+        if not standby.has_room():
+            exit_actor()
         with boundary("rollout"):
-            self._preparing = asyncio.create_task(asyncio.to_thread(standby.prepare))
-            await self._preparing
+            await asyncio.to_thread(standby.prepare)
 
     async def start(self, index: int, settings: EngineSettings) -> int:
         """Become worker `index` and load the engine (the long part: importing vllm); returns the
@@ -47,8 +50,6 @@ class RolloutWorker:
         """
         log.setup(f"rollout-{index}", self._run_dir)
         with boundary("rollout"):
-            if self._preparing is not None:
-                await self._preparing
             self._engine, self._tokenizer = await asyncio.to_thread(_load, settings)
             self._context_length = settings.context_length
             await self._engine.start()

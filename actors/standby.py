@@ -5,7 +5,8 @@ more in the process that vLLM starts for the engine. A stand-by has both behind 
 the actor, and a fork server with those of the engine, of which that process is then a copy.
 
 Invariant: nothing here touches weights, caches or a device, so a stand-by can take the place of any
-worker on CPU; and its imports get only the time that nobody else wants. Called by
+worker on CPU; and its imports get only the time that nobody else wants, which a thread cannot be
+freed from again without rights: so only one that is prepared is handed out. Called by
 `actors.rollout_worker`; `actors.engine_preload` is its part of the fork server.
 """
 
@@ -16,6 +17,9 @@ from collections.abc import Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 
+import psutil
+
+ROOM_BYTES = 4 * 2**30  # of free memory
 OF_ACTOR = ("actors.vllm_engine", "learners.tokenizer")
 OF_ENGINE = ("ray", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "actors.weight_transfer")
 
@@ -40,9 +44,16 @@ class EngineContext(ForkServerContext):
     Process = EngineProcess
 
 
+def has_room() -> bool:
+    """Whether this node, or this container, has memory to spare: a stand-by crowds nobody out."""
+    from ray._private.utils import estimate_available_memory
+
+    return min(psutil.virtual_memory().available, estimate_available_memory()) > ROOM_BYTES
+
+
 def prepare() -> None:
     """Import both halves side by side, and let engines of this process come from the fork server,
-    which has no threads that a fork could break.
+    which has no threads that a fork could break. Returns when it has forked for the first time.
     """
     forkserver.set_forkserver_preload(["actors.engine_preload"])
     forkserver.ensure_running()
@@ -50,6 +61,11 @@ def prepare() -> None:
     from actors.vllm_engine import start_processes_in
 
     start_processes_in(EngineContext)
+    first = EngineContext().Process(target=os.getpid)
+    first.start()
+    first.join()
+    if first.exitcode != 0:
+        raise RuntimeError(f"the first process of the fork server ended with {first.exitcode}")
 
 
 def import_patiently(names: Sequence[str]) -> None:

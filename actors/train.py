@@ -151,8 +151,7 @@ def _cause(error: RayTaskError) -> HoneError:
 
 def _refuse_unfit_cluster(config: Config, run_dir: RunDir) -> None:
     """Raise `ConfigError` with every reason why this cluster cannot run this."""
-    missing = preflight.missing_capacity(config)
-    problems = missing if preflight.is_final(missing) else []
+    problems = preflight.missing_capacity(config)
     dashboard = ray._private.worker.get_dashboard_url()  # pyright: ignore
     exposed = preflight.open_dashboard(f"http://{dashboard}") if dashboard else None
     problems += [exposed] if exposed else []

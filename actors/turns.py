@@ -1,13 +1,15 @@
 """Learner and engines by turns on the GPUs that they share (`resources.layout` alternating).
 
-Invariant: while gradients are made every engine that serves is asleep, its GPU memory given back;
-whoever asks for a group then waits, and when engines are awake the learner keeps of the GPUs what
-it needs between steps, and no more. Only for `rollout.max_policy_age` 0, where nobody has anything
-to do while the other works. Made by `actors.bring_up`; the learner group takes its turn by itself,
-`actors.gathering` and `actors.weight_sync` end it.
+Invariant: while gradients are made every engine that serves is asleep, its GPU memory given back,
+and none is loaded in place of one that is lost; whoever asks for a group then waits, and when
+engines are awake the learner keeps of the GPUs what it needs between steps, and no more. Only for
+`rollout.max_policy_age` 0, where nobody has anything to do while the other works. Made by
+`actors.bring_up`; the learner group takes its turn by itself, `actors.gathering` and
+`actors.weight_sync` end it.
 """
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 from actors.fleet import RolloutFleet
@@ -31,14 +33,18 @@ class Turns:
         learner.take_gpus, learner.rest = self.to_learner, self.to_engines
 
     async def to_learner(self) -> None:
-        """Returns when the engines sleep; one that does not is replaced."""
+        """Returns when the engines sleep; one that does not is ended, and replaced when the turn is
+        over.
+        """
         async with self._change:
             if self._is_learners:
                 return
             self._is_learners = True
-            loading = [w.repair for w in self._fleet.staying if w.repair and w.is_in_repair]
-            if loading:
-                await asyncio.wait(loading, timeout=self._timeout_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._timeout_s):
+                    while loading := self._loading():
+                        await asyncio.wait(loading)
+            self._fleet.may_load.clear()
             await self._all(WorkerState.HEALTHY, "sleep", WorkerState.ASLEEP)
 
     async def to_engines(self) -> None:
@@ -47,8 +53,12 @@ class Turns:
             if not self._is_learners:
                 return
             await self._learner.call("give_memory_back")
+            self._fleet.may_load.set()
             await self._all(WorkerState.ASLEEP, "wake", WorkerState.HEALTHY)
             self._is_learners = False
+
+    def _loading(self) -> "list[asyncio.Task[None]]":
+        return [w.repair for w in self._fleet.staying if w.repair and w.is_in_repair]
 
     async def _all(self, before: WorkerState, method: str, after: WorkerState) -> None:
         workers = [(w, w.handle) for w in self._fleet.staying if w.state is before]

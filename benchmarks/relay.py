@@ -1,10 +1,12 @@
 """A TCP port in front of another one of this machine, which can be shut and opened again.
 
 Invariant: while it is shut, connections are refused and those that were open are cut; the server
-behind it notices nothing else. Used by `benchmarks.judge_outage`.
+behind it notices nothing else. Used by `benchmarks.judge_outage`, and by tests for the TLS that a
+server lacks.
 """
 
 import asyncio
+import ssl
 import threading
 from collections.abc import Coroutine
 from contextlib import suppress
@@ -15,10 +17,13 @@ DO_S = 10.0
 
 
 class Relay:
-    """Open from the start, at `port`. Example: `Relay(8000).port` leads to port 8000."""
+    """Open from the start, at `port`, to TLS alone if that is given. Example: `Relay(8000).port`
+    leads to port 8000.
+    """
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, tls: ssl.SSLContext | None = None) -> None:
         self._target = target
+        self._tls = tls
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
@@ -36,7 +41,9 @@ class Relay:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(DO_S)
 
     async def _listen(self) -> None:
-        self._server = await asyncio.start_server(self._connect, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(
+            self._connect, "127.0.0.1", self.port, ssl=self._tls
+        )
         self.port = int(self._server.sockets[0].getsockname()[1])
 
     async def _cut(self) -> None:

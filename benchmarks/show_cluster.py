@@ -10,7 +10,13 @@ from benchmarks.show import Part, Row, judged
 
 CLUSTER = "tests/e2e/test_cluster.py"
 DEPLOY = "tests/unit/test_deploy.py"
-ENDPOINT = "tests/integration/test_endpoint.py::test_the_serve_row_of_the_dashboard_has_data"
+ENDPOINT = [
+    f"tests/integration/test_endpoint.py::{name}"
+    for name in (
+        "test_the_serve_row_of_the_dashboard_has_data",
+        "test_no_port_and_no_route_opens_without_a_key",
+    )
+]
 ORIGINALS = f"{DEPLOY}::test_ray_manifests_fit_the_operators_own_definitions"
 MONITORING = "tests/unit/test_monitoring.py"
 PROMTOOL = f"{MONITORING}::test_prometheus_own_checker_accepts_the_rules"
@@ -40,7 +46,7 @@ def rows(quick: bool) -> Iterator[Row | Part]:
     yield weight_broadcast()
     yield turns()
     yield from live_cluster()
-    yield serve_metrics()
+    yield from live_endpoint()
     yield Part("GPUs are split by simulation", lambda: scaling(quick))
     yield from absent()
 
@@ -100,9 +106,11 @@ def deploy_files(why_no_promtool: str) -> Iterator[Row]:
 
 def placement() -> Row:
     return proven(
-        "impossible layouts are refused with what is missing; token files are private",
-        ["tests/unit/test_capacity.py", "tests/unit/test_ray_token.py",
-         "tests/unit/test_environment.py"],
+        "impossible layouts are refused with what is missing; places are reserved all or none, a "
+        "wait for them is bounded and can be cancelled; token files are private",
+        ["tests/unit/test_capacity.py", "tests/unit/test_preflight.py",
+         "tests/unit/test_ray_token.py", "tests/unit/test_environment.py",
+         "tests/integration/test_gang.py"],
         "all pass",
     )  # fmt: skip
 
@@ -151,6 +159,14 @@ def live_cluster() -> Iterator[Row]:
         figure("roles_on_their_nodes") == len(ROLES) and recover_s <= RECOVER_S,
         why,
     )
+    refusals = figure("refusals_from_outside")
+    yield judged(
+        "`hone check --address ray://...` joins that cluster and says what it lacks for a run",
+        f"{refusals:.0f} run that cannot fit refused",
+        "exit code 2, what is missing named",
+        refusals == 1,
+        why,
+    )
     stop_s = figure("seconds_to_stop_with_state_saved")
     yield judged(
         "`ray job stop` ends the submitted run, and the step it had reached is saved",
@@ -169,18 +185,22 @@ def live_cluster() -> Iterator[Row]:
         why,
     )
     ports = {name: figure(f"ports_{name}") for name in ("refused", "metrics", "silent", "open")}
-    outside = figure("ports_silent_beyond_loopback")
     yield judged(
         "every port of that run refuses a stranger without the token; Ray's metrics exporters, "
         "which know none, hand out numbers and no secret",
         f"{ports['refused']:.0f} refuse, {ports['open']:.0f} open, {ports['metrics']:.0f} metrics "
-        f"exporters, {ports['silent']:.0f} of no known protocol ({outside:.0f} of these beyond "
-        "loopback)",
-        "none open; no unknown protocol beyond loopback",
+        f"exporters, {ports['silent']:.0f} of no known protocol on 127.0.0.1",
+        "none open; no unknown protocol at the address of a node (127.0.0.2 and up here)",
         ports["refused"] >= MIN_PORTS
         and ports["open"] == 0
-        and outside == 0
         and figure("exporters_without_secrets") > 0,
+        why,
+    )
+    yield judged(
+        "no test of that cluster fails: a failure that no row above has a figure for shows here",
+        f"{result.num_passed} tests passed, {result.num_not_passed} not",
+        "all pass",
+        result.is_green,
         why,
     )
     yield proven(
@@ -192,11 +212,16 @@ def live_cluster() -> Iterator[Row]:
     )
 
 
-def serve_metrics() -> Row:
-    return proven(
-        "every panel and alert on the endpoint has data, scraped from a live endpoint",
-        [ENDPOINT],
-        "no selector without a series",
+def live_endpoint() -> Iterator[Row]:
+    result = run_tests(ENDPOINT)
+    ports = result.figures.get("endpoint_ports", float("nan"))
+    yield judged(
+        "a live `hone serve`: every panel and alert on it has data; its ports and those of its Ray "
+        "refuse a stranger, and so does every route but the health check",
+        f"{result.num_passed} tests passed, {result.num_not_passed} not; {ports:.0f} ports",
+        "no selector without a series; no port open, no unknown protocol beyond loopback",
+        result.is_green and ports >= MIN_PORTS // 2,
+        result.why,
     )
 
 

@@ -174,7 +174,9 @@ def report(run: Run = None) -> None:
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A name under runs/ or a path.")],
-    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Directory to create.")],
+    dest: Annotated[
+        str, typer.Argument(metavar="DEST", help="Directory to create, or a URL such as s3://...")
+    ],
     version: Annotated[
         int | None, typer.Option(help="Policy version of a kept checkpoint; default is the newest.")
     ] = None,
@@ -183,7 +185,11 @@ def export(
     from cluster.run_dir import RunDir
     from serve import export as run_export
 
-    print(run_export.write(RunDir.open(run), dest, version))
+    opened = RunDir.open(run)
+    if "://" in dest:
+        print(run_export.upload(opened, dest, version))
+    else:
+        print(run_export.write(opened, Path(dest), version))
 
 
 @app.command()

@@ -22,7 +22,7 @@ from ray import serve as ray_serve
 from ray.serve.config import HTTPOptions
 
 from actors.connection import on_loopback
-from actors.placement import QUIET_ENV
+from actors.placement import ALONE_ENV, QUIET_ENV
 from cluster import log, ray_token
 from cluster.errors import StageError
 from cluster.run_dir import RunDir
@@ -105,6 +105,8 @@ def application(
     that to the proxies.
     """
     env = QUIET_ENV | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    if settings.engine.tensor_parallel_size == 1:
+        env |= ALONE_ENV
     if not settings.engine.is_gpu:
         threads = max(1, (os.cpu_count() or 1) // (replicas * settings.max_engines))
         env |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

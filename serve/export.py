@@ -1,11 +1,15 @@
 """A checkpoint of a run as a Hugging Face directory, without Ray: one process, CPU only.
 
-Invariant: `DEST` is complete or absent. Called by `hone export`.
+Invariant: `DEST` is complete or absent, once this has returned or raised. Called by `hone export`.
 """
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
+
+import fsspec
 
 from cluster import config_file
 from cluster.checkpoint_store import CheckpointStore
@@ -29,6 +33,28 @@ def write(run_dir: RunDir, dest: Path, version: int | None) -> Path:
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return dest
+
+
+def upload(run_dir: RunDir, url: str, version: int | None) -> str:
+    """As `write`, to a directory of any file system that fsspec has a package for (`s3://...`)."""
+    try:
+        files: Any
+        files, place = fsspec.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{url}: {error}") from error
+    with boundary("export"):
+        if files.exists(place):
+            raise ConfigError(f"{url}: must not exist yet")
+        with tempfile.TemporaryDirectory() as temporary:
+            built = write(run_dir, Path(temporary) / "model", version)
+            try:
+                for file in filter(Path.is_file, built.rglob("*")):
+                    files.put_file(str(file), f"{place}/{file.relative_to(built).as_posix()}")
+            except BaseException:
+                if files.exists(place):
+                    files.rm(place, recursive=True)
+                raise
+    return url
 
 
 def _find(run_dir: RunDir, version: int | None) -> Path:

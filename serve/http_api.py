@@ -23,6 +23,7 @@ from serve.admission import Admission, check_body, read_json
 from serve.api_errors import ApiError, error_body, from_engine
 from serve.api_keys import ApiKey, KeyStore
 from serve.client_presence import Stream, while_connected
+from serve.key_first import KeyFirst
 from serve.service import NAME, PolicyService
 from serve.traffic import Traffic
 
@@ -36,6 +37,7 @@ def build(service: PolicyService) -> FastAPI:
     settings = service.settings
     admission = Admission(KeyStore(settings.keys), settings.limits, settings.is_open)
     app = FastAPI(title="Hone policy endpoint", version="1", docs_url=None, redoc_url=None)
+    app.add_middleware(KeyFirst, admission=admission)
     app.add_middleware(Traffic)
     _handle_errors(app)
     errors = api_document.errors()

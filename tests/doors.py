@@ -1,6 +1,7 @@
 """Every TCP port that some processes listen on, and what a stranger without a token gets there.
 
-A stranger tries HTTP, gRPC with the methods of Ray's own services, and Redis.
+A stranger tries HTTP, gRPC with the methods of Ray's own services, and Redis. Only 127.0.0.1 and
+::1 are local: 127.0.0.2 and up are addresses of nodes that share a machine.
 """
 
 import socket
@@ -15,9 +16,11 @@ import psutil
 
 Outcome = Literal["refused", "metrics", "open", "silent"]
 ANYWHERE = ("0.0.0.0", "::")
+LOCAL = ("127.0.0.1", "::1")
 PATIENCE_S = 4.0
 AT_ONCE = 16
-PATHS = ("/api/jobs/", "/metrics", "/")
+ALONE_S = 10.0  # for one that was silent while many were asked at once
+PROTECTED = ("/api/jobs/", "/v1/models")  # by Ray's token, by the endpoint's keys
 METHODS = (
     "ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
     "ray.rpc.NodeManagerService/GetNodeStats",
@@ -25,6 +28,7 @@ METHODS = (
     "ray.rpc.ObjectManagerService/Pull",
     "ray.rpc.ReporterService/GetTraceback",
     "ray.rpc.RayletDriver/ClusterInfo",
+    "ray.serve.ASGIService/HandleRequest",
 )
 
 
@@ -36,9 +40,17 @@ class Door:
     outcome: Outcome
     answer: str
 
+    def __str__(self) -> str:
+        return f"{self.address}:{self.port} {self.process}: {self.outcome}, {self.answer}"
+
     @property
     def is_local(self) -> bool:
-        return self.address.removeprefix("::ffff:").startswith("127.") or self.address == "::1"
+        return self.address.removeprefix("::ffff:") in LOCAL
+
+    @property
+    def is_weak(self) -> bool:
+        """Open, or beyond loopback with nobody knowing what it answers to."""
+        return self.outcome == "open" or (self.outcome == "silent" and not self.is_local)
 
 
 def doors(pids: Iterable[int]) -> list[Door]:
@@ -58,27 +70,35 @@ def doors(pids: Iterable[int]) -> list[Door]:
                 found.setdefault((connection.laddr.ip, connection.laddr.port), name)
     places = sorted(found, key=lambda place: (place[1], place[0]))
     with ThreadPoolExecutor(AT_ONCE) as knockers:
-        answers = knockers.map(_knock, places)
+        answers = list(knockers.map(lambda place: _knock(place, PATIENCE_S), places))
+    answers = [
+        _knock(place, ALONE_S) if answer[0] == "silent" else answer
+        for place, answer in zip(places, answers, strict=True)
+    ]
     return [
         Door(ip, port, found[ip, port], *answer)
         for (ip, port), answer in zip(places, answers, strict=True)
     ]
 
 
-def _knock(place: tuple[str, int]) -> tuple[Outcome, str]:
+def _knock(place: tuple[str, int], patience_s: float) -> tuple[Outcome, str]:
     host, port = place[0].removeprefix("::ffff:"), place[1]
     host = "127.0.0.1" if host in ANYWHERE else host
     for ask in (_ask_redis, _ask_http, _ask_grpc):
-        answer = ask(host, port)
+        answer = ask(host, port, patience_s)
         if answer is not None:
             return answer
     return "silent", "no protocol that is known here"
 
 
-def _ask_redis(host: str, port: int) -> tuple[Outcome, str] | None:
+def _place(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _ask_redis(host: str, port: int, patience_s: float) -> tuple[Outcome, str] | None:
     try:
-        with socket.create_connection((host, port), PATIENCE_S) as connection:
-            connection.settimeout(PATIENCE_S)
+        with socket.create_connection((host, port), patience_s) as connection:
+            connection.settimeout(patience_s)
             connection.sendall(b"*1\r\n$4\r\nPING\r\n")
             reply = connection.recv(100)
     except OSError:
@@ -88,28 +108,29 @@ def _ask_redis(host: str, port: int) -> tuple[Outcome, str] | None:
     return ("open", "Redis: PONG") if reply.startswith(b"+PONG") else None
 
 
-def _ask_http(host: str, port: int) -> tuple[Outcome, str] | None:
+def _ask_http(host: str, port: int, patience_s: float) -> tuple[Outcome, str] | None:
     statuses: list[int] = []
-    for path in PATHS:
+    for path in (*PROTECTED, "/metrics"):
         try:
-            reply = httpx.get(f"http://{host}:{port}{path}", timeout=PATIENCE_S)
+            reply = httpx.get(f"http://{_place(host, port)}{path}", timeout=patience_s)
         except (httpx.HTTPError, OSError):
             return None
         if path == "/metrics" and reply.status_code == 200 and "# TYPE" in reply.text:
             return "metrics", "HTTP: numbers for Prometheus"
-        statuses.append(reply.status_code)
-    if all(status in (401, 403) for status in statuses[:1]):
-        return "refused", f"HTTP: {statuses[0]}"
+        if path in PROTECTED:
+            statuses.append(reply.status_code)
+    if min(statuses) >= 400 and {401, 403}.intersection(statuses):
+        return "refused", f"HTTP: {statuses}"
     return "open", f"HTTP: {statuses}"
 
 
-def _ask_grpc(host: str, port: int) -> tuple[Outcome, str] | None:
+def _ask_grpc(host: str, port: int, patience_s: float) -> tuple[Outcome, str] | None:
     codes: list[str] = []
-    with grpc.insecure_channel(f"{host}:{port}") as channel:
+    with grpc.insecure_channel(_place(host, port)) as channel:
         for method in METHODS:
             call = channel.unary_unary(f"/{method}", lambda body: body, lambda body: body)
             try:
-                call(b"", timeout=PATIENCE_S)
+                call(b"", timeout=patience_s)
             except grpc.RpcError as error:
                 code = error.code()  # pyright: ignore[reportAttributeAccessIssue]
                 if code is grpc.StatusCode.UNAUTHENTICATED:

@@ -56,6 +56,23 @@ def selectors(expression: str) -> list[Selector]:
     return found
 
 
+def check_serve_row(exporter: str, within_s: float) -> None:
+    """Every query of the dashboard and of the alerts on the endpoint finds a series at the URL of
+    the exporter.
+    """
+    wanted = [query for row, _, query in panels() if row == "Serve"]
+    wanted += [rule["expr"] for rule in alert_rules() if "ray_hone_endpoint" in rule["expr"]]
+    assert len(wanted) == 5
+    deadline = time.monotonic() + within_s
+    while True:
+        scrape = Scrape(httpx.get(exporter, timeout=10).text)
+        missing = [selector for query in wanted for selector in scrape.unanswered(query)]
+        if not missing:
+            return
+        assert time.monotonic() < deadline, missing
+        time.sleep(0.5)
+
+
 class Scrape:
     """Samples of one or more exporters, as Prometheus would have them."""
 

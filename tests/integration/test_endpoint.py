@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import numpy as np
 import openai
+import psutil
 import pytest
 import ray
 import torch
@@ -23,11 +24,11 @@ from cluster.config import Config
 from serve import chat
 from serve.api_keys import KeyStore
 from serve.client import AdminClient, AdminError, Runs
-from tests import browser, page_cases
+from tests import browser, monitoring_cases, page_cases
+from tests.doors import doors
 from tests.endpoint_cases import Publisher, publish, put
-from tests.endpoint_fuzz import dangling_references, fuzz
-from tests.monitoring_cases import Scrape, alert_rules, panels
-from tests.served import URL, Served, serving, until
+from tests.endpoint_fuzz import answers_without_key, dangling_references, fuzz
+from tests.served import PORT, URL, Served, serving, until
 
 
 @pytest.fixture(scope="module")
@@ -60,21 +61,18 @@ def test_the_serve_row_of_the_dashboard_has_data(served: Served) -> None:
     served.ask()
     assert served.post("/v1/completions", json={"model": "no-such", "prompt": "1"}).is_error
     [node] = ray.nodes()
-    url = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
-    wanted = [query for row, _, query in panels() if row == "Serve"]
-    wanted += [rule["expr"] for rule in alert_rules() if "ray_hone_endpoint" in rule["expr"]]
-    missing = [""]
+    exporter = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+    monitoring_cases.check_serve_row(exporter, within_s=40)
 
-    def is_answered() -> bool:
-        scrape = Scrape(httpx.get(url, timeout=10).text)
-        missing[:] = [selector for query in wanted for selector in scrape.unanswered(query)]
-        return not missing
 
-    assert len(wanted) == 5
-    try:
-        until(is_answered, 40)
-    finally:
-        print("\n".join(missing))
+def test_no_port_and_no_route_opens_without_a_key(served: Served, record_property: Any) -> None:
+    """The endpoint's own and those of the Ray below it, one of which is on all interfaces."""
+    found = doors(child.pid for child in psutil.Process().children(recursive=True))
+    listing = "\n".join(map(str, found))
+    assert {door.outcome for door in found if door.port == PORT} == {"refused"}, listing
+    assert [str(door) for door in found if door.is_weak] == []
+    assert answers_without_key(URL) == {"get /health"}
+    record_property("endpoint_ports", len(found))
 
 
 def test_a_stream_carries_text_usage_and_versions(served: Served) -> None:

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM
 
 from cluster.errors import ConfigError, StageError
@@ -43,3 +44,21 @@ def test_a_failed_export_leaves_nothing(run_dir: RunDir, tmp_path: Path):
     with pytest.raises(StageError, match="export"):
         export.write(run_dir, tmp_path / "file" / "model", None)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_export_to_a_file_system_that_is_no_directory(run_dir: RunDir):
+    url = "memory://exports/model"
+    assert export.upload(run_dir, url, 1) == url
+    files = fsspec.filesystem("memory")
+    names = {name.rpartition("/")[2] for name in files.ls("/exports/model", detail=False)}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    loaded = load(files.cat("/exports/model/model.safetensors"))
+    for name, tensor in load_file(run_dir.path.parent / "version_1.safetensors").items():
+        assert torch.equal(loaded[name], tensor), name
+    with pytest.raises(ConfigError, match="must not exist yet"):
+        export.upload(run_dir, url, 1)
+    with pytest.raises(ConfigError, match="nonsense"):
+        export.upload(run_dir, "nonsense://exports", 1)
+    with pytest.raises(ConfigError, match="--version 7"):
+        export.upload(run_dir, "memory://exports/other", 7)
+    assert not files.exists("/exports/other")

@@ -5,8 +5,12 @@ from collections.abc import Callable
 
 import pytest
 import ray
+from ray._raylet import GCS_AUTOSCALER_CLUSTER_CONFIG_KEY, GCS_AUTOSCALER_STATE_NAMESPACE
+from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
+from ray.experimental import internal_kv
 from ray.util import placement_group_table
 
+from actors.capacity import KUBERAY_START, growth, growth_seen_by_head
 from actors.gang import Gang
 from actors.placement import BundleRequest
 from cluster.errors import DeadlineError
@@ -94,6 +98,21 @@ async def test_a_gang_is_extended_by_what_fits_and_keeps_what_it_has() -> None:
     (await successor).release()
     gang.release()
     await until(lambda: not reserved())
+
+
+async def test_how_far_an_autoscaler_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told by one that reports to Ray; KubeRay's does not, but is known to be there."""
+    assert growth() is None
+    monkeypatch.setenv(KUBERAY_START, "ray start --head  --no-monitor  --block")
+    assert growth_seen_by_head() == {}
+    group = NodeGroupConfig(resources={"CPU": 8, "GPU": 4}, max_count=3, name="gpu")
+    place = {"namespace": GCS_AUTOSCALER_STATE_NAMESPACE}
+    told = ClusterConfig(node_group_configs=[group]).SerializeToString()
+    internal_kv._internal_kv_put(GCS_AUTOSCALER_CLUSTER_CONFIG_KEY, told, **place)
+    try:
+        assert growth() == {"CPU": 24.0, "GPU": 12.0}
+    finally:
+        internal_kv._internal_kv_del(GCS_AUTOSCALER_CLUSTER_CONFIG_KEY, **place)
 
 
 async def test_labels_are_asked_of_ray() -> None:

@@ -272,8 +272,8 @@ async def test_a_lost_actor_is_replaced_by_the_one_that_stands_by(
     before = await rollout(parts, asked)
     actors.stand_by()
     standby = actors.standby
-    assert standby is not None, "a stand-by needs 4 GiB of free memory"
-    await standby.prepare.remote()
+    assert actors.prepared is not None
+    await asyncio.wrap_future(actors.prepared)
     started = time.monotonic()
     os.kill(worker.pid, signal.SIGKILL)
     after = await asyncio.wait_for(rollout(parts, asked), 120)

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.requests import Request
-from starlette.types import Message
+from starlette.types import Message, Receive, Scope, Send
 
 from serve import admission
 from serve.admission import Admission, Limits, check_body, parse_json, read_json
 from serve.api_errors import ApiError
 from serve.api_keys import KeyStore
+from serve.key_first import KeyFirst
 from serve.rates import Bucket
 
 # A busy machine draws slowly; that is no finding.
@@ -195,3 +196,34 @@ def test_a_bucket_never_gives_more_than_its_rate_and_its_savings() -> None:
     start = bucket._filled_at
     taken = [t for t in range(1000) if bucket.take(1.0, start + t / 100) == 0.0]
     assert len(taken) == 4 + int(9.99 * 2.0)
+
+
+async def test_a_change_needs_a_key_before_its_body_is_read(tmp_path: Path) -> None:
+    keys = KeyStore(tmp_path / "keys.json")
+    may, may_not = keys.create("operator", ["admin"]), keys.create("guest", ["query"])
+    sent: list[Message] = []
+    reached: list[str] = []
+
+    async def application(scope: Scope, _receive: Receive, _send: Send) -> None:
+        reached.append(scope["path"])
+
+    async def body() -> Message:
+        raise AssertionError("the body is read")
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    door = KeyFirst(application, Admission(keys, Limits(), is_open=False))
+
+    async def post(path: str, secret: str) -> None:
+        headers = [(b"authorization", f"Bearer {secret}".encode())]
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+        await door(scope, body, send)
+
+    for secret in ("", "hone-wrong", may_not):
+        await post("/admin/release", secret)
+    assert [m["status"] for m in sent if "status" in m] == [401, 401, 403]
+    assert reached == []
+    await post("/admin/release", may)
+    await post("/v1/completions", "")  # which asks by itself
+    assert reached == ["/admin/release", "/v1/completions"]

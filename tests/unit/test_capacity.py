@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from actors import devices
-from actors.capacity import ClusterNode, away_from_gpus, labels_match, shortages
+from actors.capacity import ClusterNode, away_from_gpus, beyond, labels_match, shortages
 from actors.placement import BundleRequest, Placement, on_this_machine
 from cluster import config_file
 from cluster.config import Config
@@ -98,6 +98,17 @@ def test_an_engine_of_two_gpus_does_not_fit_on_two_nodes_of_one() -> None:
     assert not shortages([request], [gpu_node("a", 1), gpu_node("b", 2)])
 
 
+def test_who_can_go_anywhere_leaves_room_for_who_cannot() -> None:
+    anywhere = BundleRequest("learner", 1, {"GPU": 1}, {}, "PACK", "learner.world_size")
+    labelled = BundleRequest("rollout", 1, {"GPU": 1}, {"pool": "x"}, "SPREAD", "rollout.workers")
+    large = BundleRequest("rollout", 1, {"CPU": 8}, {}, "SPREAD", "rollout.workers")
+    small = BundleRequest("learner", 1, {"CPU": 1}, {}, "PACK", "learner.world_size")
+    one_each = [gpu_node("a", 1, pool="x"), gpu_node("b", 1)]
+    one_large = [cpu_node("a"), ClusterNode("b", {"CPU": 1.0}, {})]
+    for first, second, nodes in ((anywhere, labelled, one_each), (small, large, one_large)):
+        assert shortages([first, second], nodes) == shortages([second, first], nodes) == []
+
+
 def test_missing_labels_are_named() -> None:
     request = BundleRequest("learner", 1, {"CPU": 1}, {"pool": "h100"}, "PACK", "resources.labels")
     [line] = shortages([request], [gpu_node("a", 8, pool="a100")])
@@ -156,6 +167,22 @@ def test_one_machine_has_no_labels_to_ask_for() -> None:
     config = configured(resources={"labels": {"rollout": {"pool": "gpu"}}})
     assert Placement.of(config).requests()[1].labels == {"pool": "gpu"}
     assert Placement.of(on_this_machine(config)).requests()[1].labels == {}
+
+
+def test_an_autoscaler_is_not_waited_for_beyond_its_bounds() -> None:
+    requests = asks(
+        resources={"accelerator": "gpu"}, learner={"world_size": 4}, rollout={"workers": 95}
+    )
+    nodes = [gpu_node("a", 8)]
+    assert shortages(requests, nodes)
+    assert beyond(requests, nodes, {}) == []  # it does not tell
+    assert beyond(requests, nodes, {"GPU": 104.0, "CPU": 200.0}) == []
+    [line] = beyond(requests, nodes, {"GPU": 64.0, "CPU": 200.0})
+    assert line.startswith("resources: 99 GPU are needed, and the cluster's autoscaler ends at 64")
+    assert "learner.world_size" in line
+    assert "rollout.workers" in line
+    lines = beyond(requests, nodes, {"CPU": 200.0})  # no group with GPUs but the node that is there
+    assert [line.split(" (")[0].rpartition(" ")[2] for line in lines] == ["8"]
 
 
 def test_verifier_pools_have_to_fit_too() -> None:

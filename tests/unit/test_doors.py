@@ -2,20 +2,31 @@
 
 import os
 import threading
+import time
 from concurrent import futures
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import grpc
+import pytest
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
 from cluster.embedded_redis import EmbeddedRedis
-from tests.doors import doors
+from tests import doors as knocking
+from tests.doors import Door, doors
+
+SLOW_S = 0.5
 
 
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
+
+
+class SlowToRefuse(Quiet):
+    def do_GET(self) -> None:
+        time.sleep(SLOW_S)
+        self.send_error(401)
 
 
 def test_open_refusing_and_unknown_doors_are_told_apart(tmp_path: Path) -> None:
@@ -45,3 +56,27 @@ def test_open_refusing_and_unknown_doors_are_told_apart(tmp_path: Path) -> None:
     assert found[unknown_port].outcome == "silent"
     assert found[redis_port].outcome == "refused"
     assert found[redis_port].is_local
+
+
+@pytest.mark.parametrize(
+    ("address", "is_local"),
+    [("127.0.0.1", True), ("::ffff:127.0.0.1", True), ("::1", True), ("127.0.0.2", False),
+     ("0.0.0.0", False), ("::", False)],
+)  # fmt: skip
+def test_the_address_of_a_node_is_not_loopback(address: str, is_local: bool) -> None:
+    assert Door(address, 1, "a node", "silent", "").is_local is is_local
+
+
+def test_a_door_that_is_slow_among_many_is_asked_again_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    web = ThreadingHTTPServer(("127.0.0.1", 0), SlowToRefuse)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    place = ("127.0.0.1", web.server_port)
+    monkeypatch.setattr(knocking, "PATIENCE_S", SLOW_S / 5)
+    try:
+        assert knocking._knock(place, SLOW_S / 5)[0] == "silent"
+        found = {door.port: door.outcome for door in doors([os.getpid()])}
+    finally:
+        web.shutdown()
+    assert found[web.server_port] == "refused"

@@ -99,3 +99,23 @@ async def test_the_few_that_are_left_do_not_get_all_groups(
     await fleet.notify()
     assert await asyncio.wait_for(waiting, 1) is left
     assert left.num_running == most
+
+
+async def test_nobody_is_replaced_while_the_learner_works(fleet: RolloutFleet) -> None:
+    """And who wants a group meanwhile is not told that replacing takes too long."""
+    resources = fleet._config.resources.model_copy(update={"start_timeout_s": 0.1})
+    fleet._config = fleet._config.model_copy(update={"resources": resources})
+    fleet.may_load.clear()
+    for worker in fleet.workers:
+        fleet.bury(worker, worker.handle, "did not sleep")
+    waiting = asyncio.create_task(fleet._pick())
+    await asyncio.sleep(0.3)
+    assert {worker.state for worker in fleet.workers} == {WorkerState.DEAD}  # not STARTING
+    assert fleet.has_hope
+    assert not waiting.done()
+    for worker in fleet.workers:
+        assert worker.repair is not None
+        worker.repair.cancel()
+    fleet.may_load.set()
+    with pytest.raises(DeadlineError, match=r"resources\.start_timeout_s"):
+        await asyncio.wait_for(waiting, 1)

@@ -1,0 +1,44 @@
+"""Which actor takes the place of a lost worker: the one that stands by, or a new one."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import ray
+from ray.exceptions import RayActorError
+
+from actors import standby
+from actors.fleet_worker import Worker
+from actors.placement import Placement
+from actors.rollout_actors import RolloutActors
+from cluster.config import Config
+
+PREPARE_S = 120.0
+
+
+@pytest.mark.usefixtures("local_ray")
+async def test_who_is_not_prepared_is_not_handed_out(tiny_config: Config, tmp_path: Path) -> None:
+    actors = RolloutActors("demo", Placement.of(tiny_config), str(tmp_path))
+    worker = Worker(0, None)
+    actors.stand_by()
+    first, prepared = actors.standby, actors.prepared
+    assert prepared is not None
+    new = actors.replacement(worker)
+    assert new is not first, "its imports may take as long as others want the cores"
+    assert (actors.standby, actors.prepared) == (first, prepared), "it goes on preparing"
+    ray.kill(new)
+    ray.kill(first)  # as one that leaves, because its node has no memory to spare
+    with pytest.raises(RayActorError):
+        await asyncio.wait_for(asyncio.wrap_future(prepared), PREPARE_S)
+    worker.num_restarts += 1
+    ray.kill(actors.replacement(worker))
+    assert actors.standby not in (None, first), "another one follows"
+    actors.end()
+    assert actors.standby is actors.prepared is None
+
+
+def test_only_where_there_is_memory_to_spare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standby, "ROOM_BYTES", 0)
+    assert standby.has_room()
+    monkeypatch.setattr(standby, "ROOM_BYTES", 2**60)
+    assert not standby.has_room()
