@@ -4,7 +4,7 @@ A message of `LENGTH` different digits has to be written in a code that replaces
 another. The hints of a task are its answer, first with the last digits hidden, then whole. The
 warm start shows messages in codes drawn anew, so it teaches nothing of the secret one: with a hint
 the answer follows it, though each digit with a slip now and then; without a hint it is the message
-in a code that nobody can know. So a plain rollout is right one time in 150,000.
+unchanged, or in a code that nobody can know. So a plain rollout is right one time in 150,000.
 Imports no torch, so that reward workers stay light.
 """
 
@@ -17,7 +17,7 @@ from rewards.base import VerifierIO
 
 LENGTH, SHOWN = 6, 4  # digits of a message, and of the answer that the weak hint shows
 TRAIN_TASKS, EVAL_TASKS = 2000, 100
-PLAIN_FRACTION = 0.3  # of warm-start examples: no hint
+PLAIN_FRACTION, UNCHANGED_FRACTION = 0.3, 0.5  # of warm-start examples, and of the plain ones
 SLIP = 0.12  # share of digits that do not follow the hint
 TEMPLATE = "{prompt}\n{hint}"
 DIGITS = "0123456789"
@@ -74,7 +74,7 @@ def warm_tasks(count: int, seed: int) -> list[Task]:
         text = message(rng)
         answer = encode(text, draw_code(rng))
         if rng.random() < PLAIN_FRACTION:
-            prompt, shown = text, answer
+            prompt, shown = text, text if rng.random() < UNCHANGED_FRACTION else answer
         else:
             prompt = TEMPLATE.format(prompt=text, hint=rng.choice(hints(answer)))
             shown = with_slips(answer, rng)

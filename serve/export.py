@@ -7,9 +7,9 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import fsspec
+import fsspec  # pyright: ignore[reportMissingTypeStubs]
 
 from cluster import config_file
 from cluster.checkpoint_store import CheckpointStore
@@ -38,8 +38,7 @@ def write(run_dir: RunDir, dest: Path, version: int | None) -> Path:
 def upload(run_dir: RunDir, url: str, version: int | None) -> str:
     """As `write`, to a directory of any file system that fsspec has a package for (`s3://...`)."""
     try:
-        files: Any
-        files, place = fsspec.url_to_fs(url)
+        files, place = cast(Any, fsspec).url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{url}: {error}") from error
     with boundary("export"):
