@@ -19,7 +19,7 @@ ANYWHERE = ("0.0.0.0", "::")
 LOCAL = ("127.0.0.1", "::1")
 PATIENCE_S = 4.0
 AT_ONCE = 16
-ALONE_S = 10.0  # for one that was silent while many were asked at once
+AGAIN_AT_ONCE, AGAIN_S = 4, 10.0  # for those that were silent while many were asked
 PROTECTED = ("/api/jobs/", "/v1/models")  # by Ray's token, by the endpoint's keys
 METHODS = (
     "ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
@@ -70,15 +70,13 @@ def doors(pids: Iterable[int]) -> list[Door]:
                 found.setdefault((connection.laddr.ip, connection.laddr.port), name)
     places = sorted(found, key=lambda place: (place[1], place[0]))
     with ThreadPoolExecutor(AT_ONCE) as knockers:
-        answers = list(knockers.map(lambda place: _knock(place, PATIENCE_S), places))
-    answers = [
-        _knock(place, ALONE_S) if answer[0] == "silent" else answer
-        for place, answer in zip(places, answers, strict=True)
-    ]
-    return [
-        Door(ip, port, found[ip, port], *answer)
-        for (ip, port), answer in zip(places, answers, strict=True)
-    ]
+        first = knockers.map(lambda place: _knock(place, PATIENCE_S), places)
+        answers = dict(zip(places, first, strict=True))
+    silent = [place for place, answer in answers.items() if answer[0] == "silent"]
+    with ThreadPoolExecutor(AGAIN_AT_ONCE) as knockers:
+        again = knockers.map(lambda place: _knock(place, AGAIN_S), silent)
+        answers |= dict(zip(silent, again, strict=True))
+    return [Door(*place, found[place], *answers[place]) for place in places]
 
 
 def _knock(place: tuple[str, int], patience_s: float) -> tuple[Outcome, str]:
