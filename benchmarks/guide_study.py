@@ -27,7 +27,8 @@ CONFIG = ROOT / "benchmarks" / "secret_code.yaml"
 MOST_PLAIN = 0.02  # bound of pass@1
 LEARNING, LEAST = ("Guide-GRPO", "Guide-PPO"), 0.30
 PASS = "eval/pass@1"
-PROGRAM = {"use": "guide", "settings": {"template": TEMPLATE, "reject": ""}}
+MERGE = {"merge": "fill_wrong", "reject": ""}  # hinted passes join the plain failures
+PROGRAM = {"use": "guide", "settings": {"template": TEMPLATE, **MERGE}}
 GUIDED = f"rollout.program={json.dumps(PROGRAM)}"
 APART = {"use": "guide", "settings": {"factors": "apart", "shaping": "truncate"}}
 ARMS: dict[str, list[str]] = {

@@ -243,15 +243,15 @@ def test_a_module_that_is_broken_by_itself_gives_no_tally(tests: str) -> None:
 def test_many_honest_calls_within_a_module_use_up_its_budget() -> None:
     tests = "from solution import f\nfor i in range(9): assert f(i) is None"
     with pytest.raises(BudgetError):
-        tally(tests, "import time\ndef f(x): time.sleep(0.3)", budget_s=1.2)
-    wrong = "import time\ndef f(x):\n  time.sleep(0.5)\n  return 0"
-    tests = "assert f(0) is None\nassert f(1) is None\nassert f(2) is None"
-    assert tally(tests, wrong, budget_s=1.2) == (0, 3)
-    methods = "".join(f"  def test_{i}(self): self.assertIsNone(f({i}))\n" for i in range(3))
+        tally(tests, "import time\ndef f(x): time.sleep(0.5)", budget_s=2.5)
+    wrong = "import time\ndef f(x):\n  time.sleep(0.8)\n  return 0"
+    tests = "\n".join(f"assert f({i}) is None" for i in range(4))
+    assert tally(tests, wrong, budget_s=2.5) == (0, 4)
+    methods = "".join(f"  def test_{i}(self): self.assertIsNone(f({i}))\n" for i in range(4))
     tests = "import unittest\nclass T(unittest.TestCase):\n" + methods
-    assert tally(tests, wrong, budget_s=1.2) == (0, 3)
+    assert tally(tests, wrong, budget_s=2.5) == (0, 4)
     with pytest.raises(BudgetError):
-        tally(tests, wrong.replace("return 0", "return"), budget_s=1.2)
+        tally(tests, wrong.replace("return 0", "return"), budget_s=2.5)
 
 
 def test_a_fault_of_the_programs_own_sandbox_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
