@@ -288,7 +288,6 @@ def _environment(home: str) -> dict[str, str]:
     return {
         "PATH": os.defpath,
         "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),
-        "PYTHONDONTWRITEBYTECODE": "1",
         "HOME": home,
         "TMPDIR": home,
         "LANG": "C.UTF-8",
