@@ -6,6 +6,7 @@ score is a probability read at the marker behind it. Used as `classifier` and `t
 """
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from rewards.step_scorer import StepScores
 _TWO_LAYER_HEAD = "Qwen2ForProcessRewardModel"
 
 
-class _MarkerScorer:
+class _MarkerScorer(ABC):
     """A model that is asked at the marker behind each step; what is read there is its subclass's
     matter.
     """
@@ -43,9 +44,9 @@ class _MarkerScorer:
             for row, scores in zip(rows, values, strict=True)
         ]
 
+    @abstractmethod
     def _probabilities(self, hidden: Any, rows: list[Asked]) -> Any:
-        """One per row of `hidden`, which are the states at the markers of all `rows`."""
-        raise NotImplementedError
+        """[M] from `hidden` [M, D], the states at the M markers of all `rows`."""
 
 
 class StepClassifier(_MarkerScorer):
