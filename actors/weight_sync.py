@@ -38,7 +38,7 @@ Outcome = tuple[float, float | None]  # pause_s and probe error of a worker that
 class SyncReport:
     """One sync. `probe_error` is the largest mean |engine - learner| log-prob over engines, in
     nats; None when all of them had to be replaced. `probe_s` is what it took the learner and the
-    slowest engine. `num_by_broadcast` of the `num_engines` needed no file.
+    slowest engine. `num_without_file` of the `num_engines` needed no file.
     """
 
     policy_version: int
@@ -47,7 +47,7 @@ class SyncReport:
     probe_error: float | None
     probe_s: float
     num_engines: int
-    num_by_broadcast: int = 0
+    num_without_file: int = 0
 
     def metrics(self) -> dict[str, float]:
         """Metric keys of docs/reference.md; a probe that was not made has none."""
@@ -78,11 +78,11 @@ class WeightSync:
         self._fleet = fleet
         self._directory = directory
         self._on_event = on_event
-        self._broadcast: WeightBroadcast | WeightSharing | None = None
+        self._transfer: WeightBroadcast | WeightSharing | None = None
         if config.transport == "broadcast":
-            self._broadcast = WeightBroadcast(config, learner, fleet.engine_size, on_event)
+            self._transfer = WeightBroadcast(config, learner, fleet.engine_size, on_event)
         elif config.transport == "shared":
-            self._broadcast = WeightSharing(config, learner, on_event)
+            self._transfer = WeightSharing(config, learner, on_event)
         self._max_probe_tokens = context_length - 1  # an engine adds one token to what it scores
         self._probes: list[np.ndarray] = []
         self._expected: list[np.ndarray] = []
@@ -152,18 +152,18 @@ class WeightSync:
             probe_error=max((e for _, e in done if e is not None), default=None),
             probe_s=scoring_s + self._probe_s,
             num_engines=len(done),
-            num_by_broadcast=sum(outcome is not None for outcome in proven),
+            num_without_file=sum(outcome is not None for outcome in proven),
         )
 
     async def _send(
         self, workers: Sequence[Worker], policy_version: int
     ) -> Sequence[float | StageError | None]:
         """What the broadcast came to for each worker; None where there is none."""
-        if self._broadcast is None or not workers:
+        if self._transfer is None or not workers:
             return [None] * len(workers)
         for worker in workers:
             worker.state = WorkerState.STALE
-        return await self._broadcast.send(workers, policy_version)
+        return await self._transfer.send(workers, policy_version)
 
     async def _take(
         self, worker: Worker, sent: float | StageError | None, policy_version: int

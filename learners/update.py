@@ -133,16 +133,12 @@ class PolicyUpdate:
         num_guided, num_compared = totals["num_guided_tokens"], totals["num_compared_tokens"]
         counts = {"loss": divisor, "guide": num_guided} | dict.fromkeys(COMPARED, num_compared)
         counts["policy/reference_kl"] = num_loss_tokens - num_guided
-        metrics = {
-            name: value if name.endswith(LARGEST) else value / count
-            for name, value in totals.items()
-            if name not in _COUNTS
-            and (
-                count := counts.get(
-                    name, counts.get(name.partition("/")[0], max(1.0, num_loss_tokens))
-                )
-            )
-        }
+        metrics: dict[str, float] = {}
+        for name, value in totals.items():
+            of_kind = counts.get(name.partition("/")[0], max(1.0, num_loss_tokens))
+            count = counts.get(name, of_kind)
+            if name not in _COUNTS and count > 0:
+                metrics[name] = value if name.endswith(LARGEST) else value / count
         if squares := totals["mismatch_weight_squares"]:
             metrics["ratio/mismatch_ess"] = totals["mismatch_weights"] ** 2 / num_compared / squares
         metrics |= self._surveyed | {

@@ -84,11 +84,11 @@ async def test_engines_after_a_broadcast_equal_engines_after_the_file(
     parts: Parts, record_property: Callable[[str, float], None]
 ) -> None:
     first = await parts.sync.sync(0)
-    assert first.num_by_broadcast == first.num_engines == 2
+    assert first.num_without_file == first.num_engines == 2
     before = [await scores(worker) for worker in parts.fleet.workers]
     await move_weights(parts, 1)
     report = await parts.sync.sync(1)
-    assert report.num_by_broadcast == report.num_engines == 2
+    assert report.num_without_file == report.num_engines == 2
     record_property("probe_error_after_broadcast", probe_error(report))
     assert probe_error(report) <= AGREES
     assert 0 < report.pause_s <= report.total_s
@@ -149,7 +149,7 @@ async def test_a_worker_is_added_proven_and_removed_while_groups_are_sampled(
     assert tokens[0] == tokens[1] == tokens[2]
     await move_weights(parts, 9)
     report = await parts.sync.sync(3)
-    assert report.num_by_broadcast == report.num_engines == 3
+    assert report.num_without_file == report.num_engines == 3
     assert probe_error(report) <= AGREES
 
     monkeypatch.setattr("actors.fleet.DRAIN_S", 0.05)
@@ -169,7 +169,7 @@ async def test_a_worker_is_added_proven_and_removed_while_groups_are_sampled(
     kinds = [kind for kind, _ in parts.events]
     assert "worker_died" not in kinds
     report = await parts.sync.sync(4)
-    assert report.num_by_broadcast == report.num_engines == 2
+    assert report.num_without_file == report.num_engines == 2
     assert failures(parts) == []
 
 
@@ -199,7 +199,7 @@ async def test_an_engine_killed_amid_a_broadcast_costs_a_sync_by_file_and_no_mor
     [failure] = failures(parts)
     assert failure["policy_version"] == 5
     assert failure["cause"]
-    assert (report.num_engines, report.num_by_broadcast) == (1, 0)
+    assert (report.num_engines, report.num_without_file) == (1, 0)
     assert (survivor.state, survivor.policy_version) == (WorkerState.HEALTHY, 5)
     assert survivor.num_restarts == 0
     assert probe_error(report) <= AGREES
@@ -207,7 +207,7 @@ async def test_an_engine_killed_amid_a_broadcast_costs_a_sync_by_file_and_no_mor
 
     await move_weights(parts, 3)
     report = await parts.sync.sync(6)
-    assert report.num_by_broadcast == report.num_engines >= 1
+    assert report.num_without_file == report.num_engines >= 1
     assert probe_error(report) <= AGREES
     assert len(failures(parts)) == 1
 
@@ -220,7 +220,7 @@ async def test_the_replaced_engine_is_in_the_next_group(parts: Parts) -> None:
     assert (replaced.num_restarts, replaced.policy_version) == (1, 6)
     await move_weights(parts, 4)
     report = await parts.sync.sync(7)
-    assert report.num_by_broadcast == report.num_engines == 2
+    assert report.num_without_file == report.num_engines == 2
     assert probe_error(report) <= AGREES
     assert len(failures(parts)) == 1
 
