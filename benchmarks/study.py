@@ -61,7 +61,7 @@ def train(config: Path, folder: Path, name: str, changes: Sequence[str] = ()) ->
     run_dir = RunDir(folder / name)
     if not is_done(run_dir):
         shutil.rmtree(run_dir, ignore_errors=True)  # of an interrupted study
-        _hone("train", str(config), *changes, f"run.dir={folder}", "--run", name)
+        hone("train", str(config), *changes, f"run.dir={folder}", "--run", name)
     return Run(run_dir.read_metrics())
 
 
@@ -112,10 +112,12 @@ def _warm_up(config: Config, place: Path, tasks: list[Task]) -> None:
     shutil.rmtree(making)
 
 
-def _hone(*arguments: str) -> None:
+def hone(*arguments: str) -> str:
+    """What a `hone` command prints, errors included. Raises `StageError` when it fails."""
     run = run_timed([*HONE, *arguments], ROOT, TIMEOUT_S)
     if run.code != 0:
         raise StageError("study", f"hone {' '.join(arguments)}: {run.output[-2000:]}")
+    return run.output
 
 
 def mean_curve(runs: Sequence[Run], key: str) -> list[Point]:

@@ -19,9 +19,16 @@ from cluster.config import Config, PretrainedPolicy
 from cluster.errors import StageError
 
 CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hone"
-INSTALL_S, PEER_S = 1200.0, 1800.0
+INSTALL_S, PEER_S = 1200.0, 3600.0
 COMPLETE = ".complete"
 OURS = ("GOMP_SPINCOUNT", "OMP_NUM_THREADS")  # what Hone sets for its threads; the peer has its own
+
+
+class SavedWeights(msgspec.Struct, frozen=True):
+    """Of a policy after `step` steps, and the seconds of training until then."""
+
+    step: int
+    seconds: float
 
 
 class PeerRun(msgspec.Struct, frozen=True):
@@ -37,6 +44,7 @@ class PeerRun(msgspec.Struct, frozen=True):
     median_step_s: float
     step_s: list[float]
     tokens: list[float]
+    saved: list[SavedWeights] = []
 
 
 def environment() -> Path:
@@ -88,10 +96,20 @@ def _run(command: Sequence[str | Path], variables: Mapping[str, str] | None = No
         raise StageError("trl", f"its environment cannot be made: {done.stderr[-1000:]}")
 
 
-def measure(config: Config, tasks: Path, micro_batch: int, num_steps: int) -> PeerRun:
-    """TRL on the policy, sampling and learning rate of `config`; `tasks` is the file for TRL."""
+def measure(
+    config: Config,
+    tasks: Path,
+    micro_batch: int,
+    num_steps: int,
+    save_every: int = 0,
+    save_in: Path | None = None,
+) -> PeerRun:
+    """TRL on the policy, rule, sampling, learning rate and seed of `config`; `tasks` is the file
+    for TRL. Every `save_every` steps, if not 0, its weights go to `save_in`/step-N.
+    """
     assert isinstance(config.policy, PretrainedPolicy)
     rollout = config.rollout
+    [verifier] = config.rewards.verifiers.values()
     options = {
         "policy": config.policy.model,
         "tasks": tasks,
@@ -102,7 +120,11 @@ def measure(config: Config, tasks: Path, micro_batch: int, num_steps: int) -> Pe
         "temperature": rollout.temperature,
         "lr": config.learner.lr,
         "steps": num_steps,
+        "reward": verifier.use.rpartition(":")[2],
+        "seed": config.run.seed,
     }
+    if save_every:
+        options |= {"save-every": save_every, "save-in": save_in}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     without = [word for name in OURS for word in ("-u", name)]
     command = ["env", *without, environment(), "-m", "benchmarks.trl_peer", *words]

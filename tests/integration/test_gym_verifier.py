@@ -8,6 +8,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
+from benchmarks.trl_peer import last_line_is_right
 from cluster.config import Plugin, TasksSection, VerifierConfig
 from cluster.errors import ConfigError
 from cluster.types import Task
@@ -16,6 +17,7 @@ from rewards.gym_taskset import DENIED, ReasoningGymTaskset
 from rewards.rubric import Rubric
 from rewards.self_check import gold_check, group_of, junk_probe
 from rewards.tasksets import load_tasks
+from tests.sum_cases import COMPLETIONS
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -90,6 +92,18 @@ async def test_the_answer_is_taken_from_where_it_should_be(extract: str, text: s
     texts = [text.replace("{answer}", task.reference), text.replace("{answer}", "7777"), "nothing"]
     try:
         assert (await rubric.score(group_of(task, texts))).rewards == [1.0, 0.0, 0.0]
+    finally:
+        await rubric.close()
+
+
+async def test_the_rule_that_a_peer_shares_pays_as_the_scorer_of_sums_does():
+    rubric = Rubric({"correct": VerifierConfig(use="task", settings={"extract": "last_line"})})
+    try:
+        for task in chain_sum().load()[:4]:
+            texts = [text.replace("{answer}", task.reference) for text, _ in COMPLETIONS]
+            scores = [score for _, score in COMPLETIONS]
+            assert (await rubric.score(group_of(task, texts))).rewards == scores
+            assert [last_line_is_right("", text, task.reference) for text in texts] == scores
     finally:
         await rubric.close()
 

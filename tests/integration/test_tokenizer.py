@@ -5,12 +5,15 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from benchmarks import time_to_accuracy
+from cluster import config_file
 from cluster.config import GgufPolicy, PretrainedPolicy, TinyPolicy
 from cluster.errors import ConfigError
 from cluster.run_dir import RunDir
 from cluster.types import Message
 from learners.policy_dir import prepare
 from learners.tokenizer import encode_completion, load_tokenizer, render, train_tokenizer
+from rewards.tasksets import load_tasks
 
 TEXTS = [f"What is {a} plus {b}? The answer is {a + b}." for a in range(30) for b in range(30)]
 TINY = TinyPolicy(type="tiny", hidden_size=32, num_layers=1, num_heads=2, context_length=64)
@@ -24,6 +27,18 @@ def test_digits_are_tokens_of_their_own_and_any_text_survives() -> None:
     for text in ("What is 3 plus 4?", "naïve ∑ 漢字 🙂\n\ttabs", ""):
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
     assert len(tokenizer.encode(TEXTS[0])) < len(TEXTS[0]) / 2, "merges shorten the task texts"
+
+
+def test_the_sums_of_the_accuracy_study_fit_their_context() -> None:
+    config = config_file.load(time_to_accuracy.CONFIG)
+    assert isinstance(config.policy, TinyPolicy)
+    tasks = load_tasks(config.tasks, "train")
+    texts = [text for t in tasks for text in (t.messages[0].content, t.solution)]
+    tokenizer = train_tokenizer(texts, config.policy.vocab_size)
+    longest = max(len(encode_completion(tokenizer, task.solution)) for task in tasks)
+    prompt = max(len(render(tokenizer, task.messages)) for task in tasks)
+    assert longest < config.rollout.max_new_tokens
+    assert prompt + config.rollout.max_new_tokens <= config.policy.context_length
 
 
 def test_a_vocabulary_below_the_bytes_is_refused() -> None:
