@@ -187,13 +187,17 @@ def _doors(served: Published) -> Row:
 
 
 def _fuzz(served: Published, quick: bool) -> Row:
-    fuzzed = fuzz(served.url, [served.query, served.admin], 300 if quick else 2000)
+    rounds = 300 if quick else 2000
+    fuzzed = fuzz(served.url, served.query, served.admin, rounds)
     return judged(
         "random bodies, parameters and paths on every documented route",
-        f"{fuzzed.num_requests} requests, {fuzzed.num_refused} refused, {len(fuzzed.broken)} "
-        f"failures of ours, {len(fuzzed.mute)} refusals without a message",
-        "no 5xx but 503, each refusal has a message", not fuzzed.broken and not fuzzed.mute,
-        "; ".join([*fuzzed.broken, *fuzzed.mute][:2]),
+        f"{fuzzed.num_requests} requests, {fuzzed.num_answered} answered by an engine, "
+        f"{fuzzed.num_refused} refused; {len(fuzzed.broken)} failures of ours, "
+        f"{len(fuzzed.mute)} refusals without a message, {len(fuzzed.changed)} bad release "
+        "actions carried out",
+        f"{rounds // 50} reach an engine; no 5xx, each refusal has a message, no bad action is "
+        "carried out", not fuzzed.wrong and fuzzed.num_answered >= rounds // 50,
+        "; ".join(fuzzed.wrong[:2]),
     )  # fmt: skip
 
 
