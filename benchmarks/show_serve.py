@@ -224,13 +224,16 @@ def _flood(served: Published) -> Row:
 
 
 def _page(served: Published) -> Row:
-    claim = "curves move, tokens of a known trajectory are right, a promotion takes effect, 375 px"
+    claim = (
+        "curves move, tokens of a known trajectory are right, a promotion takes effect, a refused "
+        "key is told of, a chosen version stays chosen, 375 px"
+    )
     if browser.CHROMIUM is None:
         return Row(claim, "-", "all true in Chromium", "not shown here", "needs Chromium")
     page_cases.write_known_run(served.run)
     newest = publish_newer(served.run)
     with browser.Browser() as page:
-        page.sign_in(served.url, served.admin)
+        page_cases.check_keys(page, served.url, served.query, served.admin)
         page_cases.check_tokens(page)
         page_cases.check_curves_move(page, served.run, 5)
         has = f"[...document.getElementById('version').options].some((o) => o.value == '{newest}')"
@@ -238,6 +241,7 @@ def _page(served: Published) -> Row:
         page.write("#version", str(newest))
         page.click("[data-action=promote]")
         page.until(f"document.getElementById('release').textContent.includes('{newest}, fixed')")
+        page_cases.check_a_choice_stays(page, served.run, newest)
         page_cases.check_controls(page)
     is_promoted = _stable(served.url, served.admin) == newest
     return judged(claim, "all true in Chromium", "all true in Chromium", is_promoted)
