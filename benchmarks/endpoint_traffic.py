@@ -1,6 +1,7 @@
 """Requests that run while weights change, and whether each of them came through whole.
 
-Invariant: an answer counts as honest only when its spans cover all of its tokens without a gap.
+Invariant: an answer counts as honest only when its spans cover all of its tokens without a gap, and
+its `model` names a version that sampled some of them.
 Used by `benchmarks.show_serve` and the end-to-end test of a live run.
 """
 
@@ -18,7 +19,9 @@ MAX_FAILED = 100  # then it is known
 
 @dataclass
 class Traffic:
-    """What became of the requests. `num_cut` ended before their token limit."""
+    """What became of the requests. `num_cut` ended before their token limit, `num_crossed` were
+    sampled by two versions or more, across a load.
+    """
 
     num_requests: int = 0
     num_failed: int = 0
@@ -35,18 +38,23 @@ class Traffic:
     def __str__(self) -> str:
         return (
             f"{self.num_failed} failed, {self.num_cut} truncated, {self.num_dishonest} without "
-            f"whole spans; {len(self.versions)} versions answered, {self.num_crossed} answers "
-            "span two or more"
+            f"whole spans or misnamed; {len(self.versions)} versions answered, {self.num_crossed} "
+            "answers span two or more"
         )
 
     def add(self, answer: Any, tokens: int) -> None:
+        """Count one whole answer of the official client, asked for exactly `tokens` tokens."""
         spans: list[dict[str, int]] = answer.policy_versions
         ends = [0, *[span["end"] for span in spans]]
         starts = [span["start"] for span in spans]
-        self.num_cut += answer.usage.completion_tokens != tokens
-        self.num_dishonest += starts != ends[:-1] or ends[-1] != answer.usage.completion_tokens
-        self.num_crossed += len(spans) > 1
-        self.versions |= {span["policy_version"] for span in spans}
+        sampled = {span["policy_version"] for span in spans}
+        num_tokens = answer.usage.completion_tokens
+        is_whole = starts == ends[:-1] and ends[-1] == num_tokens
+        is_named = answer.model in {f"policy@{version}" for version in sampled}
+        self.num_cut += num_tokens != tokens
+        self.num_dishonest += not (is_whole and is_named)
+        self.num_crossed += len(sampled) > 1
+        self.versions |= sampled
 
 
 def send(

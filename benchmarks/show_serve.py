@@ -187,13 +187,17 @@ def _doors(served: Published) -> Row:
 
 
 def _fuzz(served: Published, quick: bool) -> Row:
-    fuzzed = fuzz(served.url, [served.query, served.admin], 300 if quick else 2000)
+    rounds = 300 if quick else 2000
+    fuzzed = fuzz(served.url, served.query, served.admin, rounds)
     return judged(
         "random bodies, parameters and paths on every documented route",
-        f"{fuzzed.num_requests} requests, {fuzzed.num_refused} refused, {len(fuzzed.broken)} "
-        f"failures of ours, {len(fuzzed.mute)} refusals without a message",
-        "no 5xx but 503, each refusal has a message", not fuzzed.broken and not fuzzed.mute,
-        "; ".join([*fuzzed.broken, *fuzzed.mute][:2]),
+        f"{fuzzed.num_requests} requests, {fuzzed.num_answered} answered by an engine, "
+        f"{fuzzed.num_refused} refused; {len(fuzzed.broken)} failures of ours, "
+        f"{len(fuzzed.mute)} refusals without a message, {len(fuzzed.changed)} bad release "
+        "actions carried out",
+        f"{rounds // 50} reach an engine; no 5xx, each refusal has a message, no bad action is "
+        "carried out", not fuzzed.wrong and fuzzed.num_answered >= rounds // 50,
+        "; ".join(fuzzed.wrong[:2]),
     )  # fmt: skip
 
 
@@ -220,13 +224,16 @@ def _flood(served: Published) -> Row:
 
 
 def _page(served: Published) -> Row:
-    claim = "curves move, tokens of a known trajectory are right, a promotion takes effect, 375 px"
+    claim = (
+        "curves move, tokens of a known trajectory are right, a promotion takes effect, a refused "
+        "key is told of, a chosen version stays chosen, 375 px"
+    )
     if browser.CHROMIUM is None:
         return Row(claim, "-", "all true in Chromium", "not shown here", "needs Chromium")
     page_cases.write_known_run(served.run)
     newest = publish_newer(served.run)
     with browser.Browser() as page:
-        page.sign_in(served.url, served.admin)
+        page_cases.check_keys(page, served.url, served.query, served.admin)
         page_cases.check_tokens(page)
         page_cases.check_curves_move(page, served.run, 5)
         has = f"[...document.getElementById('version').options].some((o) => o.value == '{newest}')"
@@ -234,6 +241,7 @@ def _page(served: Published) -> Row:
         page.write("#version", str(newest))
         page.click("[data-action=promote]")
         page.until(f"document.getElementById('release').textContent.includes('{newest}, fixed')")
+        page_cases.check_a_choice_stays(page, served.run, newest)
         page_cases.check_controls(page)
     is_promoted = _stable(served.url, served.admin) == newest
     return judged(claim, "all true in Chromium", "all true in Chromium", is_promoted)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.endpoint_load import free_port
-from benchmarks.endpoint_traffic import send
+from benchmarks.endpoint_traffic import Traffic, send
 from benchmarks.show import Part, Row, judged
 from tests import browser
 from tests.live_run import LiveRun, live_run
@@ -42,12 +42,24 @@ def _traffic(live: LiveRun, quick: bool) -> Row:
         return live.published_version() >= first + syncs or live.train.poll() is not None
 
     traffic = send(live.url, live.query, count, tokens=TOKENS, timeout_s=900, is_enough=is_enough)
-    num_syncs = live.published_version() - first
+    return traffic_row(traffic, count, syncs, first, live.published_version())
+
+
+def traffic_row(traffic: Traffic, count: int, syncs: int, first: int, last: int) -> Row:
+    """Whether `count` whole requests ran while the endpoint followed a run from version `first` to
+    `last`: what the run published shows nothing, so half of `syncs` must have answered, and some
+    answers must have lived through a load.
+    """
+    num_followed = sum(version > first for version in traffic.versions)
+    bound = syncs // 2
     return judged(
         f"{count} requests while the run trains, {syncs} weight syncs under way",
-        f"{traffic.num_requests} requests, {num_syncs} syncs: {traffic}",
-        "0 failed, 0 truncated, each one version or an honest span",
-        traffic.is_whole and traffic.num_requests >= count and num_syncs >= syncs,
+        f"{traffic.num_requests} requests, {last - first} syncs, {num_followed} newer versions "
+        f"answered: {traffic}",
+        "0 failed, 0 truncated, each one version or an honest span; "
+        f"{bound} newer versions answer, some answers across a load",
+        traffic.is_whole and traffic.num_requests >= count and last - first >= syncs
+        and num_followed >= bound and traffic.num_crossed > 0,
         "; ".join(traffic.failures[:2]),
     )  # fmt: skip
 

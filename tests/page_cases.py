@@ -4,7 +4,9 @@ import json
 
 from cluster.run_dir import RunDir, Sample, TokenColumns
 from cluster.types import Verdict
+from serve.weight_library import KEEP_PUBLISHED
 from tests.browser import Browser
+from tests.endpoint_cases import publish
 
 TOKENS = TokenColumns(
     texts=["<b>", "3", "</b>", "\n", "tool"],
@@ -31,6 +33,45 @@ def write_known_run(run: RunDir) -> None:
         run.append_sample(known_sample(step, reward))
     for step in range(1, 5):
         run.append_metrics(step, {"reward/mean": step / 10, "policy/entropy": 1 / step})
+
+
+def check_keys(page: Browser, url: str, query: str, admin: str) -> None:
+    """A key that is none, and `query`, which may not look, are told of and not kept; then `admin`
+    opens the page.
+    """
+    problem = "document.getElementById('problem').textContent"
+    page.go(url)
+    page.until("!document.getElementById('login').hidden")
+    assert page.run(problem) == "", "nobody has given a key yet"
+    for key, words in (("hone-wrong", "a valid API key is required"), (query, "scope 'view'")):
+        page.write("#key", key)
+        page.click("#login button")
+        page.until(f"{problem}.includes({json.dumps(words)})")
+        assert page.run("sessionStorage.getItem('key')") is None
+        assert page.run("document.getElementById('login').hidden") is False
+        assert page.run("document.getElementById('main').hidden") is True
+    page.write("#key", admin)
+    page.click("#login button")
+    page.until("!document.getElementById('main').hidden")
+    page.until(f"{problem} === ''")
+
+
+def check_a_choice_stays(page: Browser, run: RunDir, newest: int) -> None:
+    """A chosen version that leaves the list stays chosen, marked, until another one is; publishes
+    versions above `newest`, which must not be followed.
+    """
+    options = "[...document.getElementById('version').options]"
+    chosen, last = newest + 1, newest + 1 + KEEP_PUBLISHED
+    for version in range(chosen, last + 1):
+        publish(run, version)
+        page.until(f"{options}.some((o) => o.value == '{version}')")
+        if version == chosen:
+            page.write("#version", str(chosen))
+    page.until(f"{options}.some((o) => o.selected && o.textContent == '{chosen} (gone)')")
+    assert page.run("document.getElementById('version').value") == str(chosen)
+    page.write("#version", str(last))
+    page.until(f"!{options}.some((o) => o.value == '{chosen}')")
+    assert page.run("document.getElementById('version').value") == str(last)
 
 
 def check_curves_move(page: Browser, run: RunDir, step: int) -> None:

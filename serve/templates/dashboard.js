@@ -21,7 +21,8 @@ async function api(path, body) {
     options.body = JSON.stringify(body);
   }
   const answer = await fetch(path, options);
-  if (answer.status === 401) { sessionStorage.removeItem("key"); ask(); }
+  const mayNotLook = answer.status === 403 && key && path === "/admin/runs";
+  if (answer.status === 401 || mayNotLook) { sessionStorage.removeItem("key"); ask(); }
   const data = await answer.json();
   if (!answer.ok) throw new Error(data.error ? data.error.message : answer.statusText);
   return data;
@@ -46,15 +47,22 @@ function drawn(name, kind, attributes) {
 }
 
 function fill(select, values, texts) {
-  const before = select.value;
-  if (select.dataset.values === values.join()) return;
-  select.dataset.values = values.join();
+  const before = select.value, all = [values, texts].join();
+  if (select.dataset.all === all) return;
+  select.dataset.all = all;
   select.replaceChildren(...values.map((value, i) => {
     const option = node("option", texts ? texts[i] : String(value));
     option.value = value;
     return option;
   }));
   if (values.map(String).includes(before)) select.value = before;
+}
+
+/* What is shown stays chosen when it leaves the list: Promote must not act on another version. */
+function fillVersions(known) {
+  const chosen = $("version").value;
+  const gone = chosen === "" || known.map(String).includes(chosen) ? [] : [chosen];
+  fill($("version"), [...known, ...gone], [...known, ...gone.map((version) => version + " (gone)")]);
 }
 
 function short(value) {
@@ -264,7 +272,7 @@ async function refresh() {
   const how = state.canary !== null ? `version ${state.canary} gets ${(100 * state.canary_share).toFixed(0)} % as a canary`
     : state.is_following ? "following the run" : "fixed";
   $("release").textContent = `policy is version ${state.stable}, ${how}.` + (release.problem ? " " + release.problem : "");
-  fill($("version"), versions.versions.map((v) => v.policy_version).reverse());
+  fillVersions(versions.versions.map((v) => v.policy_version).reverse());
   rubric(rewards);
   const actors = (isLive ? status.actors : []).map((a) => [a.name, a.state, a.policy_version < 0 ? "" : a.policy_version, ""]);
   const engines = versions.engines.map((e, i) => ["endpoint/" + i, "serving", e.policy_version, e.running]);
@@ -284,6 +292,7 @@ async function loop() {
 }
 
 async function open() {
+  const hasKey = sessionStorage.getItem("key") !== null;
   try {
     const data = await api("/admin/runs");
     run = run || data.served;
@@ -294,7 +303,7 @@ async function open() {
     shown = { a: null, b: null }; seenStep = -1;
     await optional(samples("a"), null);
     await loop();
-  } catch (error) { if ($("login").hidden) $("problem").textContent = error.message; }
+  } catch (error) { if (hasKey || $("login").hidden) $("problem").textContent = error.message; }
 }
 
 /* One change at a time; its outcome is told in `place`. */
