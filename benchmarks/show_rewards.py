@@ -88,7 +88,7 @@ def _live(quick: bool) -> Iterator[Row]:
         "twice, or mixed"
     )
     waits = "learner wait in a step with a cut-over, beyond that of a step without"
-    crashes = "in the same run: a candidate dies on gold, as a worker, in the shadow"
+    crashes = "in the same run: a candidate dies built, on gold, as a worker (twice), as a shadow"
     if quick:
         for one in (claim, waits, crashes):
             yield Row(one, "-", "all of it", "not shown here", "takes minutes: leave QUICK out")
