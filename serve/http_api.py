@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from actors.openai_engine import Api, Trace
+from actors.openai_reply import Api, Trace
 from serve import api_document
 from serve.admission import Admission, check_body, read_json
 from serve.api_errors import ApiError, error_body, from_engine

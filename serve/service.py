@@ -10,11 +10,13 @@ import asyncio
 import os
 import re
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from actors.openai_engine import Api, OpenAIEngine, Reply, Trace
+from actors.openai_reply import Api, Reply, Trace
+from actors.placement import EngineSettings
 from cluster.errors import HoneError, boundary
 from cluster.run_dir import RunDir
 from serve.api_errors import ApiError, too_late
@@ -26,6 +28,9 @@ from serve.kept_versions import KeptVersions
 from serve.release import Release
 from serve.release_control import ReleaseControl
 from serve.weight_library import WeightLibrary
+
+if TYPE_CHECKING:
+    from actors.openai_engine import OpenAIEngine
 
 NAME = "policy"
 POLL_S = 0.2
@@ -42,10 +47,28 @@ class Answer:
     stack: AsyncExitStack
 
 
+async def start_engine(settings: EngineSettings) -> "OpenAIEngine":
+    """An engine loads in a thread: requests on the others go on."""
+    from actors.openai_engine import OpenAIEngine
+
+    with boundary("endpoint"):
+        engine = await asyncio.to_thread(OpenAIEngine, settings)
+        try:
+            await engine.start()
+        except BaseException:
+            engine.shutdown()
+            raise
+    return engine
+
+
 class PolicyService:
     """Example: `answer = await service.answer("chat", body, Trace())`."""
 
-    def __init__(self, settings: EndpointSettings) -> None:
+    def __init__(
+        self,
+        settings: EndpointSettings,
+        start: Callable[[EngineSettings], Awaitable["OpenAIEngine"]] = start_engine,
+    ) -> None:
         self.settings = settings
         self.home = RunDir(settings.home)
         run = self.home if settings.has_run else None
@@ -54,7 +77,10 @@ class PolicyService:
         self.library = WeightLibrary(run, files, KeptVersions(decided / "versions"))
         self.release = Release(decided, self.home.append_event)
         self.pool = EnginePool(
-            self._start_engine, settings.max_engines, settings.policy_dir, self.library.using
+            lambda: start(settings.engine),
+            settings.max_engines,
+            settings.policy_dir,
+            self.library.using,
         )
         self.control = ReleaseControl(
             self.home, self.release, self.library, self.pool, settings.guards
@@ -71,7 +97,7 @@ class PolicyService:
     async def close(self) -> None:
         if self._loop is not None:
             self._loop.cancel()
-        self.pool.close()
+        await self.pool.close()
         self.library.close()
 
     async def is_healthy(self) -> bool:
@@ -176,13 +202,6 @@ class PolicyService:
         while True:
             await self.control.reconcile()
             await asyncio.sleep(POLL_S)
-
-    async def _start_engine(self) -> OpenAIEngine:
-        """An engine loads in a thread: requests on the others go on."""
-        with boundary("endpoint"):
-            engine = await asyncio.to_thread(OpenAIEngine, self.settings.engine)
-            await engine.start()
-        return engine
 
 
 def _unavailable(reason: str) -> ApiError:
