@@ -180,6 +180,8 @@ def check_body(api: str, body: dict[str, Any], limits: Limits) -> None:
     unknown = sorted(body.keys() - FIELDS[api])
     if unknown:
         _refuse(unknown[0][:60], "is not a field of this request")
+    if not isinstance(body.get("model"), str):
+        _refuse("model", "must name a model (a string)")
     messages, stop, n = body.get("messages"), body.get("stop"), body.get("n")
     if api == "chat" and not (isinstance(messages, list) and messages):
         _refuse("messages", "must be a list of at least one message")

@@ -44,6 +44,7 @@ class Slot:
         self.num_running = 0
         self.num_pinned = 0
         self.used_at = 0.0
+        self.done_at = 0.0  # when a request ended well
         self.is_moving = False
         self.pause_s = 0.0
         self.lock = asyncio.Lock()

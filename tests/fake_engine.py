@@ -1,7 +1,7 @@
 """What the engine pool asks of an engine, without vLLM: loads and starts wait for a test's word."""
 
 import asyncio
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,9 @@ from cluster.types import VersionSpan
 
 
 class FakeEngine:
-    """Holds a version; `goes_on` cleared holds its loads up half-way, and its answers."""
+    """Holds a version. `goes_on` cleared holds its loads up half-way, and its answers but `quick`
+    ones.
+    """
 
     def __init__(self) -> None:
         self.goes_on = asyncio.Event()
@@ -28,7 +30,6 @@ class FakeEngine:
 
     async def load_weights(self, update_info: dict[str, Any], policy_version: int) -> float:
         """Cancelled half-way it stays paused, as a real one would."""
-        assert Path(update_info["path"]).is_file()
         if self.is_paused:
             raise StageError("endpoint", "a weight update is under way already")
         self.is_paused = True
@@ -46,7 +47,8 @@ class FakeEngine:
 
     async def respond(self, api: Api, body: dict[str, Any], model: str, trace: Trace) -> Reply:
         """One token, of the version that the engine holds when it goes on."""
-        await self.goes_on.wait()
+        if not body.get("quick"):
+            await self.goes_on.wait()
         trace.spans[0] = [VersionSpan(self.policy_version, 0, 1)]
         trace.num_output_tokens += 1
         return Reply(200, {"model": model, "policy_versions": trace.as_json()})
@@ -62,10 +64,19 @@ class Starter:
         self.goes_on = asyncio.Event()
         self.goes_on.set()
         self.num_begun = 0
+        self.problem = ""
         self.engines: list[FakeEngine] = []
 
     async def start(self, *_settings: object) -> Any:
         self.num_begun += 1
         await self.goes_on.wait()
+        if self.problem:
+            raise StageError("endpoint", self.problem)
         self.engines.append(FakeEngine())
         return self.engines[-1]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 (nobody sets an event for it)
+            await asyncio.sleep(0)

@@ -108,6 +108,13 @@ def test_answers_of_one_request_are_bounded(prompt: list[object], n: int, passes
     assert error is None or error.param == "prompt"
 
 
+@pytest.mark.parametrize("fields", [{}, {"model": None}, {"model": 7}])
+def test_a_request_names_a_model(fields: dict[str, object]) -> None:
+    error = problem(lambda: check_body("completion", {"prompt": "1", **fields}, Limits()))
+    assert error is not None
+    assert (error.status, error.param) == (400, "model")
+
+
 def test_a_key_needs_its_scope(tmp_path: Path) -> None:
     keys = KeyStore(tmp_path / "keys.json")
     secret = keys.create("alice", ["query"])

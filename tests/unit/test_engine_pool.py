@@ -1,7 +1,7 @@
 """Engines and the versions they hold, whoever waits for them or leaves; the engines are fake."""
 
 import asyncio
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from serve import engine_pool
 from serve.api_errors import ApiError
 from serve.engine_pool import BadWeightsError, EnginePool, Slot
 from serve.kept_versions import Weights
-from tests.fake_engine import FakeEngine, Starter
+from tests.fake_engine import FakeEngine, Starter, until
 
 
 @pytest.fixture(autouse=True)
@@ -54,12 +54,6 @@ class Engines:
         return self.starter.engines[index]
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0)
-
-
 async def leave(task: asyncio.Task[Slot]) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -81,7 +75,7 @@ async def test_a_load_goes_on_when_its_request_has_gone(tmp_path: Path) -> None:
     slot = await again
     assert (slot is first, slot.policy_version, engine.policy_version) == (True, 3, 3)
     assert engine.loaded == [2, 3], "loaded once"
-    assert not (engine.is_paused or slot.is_moving or engines.in_use)
+    assert (engine.is_paused, slot.is_moving, engines.in_use) == (False, False, [])
 
 
 async def test_a_move_goes_on_when_its_request_has_gone(tmp_path: Path) -> None:
