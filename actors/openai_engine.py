@@ -26,7 +26,7 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.outputs import RequestOutput
 from vllm.renderers.online_renderer import OnlineRenderer
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from actors.openai_reply import Api, Reply, Trace
@@ -58,17 +58,26 @@ class _TracedLLM(AsyncLLM):
             prompt = {**prompt, "cache_salt": salt}
         outputs = super().generate(prompt, sampling_params, request_id, **options)
         trace = _trace.get()
-        return outputs if trace is None else _note(trace, outputs, sampling_params.n)
+        if trace is None:
+            return outputs
+        owed = 0
+        if sampling_params.output_kind is RequestOutputKind.FINAL_ONLY:
+            length = len(prompt.get("prompt_token_ids") or ()) if isinstance(prompt, dict) else 0
+            owed = length + sampling_params.n * (sampling_params.max_tokens or 0)
+        return _note(trace, outputs, sampling_params.n, owed)
 
 
 async def _note(
-    trace: Trace, outputs: AsyncGenerator[RequestOutput, None], n: int
+    trace: Trace, outputs: AsyncGenerator[RequestOutput, None], n: int, owed: int
 ) -> AsyncGenerator[RequestOutput, None]:
     first = trace.num_choices
     trace.num_choices += n
+    trace.num_owed_tokens += owed
     has_prompt = False
     try:
         async for output in outputs:
+            trace.num_owed_tokens -= owed
+            owed = 0
             if not has_prompt and output.prompt_token_ids is not None:
                 has_prompt = True
                 trace.num_prompt_tokens += len(output.prompt_token_ids)
@@ -82,6 +91,7 @@ async def _note(
             yield output
     except Exception:
         trace.has_failed = True
+        trace.num_owed_tokens -= owed
         raise
     finally:
         await outputs.aclose()

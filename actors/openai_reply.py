@@ -1,6 +1,7 @@
 """What the endpoint's engine makes of one request: the reply, and what it cost and who sampled it.
 
-Invariant: a trace is filled while its request runs and is never taken back. Made by
+Invariant: a trace is filled while its request runs, and what it counts is charged however that
+ends. Made by
 `actors.openai_engine`, read by the endpoint; nothing here needs vLLM.
 """
 
@@ -21,7 +22,15 @@ class Trace:
     num_choices: int = 0
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
+    num_owed_tokens: int = 0  # at most, of whole answers that are not there yet
     has_failed: bool = False  # the engine broke off
+
+    @property
+    def num_tokens(self) -> int:
+        """What is charged. A whole answer that is given up counts as if it had come: nothing tells
+        how far it was, and its client could have read it as a stream.
+        """
+        return self.num_prompt_tokens + self.num_output_tokens + self.num_owed_tokens
 
     @property
     def policy_versions(self) -> list[int]:
