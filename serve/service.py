@@ -7,7 +7,6 @@ cannot be had is 503 with Retry-After, one that hangs 504. Which version `policy
 """
 
 import asyncio
-import os
 import re
 import time
 from collections.abc import Awaitable, Callable
@@ -28,6 +27,7 @@ from serve.guards import Outcome
 from serve.kept_versions import KeptVersions, Weights
 from serve.release import Release
 from serve.release_control import ReleaseControl
+from serve.replica_folder import ReplicaFolder, sweep
 from serve.status_view import ENDED
 from serve.weight_library import WeightLibrary
 
@@ -90,9 +90,10 @@ class PolicyService:
         self.settings = settings
         self.home = RunDir(settings.home)
         run = self.home if settings.has_run else None
-        files = self.home.weights.with_name(f"{self.home.weights.name}-endpoint") / str(os.getpid())
+        sweep(self.home)
+        self._folder = ReplicaFolder(self.home)
         decided = settings.home / "endpoint"
-        self.library = WeightLibrary(run, files, KeptVersions(decided / "versions"))
+        self.library = WeightLibrary(run, self._folder.path, KeptVersions(decided / "versions"))
         self.release = Release(decided, self.home.append_event)
         self.pool = EnginePool(
             lambda: start(settings.engine),
@@ -116,7 +117,7 @@ class PolicyService:
         if self._loop is not None:
             self._loop.cancel()
         await self.pool.close()
-        self.library.close()
+        self._folder.close()
 
     async def is_healthy(self) -> bool:
         return await self.pool.is_alive() and not (self._loop is not None and self._loop.done())
