@@ -7,10 +7,9 @@ updates). Owned by the policy endpoint; the rollout side uses `actors.vllm_engin
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from pydantic import ValidationError
@@ -27,9 +26,10 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.outputs import RequestOutput
 from vllm.renderers.online_renderer import OnlineRenderer
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from actors.openai_reply import Api, Reply, Trace
 from actors.placement import EngineSettings
 from actors.vllm_engine import VllmEngine
 from cluster.errors import StageError
@@ -39,46 +39,7 @@ SERVED_NAME = "policy"
 # What `learners.tokenizer.render` gives a tokenizer without a chat template.
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
-Api = Literal["chat", "completion"]
 REQUESTS = {"chat": ChatCompletionRequest, "completion": CompletionRequest}  # what `respond` reads
-
-
-@dataclass
-class Trace:
-    """What one request cost and which versions answered it; filled while it runs."""
-
-    spans: dict[int, list[VersionSpan]] = field(default_factory=dict)  # by choice index
-    num_choices: int = 0
-    num_prompt_tokens: int = 0
-    num_output_tokens: int = 0
-    has_failed: bool = False  # the engine broke off
-
-    @property
-    def policy_versions(self) -> list[int]:
-        """Versions that sampled at least one token, in ascending order."""
-        return sorted({span.policy_version for spans in self.spans.values() for span in spans})
-
-    def as_json(self) -> list[dict[str, int]]:
-        """Spans of all finished choices: `[{choice, policy_version, start, end}]`."""
-        return [
-            {
-                "choice": choice,
-                "policy_version": span.policy_version,
-                "start": span.start,
-                "end": span.end,
-            }
-            for choice, spans in sorted(self.spans.items())
-            for span in spans
-        ]
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer in OpenAI's format: a whole body, or the events of a stream."""
-
-    status: int
-    body: dict[str, Any] = field(default_factory=dict)
-    events: AsyncIterator[str] | None = None
 
 
 _trace: ContextVar[Trace | None] = ContextVar("trace", default=None)
@@ -97,17 +58,26 @@ class _TracedLLM(AsyncLLM):
             prompt = {**prompt, "cache_salt": salt}
         outputs = super().generate(prompt, sampling_params, request_id, **options)
         trace = _trace.get()
-        return outputs if trace is None else _note(trace, outputs, sampling_params.n)
+        if trace is None:
+            return outputs
+        owed = 0
+        if sampling_params.output_kind is RequestOutputKind.FINAL_ONLY:
+            length = len(prompt.get("prompt_token_ids") or ()) if isinstance(prompt, dict) else 0
+            owed = length + sampling_params.n * (sampling_params.max_tokens or 0)
+        return _note(trace, outputs, sampling_params.n, owed)
 
 
 async def _note(
-    trace: Trace, outputs: AsyncGenerator[RequestOutput, None], n: int
+    trace: Trace, outputs: AsyncGenerator[RequestOutput, None], n: int, owed: int
 ) -> AsyncGenerator[RequestOutput, None]:
     first = trace.num_choices
     trace.num_choices += n
+    trace.num_owed_tokens += owed
     has_prompt = False
     try:
         async for output in outputs:
+            trace.num_owed_tokens -= owed
+            owed = 0
             if not has_prompt and output.prompt_token_ids is not None:
                 has_prompt = True
                 trace.num_prompt_tokens += len(output.prompt_token_ids)
@@ -121,6 +91,7 @@ async def _note(
             yield output
     except Exception:
         trace.has_failed = True
+        trace.num_owed_tokens -= owed
         raise
     finally:
         await outputs.aclose()

@@ -54,6 +54,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     queued: int = 512
     deadline_s: float = 300.0
 
+    @property
+    def places(self) -> int:
+        """How many answers may run or wait at once; none is larger than that."""
+        return self.running + self.queued
+
 
 class Admission:
     """The door of one replica. Example: `key = admission.identify(request, "query")`."""
@@ -96,11 +101,11 @@ class Admission:
                     headers=self.rate_headers(key),
                 )  # fmt: skip
 
-    def charge_tokens(self, key: ApiKey, num_tokens: int) -> None:
-        """Count what a finished request cost; later requests wait for it."""
-        _, tokens = self._rates_of(key)
-        if tokens is not None:
-            tokens.bucket.level -= num_tokens
+    def charge(self, key: ApiKey, *, requests: int = 0, tokens: int = 0) -> None:
+        """Count what shows only after a request was let in; later requests wait for it."""
+        for rate, cost in zip(self._rates_of(key), (requests, tokens), strict=True):
+            if rate is not None:
+                rate.bucket.level -= cost
 
     def rate_headers(self, key: ApiKey) -> dict[str, str]:
         """What is left for this key, as OpenAI's `x-ratelimit-*` headers."""
@@ -108,19 +113,19 @@ class Admission:
         return {name: value for rate in rates for name, value in rate.headers().items()}
 
     @contextmanager
-    def place(self) -> Generator[None]:
-        """A place among running and queued requests; 429 when all are taken."""
-        bound = self.limits.running + self.limits.queued
-        if self.num_inside >= bound:
+    def places(self, count: int) -> Generator[None]:
+        """Places for `count` answers among those running and queued; 429 when they are taken."""
+        bound = self.limits.places
+        if self.num_inside + count > bound:
             raise ApiError(
-                429, f"{bound} requests are running or queued: all places are taken",
+                429, f"{self.num_inside} of {bound} places are taken, {count} are asked for",
                 code="queue_full", retry_after_s=1.0,
             )  # fmt: skip
-        self.num_inside += 1
+        self.num_inside += count
         try:
             yield
         finally:
-            self.num_inside -= 1
+            self.num_inside -= count
 
     def _rates_of(self, key: ApiKey) -> tuple[Rate | None, Rate | None]:
         """Requests and tokens of this key; None where there is no limit."""
@@ -139,12 +144,17 @@ class Admission:
 
 
 async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
-    """The body as a JSON object, strict: 408 too slow, 413 too large, 415 no JSON type, 400 for
-    anything else.
+    """The body as a JSON object, strict: 415 no JSON type, 400 for anything else; and as
+    `read_body`.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "Content-Type must be application/json", code="unsupported_media_type")
+    return parse_json(await read_body(request, max_bytes))
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body: 408 too slow, 413 too large."""
     data = bytearray()
     try:
         async with asyncio.timeout(READ_S):
@@ -158,7 +168,7 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
         raise ApiError(408, f"the body did not come in {READ_S:g} s", code="timeout") from None
     except ClientDisconnect:
         raise ApiError(CLIENT_LEFT, "the client has left", code="client_left") from None
-    return parse_json(bytes(data))
+    return bytes(data)
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
@@ -175,11 +185,16 @@ def parse_json(data: bytes) -> dict[str, Any]:
     return body
 
 
-def check_body(api: str, body: dict[str, Any], limits: Limits) -> None:
-    """Bounds that hold before an engine sees the request; 400 with the field in `param`."""
+def check_body(api: str, body: dict[str, Any], limits: Limits) -> int:
+    """Bounds that hold before an engine sees the request; 400 with the field in `param`.
+
+    Returns how many answers it asks for: its prompts, each counted `n` times.
+    """
     unknown = sorted(body.keys() - FIELDS[api])
     if unknown:
         _refuse(unknown[0][:60], "is not a field of this request")
+    if not isinstance(body.get("model"), str):
+        _refuse("model", "must name a model (a string)")
     messages, stop, n = body.get("messages"), body.get("stop"), body.get("n")
     if api == "chat" and not (isinstance(messages, list) and messages):
         _refuse("messages", "must be a list of at least one message")
@@ -187,8 +202,9 @@ def check_body(api: str, body: dict[str, Any], limits: Limits) -> None:
         _refuse("messages", f"must be at most {limits.messages} messages")
     if isinstance(stop, list) and (len(stop) > limits.stops or "" in stop):
         _refuse("stop", f"must be at most {limits.stops} strings that are not empty")
-    if n is not None and not (type(n) is int and 1 <= n <= limits.choices):
-        _refuse("n", f"must be 1 to {limits.choices}")
+    most = min(limits.choices, limits.places)
+    if n is not None and not (type(n) is int and 1 <= n <= most):
+        _refuse("n", f"must be 1 to {most}")
     for name in ("max_tokens", "max_completion_tokens"):
         value = body.get(name)
         if value is not None and not (type(value) is int and value >= 1):
@@ -199,13 +215,13 @@ def check_body(api: str, body: dict[str, Any], limits: Limits) -> None:
     seed = body.get("seed")
     if seed is not None and not (type(seed) is int and -(2**63) <= seed < 2**63):
         _refuse("seed", "must be a 64-bit integer")
-    prompt = body.get("prompt")
-    if (
-        isinstance(prompt, list)
-        and len(prompt) * (n or 1) > limits.messages
-        and not all(type(part) is int for part in prompt)
-    ):
-        _refuse("prompt", f"must be at most {limits.messages} prompts, each counted n times")
+    prompt, num_answers = body.get("prompt"), n or 1
+    if isinstance(prompt, list) and not all(type(part) is int for part in prompt):
+        num_answers *= len(prompt)
+    most = min(limits.messages, limits.places)
+    if num_answers > most:
+        _refuse("prompt", f"must be at most {most} prompts, each counted n times")
+    return num_answers
 
 
 def _check_host(host: str) -> None:

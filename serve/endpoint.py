@@ -2,7 +2,8 @@
 
 Invariant: the HTTP door binds to loopback unless asked otherwise, and never opens on another
 address without keys. In a Ray of our own each replica is its own HTTP server; on a cluster Ray
-Serve's proxies listen. Stopping takes the engines, their processes and their weight files with it.
+Serve's proxies listen. Stopping takes the engines, their processes and their weight files with it,
+and nothing that another endpoint of the run or another application of the cluster has.
 """
 
 # pyright: basic
@@ -24,10 +25,11 @@ from ray.serve.config import HTTPOptions
 from actors.connection import on_loopback
 from actors.placement import ALONE_ENV, QUIET_ENV
 from cluster import log, ray_token
-from cluster.errors import StageError
+from cluster.errors import ConfigError, StageError
 from cluster.run_dir import RunDir
 from serve.endpoint_settings import Door, EndpointSettings, check, url_file
 from serve.front_door import FrontDoor, listen
+from serve.replica_folder import sweep
 from serve.service import PolicyService
 
 APP = "hone-policy"
@@ -83,19 +85,35 @@ def running(
     is_ours = address == "local"
     if is_ours:
         listen(door, is_shared=False).close()  # taken: say so now, not when the engine is loaded
-    files, told = RunDir(settings.home).weights, url_file(settings.home)
+    run, told = RunDir(settings.home), url_file(settings.home)
+    sweep(run)
     try:
         with _cluster(address):
+            if not is_ours:
+                _check_alone(address)
             try:
                 _deploy(settings, door, replicas, is_ours=is_ours)
                 told.parent.mkdir(exist_ok=True)
                 told.write_text(door.url)
                 yield door.url
             finally:
-                ray_serve.shutdown()
+                if is_ours:
+                    ray_serve.shutdown()
+                else:
+                    ray_serve.delete(APP)
     finally:
-        told.unlink(missing_ok=True)
-        shutil.rmtree(files.with_name(f"{files.name}-endpoint"), ignore_errors=True)
+        if told.is_file() and told.read_text() == door.url:  # no later endpoint has written it
+            told.unlink(missing_ok=True)
+        sweep(run)
+
+
+def _check_alone(address: str) -> None:
+    """`ConfigError` when an endpoint runs on the cluster already: a second would replace it."""
+    if APP in ray_serve.status().applications:
+        raise ConfigError(
+            f"--address {address}: the Ray cluster runs the application {APP!r} already: stop that "
+            f"`hone serve`; when it was killed, `ray.serve.delete({APP!r})` removes what it left"
+        )
 
 
 def application(

@@ -1,15 +1,17 @@
 """A bounded number of engines, each holding one policy version; weights move, engines stay.
 
-Invariant: the first slot answers `policy`; its weights change under running requests, but never
-under one that was pinned to a version. Every other slot changes only while it has no request.
-Used by the endpoint, one pool per replica.
+Invariant: the first slot answers `policy`. Weights change under running requests, but never under
+one that was pinned to a version, and a start or a load goes on when the request that wanted it has
+gone: an engine is never left between two versions, nor started twice for the same one. Used by the
+endpoint, one pool per replica.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +31,10 @@ POLL_S = 0.02
 logger = logging.getLogger(__name__)
 
 
+class BadWeightsError(StageError):
+    """These weights must not be served; their engine lives and holds what it held before."""
+
+
 class Slot:
     """One engine and what it holds. `weights` None: nothing that may be served yet."""
 
@@ -38,6 +44,7 @@ class Slot:
         self.num_running = 0
         self.num_pinned = 0
         self.used_at = 0.0
+        self.done_at = 0.0  # when a request ended well
         self.is_moving = False
         self.pause_s = 0.0
         self.lock = asyncio.Lock()
@@ -77,6 +84,9 @@ class EnginePool:
         self._policy_dir = policy_dir
         self._using = using
         self._lock = asyncio.Lock()
+        self._arriving: dict[Weights, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._wanted: Counter[Weights] = Counter()  # by callers that wait for them
         self.slots: list[Slot] = []
 
     @property
@@ -88,28 +98,26 @@ class EnginePool:
         self.slots.append(Slot(await self._start()))
 
     async def move(self, slot: Slot, weights: Weights) -> None:
-        """Load `weights` under the running requests of `slot`; `StageError` leaves it as it was,
-        `DeadlineError` when pinned requests did not end: nothing is wrong with the weights then.
+        """Load `weights` under the running requests of `slot`; `StageError` leaves it as it was:
+        `BadWeightsError` when they are at fault, `DeadlineError` when pinned requests did not end.
         """
-        with self._using(weights):
-            async with slot.lock:
-                if slot.weights == weights:
-                    return
-                slot.is_moving = True
-                try:
-                    await self._drain_pinned(slot)
-                    await self._load(slot, weights)
-                finally:
-                    slot.is_moving = False
+        with self._wanting(weights):
+            await asyncio.shield(self._own(weights, self._fill(slot, weights)))
 
     async def exact(self, weights: Weights, reserved: set[int], *, may_share_stable: bool) -> Slot:
-        """A slot that holds `weights` and keeps them while a pinned request runs.
+        """A slot that holds `weights`, and keeps them for a caller that makes it `busy` at once.
 
         Takes an idle slot whose version is not `reserved`, or starts an engine; 503 when all are
-        taken.
+        taken. Raises as `move`.
         """
-        with self._using(weights):
-            return await self._take(weights, reserved, may_share_stable)
+        with self._wanting(weights):
+            while (slot := self._holding(weights, may_share_stable)) is None:
+                task = self._arriving.get(weights)
+                if task is None:
+                    task = self._own(weights, self._bring_up(weights, reserved, may_share_stable))
+                    self._arriving[weights] = task
+                await asyncio.shield(task)
+            return slot
 
     def loaded(self) -> list[Weights]:
         return [slot.weights for slot in self.slots if slot.weights is not None]
@@ -117,45 +125,86 @@ class EnginePool:
     async def is_alive(self) -> bool:
         return all([await slot.engine.is_alive() for slot in self.slots])
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for slot in self.slots:
             slot.engine.shutdown()
         self.slots.clear()
 
-    async def _take(self, weights: Weights, reserved: set[int], may_share_stable: bool) -> Slot:
-        async with self._lock:
-            found = self._holding(weights, may_share_stable)
-            if found is not None:
-                return found
-            idle = [
-                slot
-                for slot in self.slots[1:]
-                if slot.num_running == 0 and slot.policy_version not in reserved
-            ]
-            if len(self.slots) < self._max_engines:
-                slot = Slot(await self._start())
-                self.slots.append(slot)
-            elif idle:
-                slot = min(idle, key=lambda s: s.used_at)
-            else:
-                raise ApiError(
-                    503, f"policy@{weights.policy_version}: all {self._max_engines} engines hold "
-                    "other versions (hone serve --engines)",
-                    code="engines_busy", retry_after_s=5.0,
-                )  # fmt: skip
-            try:
-                async with slot.lock:
-                    await self._load(slot, weights)
-            except StageError:
-                if not await slot.engine.is_alive():
-                    self.slots.remove(slot)
-                    slot.engine.shutdown()
-                raise
-            return slot
+    def _own(self, weights: Weights, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """`work` with `weights` as a task of the pool: who waits for it may leave."""
+        keeping = ExitStack()
+        keeping.enter_context(self._using(weights))
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: keeping.close())
+        return task
+
+    @contextmanager
+    def _wanting(self, weights: Weights) -> Generator[None]:
+        """No slot that holds `weights` is idle inside: their caller is about to use it."""
+        self._wanted[weights] += 1
+        try:
+            yield
+        finally:
+            self._wanted[weights] -= 1
+            self._wanted = +self._wanted
+
+    async def _bring_up(self, weights: Weights, reserved: set[int], may_share_stable: bool) -> None:
+        try:
+            async with self._lock:
+                if self._holding(weights, may_share_stable) is not None:
+                    return
+                slot = await self._free_slot(weights, reserved)
+                try:
+                    await self._fill(slot, weights)
+                except StageError:
+                    if not await slot.engine.is_alive():
+                        self.slots.remove(slot)
+                        slot.engine.shutdown()
+                    raise
+        finally:
+            del self._arriving[weights]
+
+    async def _free_slot(self, weights: Weights, reserved: set[int]) -> Slot:
+        """A new engine while there may be more, else the slot that was idle for longest; 503."""
+        if len(self.slots) < self._max_engines:
+            self.slots.append(Slot(await self._start()))
+            return self.slots[-1]
+        idle = [
+            slot
+            for slot in self.slots[1:]
+            if slot.num_running == 0
+            and not slot.is_moving
+            and slot.policy_version not in reserved
+            and slot.weights not in self._wanted
+        ]
+        if not idle:
+            raise ApiError(
+                503, f"policy@{weights.policy_version}: all {self._max_engines} engines hold "
+                "other versions (hone serve --engines)",
+                code="engines_busy", retry_after_s=5.0,
+            )  # fmt: skip
+        return min(idle, key=lambda slot: slot.used_at)
 
     def _holding(self, weights: Weights, may_share_stable: bool) -> Slot | None:
         slots = self.slots if may_share_stable else self.slots[1:]
         return next((s for s in slots if s.weights == weights and not s.is_moving), None)
+
+    async def _fill(self, slot: Slot, weights: Weights) -> None:
+        """Wait for the pinned requests of `slot`, then load."""
+        async with slot.lock:
+            if slot.weights == weights:
+                return
+            slot.is_moving = True
+            try:
+                await self._drain_pinned(slot)
+                await self._load(slot, weights)
+            finally:
+                slot.is_moving = False
 
     async def _load(self, slot: Slot, weights: Weights) -> None:
         """Check the file, load it, and prove that the engine answers with finite numbers."""
@@ -170,9 +219,16 @@ class EnginePool:
                     code="version_gone", retry_after_s=1.0,
                 ) from error  # fmt: skip
             if problem:
-                raise StageError("endpoint", f"policy@{weights.policy_version} refused: {problem}")
-            with boundary("endpoint"):
-                slot.pause_s = await self._swap(slot, weights)
+                raise BadWeightsError(
+                    "endpoint", f"policy@{weights.policy_version} refused: {problem}"
+                )
+            try:
+                with boundary("endpoint"):
+                    slot.pause_s = await self._swap(slot, weights)
+            except StageError as error:
+                if await slot.engine.is_alive():
+                    raise BadWeightsError(error.stage, error.reason) from error
+                raise
         slot.weights = weights
 
     async def _swap(self, slot: Slot, weights: Weights) -> float:

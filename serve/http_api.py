@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from actors.openai_engine import Api, Trace
+from actors.openai_reply import Api, Trace
 from serve import api_document
 from serve.admission import Admission, check_body, read_json
 from serve.api_errors import ApiError, error_body, from_engine
@@ -90,10 +90,11 @@ async def _complete(
     admission.charge_request(key)
     limits = admission.limits
     body = await read_json(request, limits.body_bytes)
-    check_body(api, body, limits)
+    num_answers = check_body(api, body, limits)
     stack, trace = AsyncExitStack(), Trace()
     try:
-        stack.enter_context(admission.place())
+        stack.enter_context(admission.places(num_answers))
+        admission.charge(key, requests=num_answers - 1)
         stack.callback(_charge, admission, key, trace)
         work = service.answer(api, body, trace)
         answer = await (work if body.get("stream") else while_connected(request, work))
@@ -112,7 +113,7 @@ async def _complete(
 
 
 def _charge(admission: Admission, key: ApiKey, trace: Trace) -> None:
-    admission.charge_tokens(key, trace.num_prompt_tokens + trace.num_output_tokens)
+    admission.charge(key, tokens=trace.num_tokens)
 
 
 def _handle_errors(app: FastAPI) -> None:

@@ -9,11 +9,11 @@ import asyncio
 import time
 from contextlib import suppress
 
-from cluster.errors import DeadlineError, HoneError, StageError
+from cluster.errors import HoneError, StageError
 from cluster.run_dir import JsonLines, RunDir
 from serve.api_errors import ApiError
 from serve.chores import Chores
-from serve.engine_pool import EnginePool, Slot
+from serve.engine_pool import BadWeightsError, EnginePool
 from serve.guards import GuardSettings, Outcomes, eval_drop, standing
 from serve.kept_versions import Weights
 from serve.release import Release, ReleaseConflictError, ReleaseState
@@ -62,8 +62,10 @@ class ReleaseControl:
             state, weights = self.release.state, await self._first()
             try:
                 await self._pool.move(slot, weights)
-            except StageError as error:
-                await self._refuse(slot, weights, state, error)
+            except BadWeightsError as error:
+                if not state.is_following:  # a decision asked for them
+                    raise
+                self._refuse(weights, error)
         self.release.note_stable(slot.weights.policy_version, slot.weights.stamp, is_first=True)
 
     async def change(self, action: str, version: int | None, share: float, author: str) -> None:
@@ -121,15 +123,8 @@ class ReleaseControl:
         newest = self._library.newest()
         return 0.0 if newest is None else newest.stamp
 
-    async def _refuse(
-        self, slot: Slot, weights: Weights, state: ReleaseState, error: StageError
-    ) -> None:
-        """Refuse followed weights that did not load; raises `error` when they are not to blame, or
-        when a decision asked for them.
-        """
-        is_to_blame = not isinstance(error, DeadlineError) and await slot.engine.is_alive()
-        if not state.is_following or not is_to_blame:
-            raise error
+    def _refuse(self, weights: Weights, error: BadWeightsError) -> None:
+        """Never load `weights` by themselves again, until their number is given to others."""
         self.release.refuse(weights.policy_version, stamp=self._stamp(), reason=error.reason)
 
     async def _change(self, action: str, version: int | None, share: float, author: str) -> None:
@@ -182,8 +177,10 @@ class ReleaseControl:
             return
         try:
             await self._pool.move(slot, weights)
-        except StageError as error:
-            await self._refuse(slot, weights, state, error)
+        except BadWeightsError as error:
+            if not state.is_following:
+                raise
+            self._refuse(weights, error)
             return
         if state.is_following:
             self.release.note_stable(weights.policy_version, weights.stamp)

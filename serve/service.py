@@ -1,31 +1,38 @@
 """What one replica of the policy endpoint does with a request: model name to engine to answer.
 
-Invariant: a request runs on a slot that stays its slot until it ends, and its answer names the
-versions that sampled it. A version or an engine that cannot be had is 503 with Retry-After, one
-that hangs 504. Which version `policy` means is in `serve.release_control`, the HTTP shape in
-`serve.http_api`.
+Invariant: a request runs on a slot that stays its slot until it ends, its answer names the versions
+that sampled it, and a version is blamed only for what its engine did. A version or an engine that
+cannot be had is 503 with Retry-After, one that hangs 504. Which version `policy` means is in
+`serve.release_control`, the HTTP shape in `serve.http_api`.
 """
 
 import asyncio
-import os
 import re
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from actors.openai_engine import Api, OpenAIEngine, Reply, Trace
+from actors.openai_reply import Api, Reply, Trace
+from actors.placement import EngineSettings
+from cluster import status as run_status
 from cluster.errors import HoneError, boundary
 from cluster.run_dir import RunDir
 from serve.api_errors import ApiError, too_late
 from serve.endpoint_settings import EndpointSettings
-from serve.engine_pool import EnginePool, Slot
+from serve.engine_pool import BadWeightsError, EnginePool, Slot
 from serve.engine_time import EngineTime
 from serve.guards import Outcome
-from serve.kept_versions import KeptVersions
+from serve.kept_versions import KeptVersions, Weights
 from serve.release import Release
 from serve.release_control import ReleaseControl
+from serve.replica_folder import ReplicaFolder, sweep
+from serve.status_view import ENDED
 from serve.weight_library import WeightLibrary
+
+if TYPE_CHECKING:
+    from actors.openai_engine import OpenAIEngine
 
 NAME = "policy"
 POLL_S = 0.2
@@ -42,19 +49,57 @@ class Answer:
     stack: AsyncExitStack
 
 
+@dataclass
+class _Visit:
+    """One request on its way: `slot` None until it has one."""
+
+    trace: Trace
+    clock: EngineTime = field(default_factory=EngineTime)
+    started: float = field(default_factory=time.monotonic)
+    slot: Slot | None = None
+    entered_with: int = -1
+
+    @property
+    def version(self) -> int:
+        """The newest that sampled a token of it, as far as that is known."""
+        return max(self.trace.policy_versions, default=self.entered_with)
+
+
+async def start_engine(settings: EngineSettings) -> "OpenAIEngine":
+    """An engine loads in a thread: requests on the others go on."""
+    from actors.openai_engine import OpenAIEngine
+
+    with boundary("endpoint"):
+        engine = await asyncio.to_thread(OpenAIEngine, settings)
+        try:
+            await engine.start()
+        except BaseException:
+            engine.shutdown()
+            raise
+    return engine
+
+
 class PolicyService:
     """Example: `answer = await service.answer("chat", body, Trace())`."""
 
-    def __init__(self, settings: EndpointSettings) -> None:
+    def __init__(
+        self,
+        settings: EndpointSettings,
+        start: Callable[[EngineSettings], Awaitable["OpenAIEngine"]] = start_engine,
+    ) -> None:
         self.settings = settings
         self.home = RunDir(settings.home)
         run = self.home if settings.has_run else None
-        files = self.home.weights.with_name(f"{self.home.weights.name}-endpoint") / str(os.getpid())
+        sweep(self.home)
+        self._folder = ReplicaFolder(self.home)
         decided = settings.home / "endpoint"
-        self.library = WeightLibrary(run, files, KeptVersions(decided / "versions"))
+        self.library = WeightLibrary(run, self._folder.path, KeptVersions(decided / "versions"))
         self.release = Release(decided, self.home.append_event)
         self.pool = EnginePool(
-            self._start_engine, settings.max_engines, settings.policy_dir, self.library.using
+            lambda: start(settings.engine),
+            settings.max_engines,
+            settings.policy_dir,
+            self.library.using,
         )
         self.control = ReleaseControl(
             self.home, self.release, self.library, self.pool, settings.guards
@@ -71,8 +116,8 @@ class PolicyService:
     async def close(self) -> None:
         if self._loop is not None:
             self._loop.cancel()
-        self.pool.close()
-        self.library.close()
+        await self.pool.close()
+        self._folder.close()
 
     async def is_healthy(self) -> bool:
         return await self.pool.is_alive() and not (self._loop is not None and self._loop.done())
@@ -81,36 +126,37 @@ class PolicyService:
         """Run one request, and note in `trace` what it costs.
 
         Raises `ApiError` when no engine can take it (503) or none answered in `limits.deadline_s`
-        (504). What an engine takes too long for counts against its version.
+        (504).
         """
-        stack, clock = AsyncExitStack(), EngineTime()
-        version: int | None = None
-        started = time.monotonic()
+        stack, visit = AsyncExitStack(), _Visit(trace)
         deadline_s = self.settings.limits.deadline_s
         try:
             async with asyncio.timeout(deadline_s):
-                slot, model = await self._enter(str(body.get("model", "")), stack)
-                version = slot.policy_version
-                reply = await clock.wait_for(slot.engine.respond(api, body, model, trace))
+                slot, version = await self._enter(str(body["model"]), stack)
+                visit.slot, visit.entered_with = slot, version
+                model = f"{NAME}@{version}"
+                reply = await visit.clock.wait_for(slot.engine.respond(api, body, model, trace))
             if reply.events is not None:
-                reply = replace(reply, events=clock.timed(reply.events))
-                stack.callback(self._note, version, reply.status, trace, clock, started)
+                reply = replace(reply, events=visit.clock.timed(reply.events))
+                stack.callback(self._note, visit, reply.status)
             else:
-                self._note(version, reply.status, trace, clock, started)
+                self._note(visit, reply.status)
             if reply.status == 503 or (reply.status >= 500 and not await slot.engine.is_alive()):
                 raise _unavailable(f"{model}: its engine takes no requests now")
-            versions = trace.policy_versions or ([] if version is None else [version])
-            return Answer(reply, versions, stack)
+            if reply.status == 200:  # a whole answer: all its versions are known
+                reply.body["model"] = f"{NAME}@{visit.version}"
+            return Answer(reply, trace.policy_versions or [version], stack)
         except BaseException as error:
             await stack.aclose()
             if isinstance(error, TimeoutError):
-                self._note(version, 504, trace, clock, started)
+                self._note(visit, 504)
                 raise too_late(deadline_s) from None
             if isinstance(error, HoneError):
                 raise _unavailable(str(error)) from error
             raise
 
-    async def _enter(self, model: str, stack: AsyncExitStack) -> tuple[Slot, str]:
+    async def _enter(self, model: str, stack: AsyncExitStack) -> tuple[Slot, int]:
+        """The slot of `model` and its version now; `stack` keeps the request's place on it."""
         match = _MODEL.fullmatch(model)
         if match is None:
             raise ApiError(
@@ -120,20 +166,31 @@ class PolicyService:
         wanted = match[1]
         is_pinned = False
         if wanted is None:
-            slot = await self._current()
+            slot = self._current()
         elif wanted == "latest":
             slot = await self._newest()
         else:
             is_pinned = True
             weights = await self.library.get(int(wanted))
-            may_share = not self.release.state.is_following
             slot = await self.pool.exact(
-                weights, self.control.reserved(), may_share_stable=may_share
+                weights, self.control.reserved(), may_share_stable=self._may_share_stable(weights)
             )
         stack.enter_context(slot.busy(is_pinned=is_pinned))
-        return slot, f"{NAME}@{slot.policy_version}"
+        assert slot.weights is not None, "served before it was loaded"
+        return slot, slot.weights.policy_version
 
-    async def _current(self) -> Slot:
+    def _may_share_stable(self, weights: Weights) -> bool:
+        """Whether a request pinned to `weights` may hold up the next move of stable: where nothing
+        will move it by itself.
+        """
+        if not self.settings.has_run or not self.release.state.is_following:
+            return True
+        is_last = weights == self.pool.stable.weights
+        is_last = is_last and self.library.newest() in (None, weights)
+        state = run_status.read(self.home.path) if is_last else None
+        return state is not None and state.phase in ENDED
+
+    def _current(self) -> Slot:
         """The slot of `policy`: stable, or the canary when it is its turn."""
         canary = self.release.state.canary
         if canary is not None and self.release.is_canary_turn():
@@ -152,37 +209,39 @@ class PolicyService:
         if newest.policy_version in state.refused:
             return self.pool.stable
         reserved = self.control.reserved()
-        if slot is None or slot not in self.pool.slots or slot.policy_version in reserved:
-            slot = await self.pool.exact(newest, reserved, may_share_stable=False)
-            self._latest = slot
-        await self.pool.move(slot, newest)
+        try:
+            if slot is None or slot not in self.pool.slots or slot.policy_version in reserved:
+                slot = await self.pool.exact(newest, reserved, may_share_stable=False)
+                self._latest = slot
+            await self.pool.move(slot, newest)
+        except BadWeightsError as error:
+            self.release.refuse(newest.policy_version, stamp=newest.stamp, reason=error.reason)
+            return self.pool.stable
         return slot
 
-    def _note(
-        self, version: int | None, status: int, trace: Trace, clock: EngineTime, started: float
-    ) -> None:
-        """Tell the guards how a request ended; time in which its client did not read is not the
-        engine's.
+    def _note(self, visit: _Visit, status: int) -> None:
+        """Tell the guards how a request ended. Time in which its client did not read is not the
+        engine's, and one that came too late is a failure of its version only where the engine
+        finished nothing else meanwhile: otherwise it waited for others.
         """
-        if version is None or 400 <= status < 500:
+        slot, now = visit.slot, time.monotonic()
+        if slot is None or 400 <= status < 500:
             return
-        now = time.monotonic()
-        is_hung = clock.is_waiting and now - started >= self.settings.limits.deadline_s
-        has_failed = status >= 500 or trace.has_failed or is_hung
-        token_s = clock.total_s / trace.num_output_tokens if trace.num_output_tokens else None
-        self.control.outcomes.add(version, Outcome(now, has_failed, token_s))
+        waited_s = now - visit.started if visit.clock.is_waiting else 0.0
+        is_late = status == 504 or waited_s >= self.settings.limits.deadline_s
+        if is_late and slot.done_at > visit.started:
+            return
+        has_failed = is_late or status >= 500 or visit.trace.has_failed
+        if not (has_failed or visit.clock.is_waiting):
+            slot.done_at = now
+        num_tokens = visit.trace.num_output_tokens
+        token_s = visit.clock.total_s / num_tokens if num_tokens else None
+        self.control.outcomes.add(visit.version, Outcome(now, has_failed, token_s))
 
     async def _reconcile_forever(self) -> None:
         while True:
             await self.control.reconcile()
             await asyncio.sleep(POLL_S)
-
-    async def _start_engine(self) -> OpenAIEngine:
-        """An engine loads in a thread: requests on the others go on."""
-        with boundary("endpoint"):
-            engine = await asyncio.to_thread(OpenAIEngine, self.settings.engine)
-            await engine.start()
-        return engine
 
 
 def _unavailable(reason: str) -> ApiError:

@@ -143,9 +143,6 @@ class WeightLibrary:
             if path not in needed:
                 path.unlink(missing_ok=True)
 
-    def close(self) -> None:
-        shutil.rmtree(self._directory, ignore_errors=True)
-
     def _find(self, policy_version: int) -> Weights | None:
         """What is held already, if its file is still there."""
         for files in (self._published, self._restored):
@@ -157,15 +154,20 @@ class WeightLibrary:
         return None
 
     def _hold(self, announced: published.Published) -> None:
-        with suppress(FileNotFoundError):  # a newer announcement replaces this one
-            weights = self._link(Path(announced.path), announced.policy_version, announced.time)
-            self._seen = announced.time
-            # Versions above the announced one belong to steps that the run took back.
-            for files in (self._published, self._restored):
-                for version in [v for v in files if v > announced.policy_version]:
-                    del files[version]
-            self._restored.pop(announced.policy_version, None)
-            self._published[announced.policy_version] = weights
+        source = Path(announced.path)
+        try:
+            weights = self._link(source, announced.policy_version, announced.time)
+        except FileNotFoundError:
+            if source.exists():
+                raise
+            return  # a newer announcement replaces this one
+        self._seen = announced.time
+        # Versions above the announced one belong to steps that the run took back.
+        for files in (self._published, self._restored):
+            for version in [v for v in files if v > announced.policy_version]:
+                del files[version]
+        self._restored.pop(announced.policy_version, None)
+        self._published[announced.policy_version] = weights
 
     def _hold_earlier(self, policy_version: int) -> Weights | None:
         """A version announced before the newest one, while the run still has its file."""
@@ -181,6 +183,7 @@ class WeightLibrary:
         return None
 
     def _link(self, source: Path, policy_version: int, stamp: float) -> Weights:
+        self._directory.mkdir(parents=True, exist_ok=True)  # whoever removed it
         target = self._directory / file_name(policy_version, stamp)
         place(source, target)
         return Weights(policy_version, target, stamp)
@@ -205,7 +208,7 @@ class WeightLibrary:
     async def _copy(self, source: Path, weights: Weights) -> Weights:
         """Placed in a folder that `forget` does not look into, then renamed."""
         building = self._building(weights.policy_version)
-        building.mkdir()
+        building.mkdir(parents=True)
         await asyncio.to_thread(place, source, building / "model.safetensors")
         return self._adopt(building, weights.policy_version, weights.stamp)
 

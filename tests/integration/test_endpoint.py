@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.config import Config
-from serve import chat
+from cluster.errors import ConfigError
+from serve import chat, endpoint
 from serve.api_keys import KeyStore
 from serve.client import AdminClient, AdminError, Runs
 from tests import browser, monitoring_cases, page_cases
@@ -76,6 +77,24 @@ def test_no_port_and_no_route_opens_without_a_key(served: Served, record_propert
     record_property("endpoint_ports", len(found))
 
 
+def test_a_cluster_that_has_an_endpoint_takes_no_second_one(served: Served) -> None:
+    with pytest.raises(ConfigError, match=r"--address 127\.0\.0\.1:1: .* already"):
+        endpoint._check_alone("127.0.0.1:1")
+    served.ask()
+
+
+def test_a_request_that_leaves_does_not_stop_a_load(served: Served) -> None:
+    """Its engine takes far longer to start than the client waits."""
+    hurried = served.client.with_options(timeout=0.5)
+    for _ in range(3):
+        with pytest.raises(openai.APITimeoutError):
+            hurried.completions.create(model="policy@1", prompt="1 + 2 =", max_tokens=2)
+    assert served.ask("policy@1").model == "policy@1"
+    headers = {"Authorization": f"Bearer {served.admin}"}
+    engines = httpx.get(f"{URL}/admin/versions", headers=headers).json()["engines"]
+    assert [engine["policy_version"] for engine in engines] == [1, 1]
+
+
 def test_a_stream_carries_text_usage_and_versions(served: Served) -> None:
     whole = served.ask(max_tokens=20)
     chunks = list(served.ask(max_tokens=20, stream=True, stream_options={"include_usage": True}))
@@ -91,6 +110,7 @@ def test_a_stream_carries_text_usage_and_versions(served: Served) -> None:
     [
         ({"messages": "x"}, 400, "messages"),
         ({"messages": [{"role": "user", "content": "1"}], "n": 17}, 400, "n"),
+        ({"messages": [{"role": "user", "content": "1"}], "model": None}, 400, "model"),
         ({"messages": [{"role": "user", "content": "1"}], "temperature": -1}, 400, "temperature"),
         ({"messages": [{"role": "user", "content": "1"}], "max_tokens": 10**6}, 400, "max_tokens"),
         ({"messages": [{"role": "user", "content": "1"}], "kv_transfer_params": {}}, 400,

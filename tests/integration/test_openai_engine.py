@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from actors.openai_engine import OpenAIEngine, Trace
+from actors.openai_engine import OpenAIEngine
+from actors.openai_reply import Trace
 from actors.placement import Placement
 from cluster.config import Config
 from cluster.errors import StageError

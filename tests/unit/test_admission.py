@@ -108,6 +108,13 @@ def test_answers_of_one_request_are_bounded(prompt: list[object], n: int, passes
     assert error is None or error.param == "prompt"
 
 
+@pytest.mark.parametrize("fields", [{}, {"model": None}, {"model": 7}])
+def test_a_request_names_a_model(fields: dict[str, object]) -> None:
+    error = problem(lambda: check_body("completion", {"prompt": "1", **fields}, Limits()))
+    assert error is not None
+    assert (error.status, error.param) == (400, "model")
+
+
 def test_a_key_needs_its_scope(tmp_path: Path) -> None:
     keys = KeyStore(tmp_path / "keys.json")
     secret = keys.create("alice", ["query"])
@@ -153,7 +160,7 @@ def test_a_flood_is_a_429_that_says_when_to_come_again(tmp_path: Path) -> None:
     assert headers["x-ratelimit-limit-requests"] == "60"
     assert headers["x-ratelimit-remaining-requests"] == "0"
     assert headers["x-ratelimit-remaining-tokens"] == "600"
-    with door.place(), door.place(), pytest.raises(ApiError) as full, door.place():
+    with door.places(2), pytest.raises(ApiError) as full, door.places(1):
         pass
     assert (full.value.status, full.value.code) == (429, "queue_full")
     assert door.num_inside == 0
@@ -185,10 +192,28 @@ def test_tokens_already_spent_are_waited_for(tmp_path: Path) -> None:
     door = Admission(KeyStore(tmp_path / "keys.json"), limits, is_open=True)
     key = door.identify(request(""), "query")
     door.charge_request(key)
-    door.charge_tokens(key, 620)
+    door.charge(key, tokens=620)
     with pytest.raises(ApiError, match="600 tokens per minute") as refused:
         door.charge_request(key)
     assert refused.value.retry_after_s == pytest.approx(2.0, abs=0.2)
+
+
+def test_a_request_costs_as_much_as_the_answers_it_asks_for(tmp_path: Path) -> None:
+    limits = Limits(requests_per_minute=60, tokens_per_minute=0, running=8, queued=8)
+    body = {"model": "policy", "prompt": ["1"] * 4, "n": 4}
+    assert check_body("completion", body, limits) == 16
+    assert check_body("completion", body | {"prompt": [1, 2, 3]}, limits) == 4
+    assert check_body("chat", CHAT, limits) == 1
+    assert problem(lambda: check_body("completion", body | {"prompt": ["1"] * 5}, limits))
+    door = Admission(KeyStore(tmp_path / "keys.json"), limits, is_open=True)
+    with door.places(15), pytest.raises(ApiError, match="15 of 16 places"), door.places(2):
+        pass
+    key = door.identify(request(""), "query")
+    door.charge_request(key)
+    door.charge(key, requests=69)
+    with pytest.raises(ApiError, match="60 requests per minute") as refused:
+        door.charge_request(key)
+    assert refused.value.retry_after_s == pytest.approx(11.0, abs=0.2)
 
 
 def test_a_bucket_never_gives_more_than_its_rate_and_its_savings() -> None:
@@ -204,16 +229,22 @@ async def test_a_change_needs_a_key_before_its_body_is_read(tmp_path: Path) -> N
     sent: list[Message] = []
     reached: list[str] = []
 
-    async def application(scope: Scope, _receive: Receive, _send: Send) -> None:
+    async def application(scope: Scope, receive: Receive, _send: Send) -> None:
         reached.append(scope["path"])
+        if scope["path"].startswith("/admin/"):
+            received.append(await receive())
+
+    received: list[Message] = []
+    chunks: list[Message] = []
 
     async def body() -> Message:
-        raise AssertionError("the body is read")
+        assert chunks, "the body is read"
+        return chunks.pop(0)
 
     async def send(message: Message) -> None:
         sent.append(message)
 
-    door = KeyFirst(application, Admission(keys, Limits(), is_open=False))
+    door = KeyFirst(application, Admission(keys, Limits(body_bytes=4), is_open=False))
 
     async def post(path: str, secret: str) -> None:
         headers = [(b"authorization", f"Bearer {secret}".encode())]
@@ -224,6 +255,12 @@ async def test_a_change_needs_a_key_before_its_body_is_read(tmp_path: Path) -> N
         await post("/admin/release", secret)
     assert [m["status"] for m in sent if "status" in m] == [401, 401, 403]
     assert reached == []
+    part: Message = {"type": "http.request", "body": b"{}", "more_body": True}
+    chunks += [part, part, part]
     await post("/admin/release", may)
+    assert ([m["status"] for m in sent if "status" in m][-1], reached) == (413, [])
+    chunks[:] = [part, {**part, "more_body": False}]
+    await post("/admin/release", may)
+    assert [m["body"] for m in received] == [b"{}{}"]
     await post("/v1/completions", "")  # which asks by itself
     assert reached == ["/admin/release", "/v1/completions"]

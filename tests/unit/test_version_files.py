@@ -8,6 +8,7 @@ import pytest
 from cluster import published
 from cluster.errors import StageError
 from cluster.run_dir import RunDir
+from serve import weight_library
 from serve.api_errors import ApiError
 from serve.kept_versions import KeptVersions, Weights
 from serve.weight_library import WeightLibrary
@@ -55,12 +56,38 @@ async def test_a_version_published_just_now_is_found(run: RunDir) -> None:
         await library.get(4)
 
 
+async def test_a_folder_that_someone_removed_is_made_again(run: RunDir) -> None:
+    library = replica(run, "a")
+    publish(run, 1)
+    library.newest()
+    shutil.rmtree(run.path.parent / "a")
+    publish(run, 2)
+    newest = library.newest()
+    assert newest is not None
+    assert text_of(newest) == "2"
+
+
+def test_what_cannot_be_held_though_it_is_there_is_told(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_source: Path, _target: Path) -> None:
+        raise FileNotFoundError
+
+    library = replica(run, "a")
+    publish(run, 1)
+    monkeypatch.setattr(weight_library, "place", fails)
+    with pytest.raises(FileNotFoundError):
+        library.newest()
+    for path in run.weights.glob("policy_*"):
+        path.unlink()
+    assert library.newest() is None
+
+
 async def test_what_was_fixed_is_found_by_the_next_replica(run: RunDir) -> None:
     first = replica(run, "a")
     publish(run, 1)
     fixed = await first.get(1)
     await first.store(fixed)
-    first.close()
     for version in (2, 3, 4):
         publish(run, version)
     shutil.rmtree(run.weights)  # the run has ended
