@@ -95,6 +95,28 @@ async def test_a_wait_for_a_busy_cluster_ends_when_it_is_free_or_cancelled() -> 
     await until(lambda: not reserved())
 
 
+async def test_two_runs_that_wait_for_all_of_a_cluster_get_it_one_after_the_other() -> None:
+    """Neither keeps its learners' half for ever while it waits for the half of the other."""
+    holder = await Gang.reserve("h", [cpus("learner", 8)], 20, ignore)
+    halves = [cpus("learner", 4), cpus("rollout", 4)]
+    lines: list[str] = []
+    waiting = {
+        asyncio.create_task(Gang.reserve(name, halves, 150, lines.append)) for name in ("i", "j")
+    }
+    await until(lambda: len(reserved()) == 3)
+    holder.release()
+    while waiting:
+        done, waiting = await asyncio.wait(
+            waiting, timeout=120, return_when=asyncio.FIRST_COMPLETED
+        )
+        assert done, reserved()
+        for gang in done:
+            assert [len(nodes) for nodes in gang.result().nodes().values()] == [4, 4]
+            gang.result().release()
+    assert len(lines) <= 4, "a line about each role, however often it was asked for"
+    await until(lambda: not reserved())
+
+
 async def test_a_gang_is_extended_by_what_fits_and_keeps_what_it_has() -> None:
     gang = await Gang.reserve("g", [cpus("learner", 4), cpus("rollout", 2)], 20, ignore)
     await gang.extend("g", cpus("rollout/1", 1), 20, ignore)
