@@ -4,6 +4,7 @@ Invariant: what has to be told to open it is plain data, nothing is unpickled; i
 owner closes it, by when whoever has opened it must have copied what they want.
 """
 
+import os
 import platform
 import tempfile
 
@@ -22,7 +23,9 @@ def device_name(device: torch.device) -> str:
 
 
 class SharedBuffer:
-    """`data`: bytes [size] on `device`. The owner's side."""
+    """`data`: bytes [size] on `device`. The owner's side. Raises `OSError` or torch's error where
+    there is no room.
+    """
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._file = None
@@ -30,7 +33,11 @@ class SharedBuffer:
             self.data = torch.empty(size, dtype=torch.uint8, device=device)
         else:
             self._file = tempfile.NamedTemporaryFile(prefix="hone-", dir=MEMORY)  # noqa: SIM115
-            self._file.truncate(size)
+            try:
+                os.posix_fallocate(self._file.fileno(), 0, size)  # a hole is a SIGBUS when touched
+            except OSError:
+                self._file.close()
+                raise
             self.data = torch.from_file(self._file.name, shared=True, size=size, dtype=torch.uint8)
 
     def handle(self) -> Handle:
