@@ -29,6 +29,7 @@ class SharedBuffer:
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._file = None
+        self._counter: tuple[bytes, int] | None = None  # torch's, of who has yet to open it
         if device.type == "cuda":
             self.data = torch.empty(size, dtype=torch.uint8, device=device)
         else:
@@ -46,9 +47,14 @@ class SharedBuffer:
             return [self._file.name]
         torch.cuda.synchronize(self.data.device)
         shared = self.data.untyped_storage()._share_cuda_()
+        self._counter = shared[4], shared[5]
         return [part.hex() if isinstance(part, bytes) else part for part in shared]
 
     def close(self) -> None:
+        """Give the memory back, also when nobody has opened it."""
+        if self._counter is not None:  # it starts at 1, and else only who opens it lowers it
+            torch.UntypedStorage._release_ipc_counter(*self._counter, device=self.data.device)
+            self._counter = None
         self.data = self.data[:0].clone()
         if self._file is not None:
             self._file.close()
