@@ -174,7 +174,7 @@ async def _start_parts(
         start_learner(), fleet.start(), admin.start()
     )
     if placement.is_alternating:
-        Turns(learner, fleet, config.rollout.timeout_s)
+        Turns(learner, fleet, config.rollout.timeout_s, config.resources.start_timeout_s)
     fleet.actors.stand_by()
     return Parts(
         placement=placement,
