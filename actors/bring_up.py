@@ -106,7 +106,7 @@ async def _reserve(config: Config, run: RunDir, observer: Observer) -> Placement
 
     observer.phase("starting", "reserving places on the cluster", 1.0)
     gang = await Gang.reserve(
-        run.name, placement.requests(), config.resources.start_timeout_s, report
+        run.buffer_id, placement.requests(), config.resources.start_timeout_s, report
     )
     selector = away_from_gpus(cluster_nodes()) if placement.is_gpu else {}
     placed = {role: len(set(nodes)) for role, nodes in gang.nodes().items()}
@@ -138,13 +138,13 @@ async def _start_parts(
     num_workers = config.rollout.workers
     loading = f"loading {num_workers} vLLM engine(s) and the learner"
     observer.phase("starting", loading, ENGINE_START_S)
-    fleet = RolloutFleet(run.name, placement, policy.directory, str(run.path), observer.event)
+    fleet = RolloutFleet(run.buffer_id, placement, policy.directory, str(run.path), observer.event)
     rewards = RewardPool(
         RewardHome(run, placement, buffer_url, observer.event, str(policy.directory))
     )
     buffered = BufferedGroups.of(config, run.buffer_id, buffer_url)
     admin = RewardAdmin(rewards, train_tasks, buffered)
-    scaling = FleetScaling(run.name, fleet, placement, admin.door, observer.event)
+    scaling = FleetScaling(run.buffer_id, fleet, placement, admin.door, observer.event)
     admin.door.serve("fleet", scaling.carry_out, refusal="scale_refused")
 
     async def start_learner() -> tuple[LearnerGroup, dict[str, float]]:
@@ -174,7 +174,7 @@ async def _start_parts(
         start_learner(), fleet.start(), admin.start()
     )
     if placement.is_alternating:
-        Turns(learner, fleet, config.rollout.timeout_s)
+        Turns(learner, fleet, config.rollout.timeout_s, config.resources.start_timeout_s)
     fleet.actors.stand_by()
     return Parts(
         placement=placement,

@@ -256,9 +256,7 @@ class RolloutFleet:
 
     def bury(self, worker: Worker, handle: Any, cause: str = "died") -> None:
         """Declare the actor `handle` of a worker lost and start its replacement, once."""
-        if worker.handle is not handle or worker.state in (WorkerState.DEAD, WorkerState.STARTING):
-            return
-        if worker.is_leaving:
+        if worker.handle is not handle or worker.state is WorkerState.DEAD or worker.is_leaving:
             return
         worker.state = WorkerState.DEAD
         self._on_event("worker_died", actor=worker.name, pid=worker.pid, cause=cause)

@@ -1,16 +1,19 @@
 """The reserved places of a run: one placement group per role, all of them or none.
 
 Invariant: what raises or is cancelled leaves nothing reserved that was not before. Groups are asked
-for one after the other in a fixed order, so two runs that wait for the same cluster never hold half
-of it each. A bundle whose node dies is rescheduled by Ray once a node has room; the actor that is
-started again then waits for it. Called by `actors.bring_up` and `actors.scaling`.
+for one after the other; a run that holds some, and waits for what others hold, gives all back after
+`HOLD_S` and asks again, so two runs that want the same cluster do not keep half of it each. A
+bundle whose node dies is rescheduled by Ray once a node has room; the actor that is started again
+then waits for it. Called by `actors.bring_up` and `actors.scaling`.
 """
 
 import asyncio
+import math
+import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -27,6 +30,8 @@ from actors.placement import BundleRequest
 from cluster.errors import DeadlineError
 
 POLL_S = 0.5
+HOLD_S = (4.0, 12.0)  # without the rest; drawn anew each time, so that one of two gives way first
+YIELD_S = 3.0  # Ray looks every second for what fits
 
 Report = Callable[[str], None]
 
@@ -48,8 +53,9 @@ class Gang:
         gang = cls()
         wait = _Wait(deadline_s, "resources.start_timeout_s")
         try:
-            for request in requests:
-                await gang._add(run_id, request, wait, report)
+            while not await gang._add_all(run_id, requests, wait, report):
+                gang.release()
+                await asyncio.sleep(YIELD_S)
         except BaseException:
             gang.release()
             raise
@@ -62,7 +68,7 @@ class Gang:
         and then only this place is given back.
         """
         try:
-            await self._add(run_id, request, _Wait(deadline_s, request.knobs), report)
+            await self._add(run_id, request, _Wait(deadline_s, request.knobs), report, math.inf)
         except BaseException:
             self.give_back(request.role)
             raise
@@ -95,13 +101,25 @@ class Gang:
         for role in list(self._groups):
             self.give_back(role)
 
+    async def _add_all(
+        self, run_id: str, requests: Sequence[BundleRequest], wait: "_Wait", report: Report
+    ) -> bool:
+        """False when others may want what is held while the rest is waited for."""
+        for index, request in enumerate(requests):
+            patience_s = random.uniform(*HOLD_S) if index else math.inf
+            if not await self._add(run_id, request, wait, report, patience_s):
+                return False
+        return True
+
     async def _add(
         self,
         run_id: str,
         request: BundleRequest,
         wait: "_Wait",
         report: Report,
-    ) -> None:
+        patience_s: float,
+    ) -> bool:
+        """False when others have held its place for `patience_s`; it is still asked for then."""
         name = f"hone/{run_id}/{request.role}"
         await asyncio.to_thread(_remove_left_over, name)
         group = placement_group(
@@ -111,7 +129,7 @@ class Gang:
             bundle_label_selector=[dict(request.labels) for _ in range(request.count)],
         )
         self._groups[request.role] = group
-        has_reported = False
+        started = time.monotonic()
         while not await asyncio.to_thread(group.wait, POLL_S):
             missing = shortages([request], cluster_nodes())
             wanted = missing[0] if missing else f"resources: {request.role} waits for {request}"
@@ -119,15 +137,19 @@ class Gang:
                 raise DeadlineError(
                     "resources", f"{wanted}; waited {wait.seconds:.0f} s ({wait.knob})"
                 )
-            if not has_reported:
+            if request.role not in wait.reported:
                 report(wanted)
-                has_reported = True
+                wait.reported.add(request.role)
+            if not missing and time.monotonic() - started > patience_s:
+                return False  # with a node missing there is nobody to give way to
+        return True
 
 
 @dataclass
 class _Wait:
     seconds: float
     knob: str
+    reported: set[str] = field(default_factory=set[str])  # roles that a line was about
 
     def __post_init__(self) -> None:
         self._end = time.monotonic() + self.seconds

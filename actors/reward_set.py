@@ -60,7 +60,7 @@ class RewardHome:
     def prefix(self, label: str) -> str:
         """Of actor names: `hone/<run>/reward/<label>.<generation>`."""
         generation = f"{label or 'candidate'}.{os.getpid()}.{next(_generation)}"
-        return f"hone/{self.run.name}/reward/{generation}"
+        return f"hone/{self.run.buffer_id}/reward/{generation}"
 
     def pools(self, label: str, verifiers: dict[str, VerifierConfig]) -> VerifierPools:
         """New pools of a version, or with "" of a candidate."""

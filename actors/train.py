@@ -98,7 +98,7 @@ def _conduct(
         controller: Any = (
             ray.remote(Controller)
             .options(
-                name=f"hone/{run_dir.name}/controller/{attempt}",
+                name=f"hone/{run_dir.buffer_id}/controller/{attempt}",
                 num_cpus=0,
                 max_concurrency=1000,
                 # Beside the launcher: a lost rollout or reward node must not take it along.

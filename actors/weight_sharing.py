@@ -2,7 +2,8 @@
 that the rank on the same GPU has filled.
 
 Invariant: every call ends, and tells for each engine whether it has the weights; no memory stays
-shared. Called by `actors.weight_sync`, which sees to the engines that came away without.
+shared, except by a learner that is lost, whose memory ends with it. Called by `actors.weight_sync`,
+which sees to the engines that came away without.
 """
 
 import asyncio
@@ -33,11 +34,13 @@ class WeightSharing:
         try:
             results = await self._send(workers, policy_version)
         except LearnerLostError:
-            raise
+            raise  # a rank that hangs would hang once more
         except StageError as error:
             results: list[float | StageError] = [error] * len(workers)
-        finally:
+        except asyncio.CancelledError:
             await self._learner.call("share_weights", False)
+            raise
+        await self._learner.call("share_weights", False)
         if failures := [result for result in results if isinstance(result, StageError)]:
             cause = str(failures[0])
             self._on_event("sharing_failed", policy_version=policy_version, cause=cause)

@@ -115,7 +115,10 @@ class RunDir:
 
     @property
     def buffer_id(self) -> str:
-        """What the run's keys in Redis are named after: the run, unless `own_buffer` was called."""
+        """What the run's keys in Redis, its Ray actors and its reserved places are named after: the
+        run, unless `own_buffer` was called. No other run on a cluster has it, nor a run of the same
+        name elsewhere.
+        """
         file = self.path / _BUFFER_ID
         return (file.read_text() if file.exists() else "") or self.name
 

@@ -4,6 +4,7 @@ Invariant: what has to be told to open it is plain data, nothing is unpickled; i
 owner closes it, by when whoever has opened it must have copied what they want.
 """
 
+import os
 import platform
 import tempfile
 
@@ -22,15 +23,22 @@ def device_name(device: torch.device) -> str:
 
 
 class SharedBuffer:
-    """`data`: bytes [size] on `device`. The owner's side."""
+    """`data`: bytes [size] on `device`. The owner's side. Raises `OSError` or torch's error where
+    there is no room.
+    """
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._file = None
+        self._counter: tuple[bytes, int] | None = None  # torch's, of who has yet to open it
         if device.type == "cuda":
             self.data = torch.empty(size, dtype=torch.uint8, device=device)
         else:
             self._file = tempfile.NamedTemporaryFile(prefix="hone-", dir=MEMORY)  # noqa: SIM115
-            self._file.truncate(size)
+            try:
+                os.posix_fallocate(self._file.fileno(), 0, size)  # a hole is a SIGBUS when touched
+            except OSError:
+                self._file.close()
+                raise
             self.data = torch.from_file(self._file.name, shared=True, size=size, dtype=torch.uint8)
 
     def handle(self) -> Handle:
@@ -39,9 +47,14 @@ class SharedBuffer:
             return [self._file.name]
         torch.cuda.synchronize(self.data.device)
         shared = self.data.untyped_storage()._share_cuda_()
+        self._counter = shared[4], shared[5]
         return [part.hex() if isinstance(part, bytes) else part for part in shared]
 
     def close(self) -> None:
+        """Give the memory back, also when nobody has opened it."""
+        if self._counter is not None:  # it starts at 1, and else only who opens it lowers it
+            torch.UntypedStorage._release_ipc_counter(*self._counter, device=self.data.device)
+            self._counter = None
         self.data = self.data[:0].clone()
         if self._file is not None:
             self._file.close()

@@ -48,7 +48,9 @@ def upload(run_dir: RunDir, url: str, version: int | None) -> str:
             built = write(run_dir, Path(temporary) / "model", version)
             try:
                 for file in filter(Path.is_file, built.rglob("*")):
-                    files.put_file(str(file), f"{place}/{file.relative_to(built).as_posix()}")
+                    target = f"{place}/{file.relative_to(built).as_posix()}"
+                    files.makedirs(target.rpartition("/")[0], exist_ok=True)
+                    files.put_file(str(file), target)
             except BaseException:
                 if files.exists(place):
                     files.rm(place, recursive=True)

@@ -1,8 +1,9 @@
 """`hone submit`: the same training run as a job of a running Ray cluster.
 
 Invariant: a request that is tried again cannot start the run twice, because the submission id is
-chosen here, once. What travels is the current directory (code, config, data); packages come with
-the cluster's image and are compared with the lock file when the job starts.
+chosen here, once. No wait for a head that accepts and says nothing is without end. What travels is
+the current directory (code, config, data); packages come with the cluster's image and are compared
+with the lock file when the job starts.
 """
 
 import asyncio
@@ -21,6 +22,9 @@ from cluster.errors import ConfigError, StageError
 
 START_S = 60.0  # how long a head that has just started may answer with errors
 PAUSE_S = 1.0
+REQUEST_S = (5.0, 60.0)  # to connect, and for an answer
+SILENCE_S = 30.0  # of the output, after which the head is asked whether the job still runs
+CLOSE_S = 5.0
 # Read where the job's supervisor runs, which gets the job's environment. Ray's own 3 s would kill
 # a run that is saving its state.
 STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
@@ -111,7 +115,14 @@ def _client(address: str) -> Any:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     from ray.job_submission import JobSubmissionClient
 
-    return JobSubmissionClient(address)
+    class Client(JobSubmissionClient):
+        """Ray's own has no deadlines."""
+
+        def _do_request(self, *arguments: Any, **options: Any) -> Any:
+            ask: Any = super()._do_request  # pyright: ignore[reportUnknownMemberType]
+            return ask(*arguments, timeout=REQUEST_S, **options)
+
+    return Client(address)
 
 
 def _refuse_open_cluster(address: str) -> None:
@@ -155,29 +166,42 @@ def _ended(submission: Submission) -> Any:
                 text = f"{submission.submission_id}: nobody says how it is: {_plain(error)}"
                 raise StageError("job", text) from error
         else:
-            if str(details.status.value) in EXIT_CODES:
+            if _is_over(details):
                 return details
             deadline = time.monotonic() + START_S
         time.sleep(PAUSE_S)
 
 
 def _logs(submission: Submission) -> Iterator[str]:
-    """Chunks of the job's output as they come, for as long as the head sends them."""
+    """Chunks of the job's output as they come, for as long as the head sends them, or says after
+    `SILENCE_S` that there may be more.
+    """
     from aiohttp import ClientError
 
     stream = submission.client.tail_job_logs(submission.submission_id)
     loop = asyncio.new_event_loop()
+    chunk: asyncio.Future[str] = loop.create_future()
     try:
         while True:
+            chunk = asyncio.ensure_future(anext(stream), loop=loop)
             try:
-                yield loop.run_until_complete(anext(stream))
+                while not loop.run_until_complete(asyncio.wait({chunk}, timeout=SILENCE_S))[0]:
+                    if _is_over(submission.client.get_job_info(submission.submission_id)):
+                        return
+                yield chunk.result()
             except StopAsyncIteration:
                 return
             except (OSError, RuntimeError, ClientError) as error:
                 logger.warning("the output cannot be followed, the job goes on: %s", _plain(error))
                 return
     finally:
+        chunk.cancel()
+        loop.run_until_complete(asyncio.wait({chunk}, timeout=CLOSE_S))
         loop.close()
+
+
+def _is_over(details: Any) -> bool:
+    return str(details.status.value) in EXIT_CODES
 
 
 def _is_refusal(error: Exception) -> bool:

@@ -15,11 +15,12 @@ import httpx
 import psutil
 
 Outcome = Literal["refused", "metrics", "open", "silent"]
+Answer = tuple[Outcome, str]
 ANYWHERE = ("0.0.0.0", "::")
 LOCAL = ("127.0.0.1", "::1")
 PATIENCE_S = 4.0
 AT_ONCE = 16
-AGAIN_AT_ONCE, AGAIN_S = 4, 10.0  # for those that were silent while many were asked
+AGAIN_S = 10.0  # for those that were silent; all protocols side by side, or it takes minutes
 PROTECTED = ("/api/jobs/", "/v1/models")  # by Ray's token, by the endpoint's keys
 METHODS = (
     "ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
@@ -73,27 +74,37 @@ def doors(pids: Iterable[int]) -> list[Door]:
         first = knockers.map(lambda place: _knock(place, PATIENCE_S), places)
         answers = dict(zip(places, first, strict=True))
     silent = [place for place, answer in answers.items() if answer[0] == "silent"]
-    with ThreadPoolExecutor(AGAIN_AT_ONCE) as knockers:
-        again = knockers.map(lambda place: _knock(place, AGAIN_S), silent)
+    with ThreadPoolExecutor(AT_ONCE) as knockers:
+        again = knockers.map(lambda place: _knock_at_once(place, AGAIN_S), silent)
         answers |= dict(zip(silent, again, strict=True))
     return [Door(*place, found[place], *answers[place]) for place in places]
 
 
-def _knock(place: tuple[str, int], patience_s: float) -> tuple[Outcome, str]:
-    host, port = place[0].removeprefix("::ffff:"), place[1]
-    host = "127.0.0.1" if host in ANYWHERE else host
-    for ask in (_ask_redis, _ask_http, _ask_grpc):
-        answer = ask(host, port, patience_s)
-        if answer is not None:
-            return answer
-    return "silent", "no protocol that is known here"
+def _knock(place: tuple[str, int], patience_s: float) -> Answer:
+    """One protocol after the other, until one is answered."""
+    return _first(ask(*_reached(place), patience_s) for ask in PROTOCOLS)
+
+
+def _knock_at_once(place: tuple[str, int], patience_s: float) -> Answer:
+    with ThreadPoolExecutor(len(PROTOCOLS)) as asking:
+        return _first(asking.map(lambda ask: ask(*_reached(place), patience_s), PROTOCOLS))
+
+
+def _first(answers: Iterable[Answer | None]) -> Answer:
+    known = (answer for answer in answers if answer is not None)
+    return next(known, ("silent", "no protocol that is known here"))
+
+
+def _reached(place: tuple[str, int]) -> tuple[str, int]:
+    host = place[0].removeprefix("::ffff:")
+    return "127.0.0.1" if host in ANYWHERE else host, place[1]
 
 
 def _place(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _ask_redis(host: str, port: int, patience_s: float) -> tuple[Outcome, str] | None:
+def _ask_redis(host: str, port: int, patience_s: float) -> Answer | None:
     try:
         with socket.create_connection((host, port), patience_s) as connection:
             connection.settimeout(patience_s)
@@ -106,23 +117,28 @@ def _ask_redis(host: str, port: int, patience_s: float) -> tuple[Outcome, str] |
     return ("open", "Redis: PONG") if reply.startswith(b"+PONG") else None
 
 
-def _ask_http(host: str, port: int, patience_s: float) -> tuple[Outcome, str] | None:
+def _ask_http(host: str, port: int, patience_s: float) -> Answer | None:
+    """One answer is enough: a door that opens for one path is open, whatever the next one does."""
     statuses: list[int] = []
-    for path in (*PROTECTED, "/metrics"):
-        try:
-            reply = httpx.get(f"http://{_place(host, port)}{path}", timeout=patience_s)
-        except (httpx.HTTPError, OSError):
-            return None
-        if path == "/metrics" and reply.status_code == 200 and "# TYPE" in reply.text:
-            return "metrics", "HTTP: numbers for Prometheus"
-        if path in PROTECTED:
-            statuses.append(reply.status_code)
+    place = f"http://{_place(host, port)}"
+    with httpx.Client(base_url=place, trust_env=False, timeout=patience_s) as client:
+        for path in (*PROTECTED, "/metrics"):
+            try:
+                reply = client.get(path)
+            except (httpx.HTTPError, OSError):
+                if statuses:
+                    break
+                return None
+            if path == "/metrics" and reply.status_code == 200 and "# TYPE" in reply.text:
+                return "metrics", "HTTP: numbers for Prometheus"
+            if path in PROTECTED:
+                statuses.append(reply.status_code)
     if min(statuses) >= 400 and {401, 403}.intersection(statuses):
         return "refused", f"HTTP: {statuses}"
     return "open", f"HTTP: {statuses}"
 
 
-def _ask_grpc(host: str, port: int, patience_s: float) -> tuple[Outcome, str] | None:
+def _ask_grpc(host: str, port: int, patience_s: float) -> Answer | None:
     codes: list[str] = []
     with grpc.insecure_channel(_place(host, port)) as channel:
         for method in METHODS:
@@ -139,3 +155,6 @@ def _ask_grpc(host: str, port: int, patience_s: float) -> tuple[Outcome, str] | 
             else:
                 return "open", f"gRPC: {method} answered"
     return "silent", f"gRPC: {codes}"
+
+
+PROTOCOLS = (_ask_redis, _ask_http, _ask_grpc)

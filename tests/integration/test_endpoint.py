@@ -67,6 +67,7 @@ def test_the_serve_row_of_the_dashboard_has_data(served: Served) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_no_port_and_no_route_opens_without_a_key(served: Served, record_property: Any) -> None:
     """The endpoint's own and those of the Ray below it, one of which is on all interfaces."""
     found = doors(child.pid for child in psutil.Process().children(recursive=True))

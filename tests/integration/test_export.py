@@ -46,13 +46,15 @@ def test_a_failed_export_leaves_nothing(run_dir: RunDir, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_an_export_to_a_file_system_that_is_no_directory(run_dir: RunDir):
-    url = "memory://exports/model"
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_an_export_to_a_file_system_of_fsspec(run_dir: RunDir, tmp_path: Path, scheme: str):
+    exports = f"{scheme}://{tmp_path}/exports"
+    url = f"{exports}/model"
     assert export.upload(run_dir, url, 1) == url
-    files = fsspec.filesystem("memory")
-    names = {name.rpartition("/")[2] for name in files.ls("/exports/model", detail=False)}
+    files, place = fsspec.url_to_fs(url)
+    names = {name.rpartition("/")[2] for name in files.ls(place, detail=False)}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
-    loaded = load(files.cat("/exports/model/model.safetensors"))
+    loaded = load(files.cat(f"{place}/model.safetensors"))
     for name, tensor in load_file(run_dir.path.parent / "version_1.safetensors").items():
         assert torch.equal(loaded[name], tensor), name
     with pytest.raises(ConfigError, match="must not exist yet"):
@@ -60,5 +62,5 @@ def test_an_export_to_a_file_system_that_is_no_directory(run_dir: RunDir):
     with pytest.raises(ConfigError, match="nonsense"):
         export.upload(run_dir, "nonsense://exports", 1)
     with pytest.raises(ConfigError, match="--version 7"):
-        export.upload(run_dir, "memory://exports/other", 7)
-    assert not files.exists("/exports/other")
+        export.upload(run_dir, f"{exports}/other", 7)
+    assert [name.rpartition("/")[2] for name in files.ls(exports, detail=False)] == ["model"]

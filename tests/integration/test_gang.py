@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import ray
@@ -10,10 +12,13 @@ from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
 from ray.experimental import internal_kv
 from ray.util import placement_group_table
 
+from actors import bring_up
 from actors.capacity import KUBERAY_START, growth, growth_seen_by_head
 from actors.gang import Gang
 from actors.placement import BundleRequest
+from cluster.config import Config
 from cluster.errors import DeadlineError
+from cluster.run_dir import RunDir
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("local_ray")]
 
@@ -29,6 +34,14 @@ def reserved() -> list[str]:
 
 
 def ignore(_line: str) -> None: ...
+
+
+class Unseen:
+    """An observer that writes nothing."""
+
+    def phase(self, *_: Any) -> None: ...
+
+    def event(self, *_: Any, **_fields: Any) -> None: ...
 
 
 async def until(done: Callable[[], bool]) -> None:
@@ -82,6 +95,28 @@ async def test_a_wait_for_a_busy_cluster_ends_when_it_is_free_or_cancelled() -> 
     await until(lambda: not reserved())
 
 
+async def test_two_runs_that_wait_for_all_of_a_cluster_get_it_one_after_the_other() -> None:
+    """Neither keeps its learners' half for ever while it waits for the half of the other."""
+    holder = await Gang.reserve("h", [cpus("learner", 8)], 20, ignore)
+    halves = [cpus("learner", 4), cpus("rollout", 4)]
+    lines: list[str] = []
+    waiting = {
+        asyncio.create_task(Gang.reserve(name, halves, 150, lines.append)) for name in ("i", "j")
+    }
+    await until(lambda: len(reserved()) == 3)
+    holder.release()
+    while waiting:
+        done, waiting = await asyncio.wait(
+            waiting, timeout=120, return_when=asyncio.FIRST_COMPLETED
+        )
+        assert done, reserved()
+        for gang in done:
+            assert [len(nodes) for nodes in gang.result().nodes().values()] == [4, 4]
+            gang.result().release()
+    assert len(lines) <= 4, "a line about each role, however often it was asked for"
+    await until(lambda: not reserved())
+
+
 async def test_a_gang_is_extended_by_what_fits_and_keeps_what_it_has() -> None:
     gang = await Gang.reserve("g", [cpus("learner", 4), cpus("rollout", 2)], 20, ignore)
     await gang.extend("g", cpus("rollout/1", 1), 20, ignore)
@@ -97,6 +132,31 @@ async def test_a_gang_is_extended_by_what_fits_and_keeps_what_it_has() -> None:
     await until(lambda: reserved() == ["hone/g/learner", "hone/g/rollout"])
     (await successor).release()
     gang.release()
+    await until(lambda: not reserved())
+
+
+async def test_two_runs_of_one_name_leave_each_other_their_places(
+    tiny_config: Config, tmp_path: Path
+) -> None:
+    """And a controller that follows one that died takes back what is its run's own."""
+    runs = [RunDir.create(tmp_path / place, "same", "", exist_ok=False) for place in "ab"]
+    for run in runs:
+        run.own_buffer()
+
+    async def reserve(run: RunDir) -> Gang:
+        gang = (await bring_up._reserve(tiny_config, run, cast(Any, Unseen()))).gang
+        assert gang is not None
+        return gang
+
+    held = [await reserve(run) for run in runs]
+    roles = ("learner", "rollout")
+    both = sorted(f"hone/{run.buffer_id}/{role}" for run in runs for role in roles)
+    assert len(set(both)) == 4
+    assert reserved() == both
+    held.append(await reserve(runs[0]))
+    await until(lambda: reserved() == both)
+    for gang in held:
+        gang.release()
     await until(lambda: not reserved())
 
 

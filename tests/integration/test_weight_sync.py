@@ -205,7 +205,7 @@ async def test_engine_and_learner_take_turns(
     [worker] = parts.fleet.workers
     version, pid = max(0, worker.policy_version), worker.pid
     await parts.sync.sync(version)
-    Turns(parts.learner, parts.fleet, timeout_s=60)
+    Turns(parts.learner, parts.fleet, timeout_s=60, start_timeout_s=60)
     asked = request("by turns", max_new_tokens=24, seed=31)
     awake = await rollout(parts, asked)
     running = asyncio.create_task(rollout(parts, request("on its way", 100, 32)))

@@ -1,6 +1,7 @@
 """The check of open ports can fail: it tells an open door from one that refuses."""
 
 import os
+import socket
 import threading
 import time
 from concurrent import futures
@@ -27,6 +28,17 @@ class SlowToRefuse(Quiet):
     def do_GET(self) -> None:
         time.sleep(SLOW_S)
         self.send_error(401)
+
+
+class OpenOnce(Quiet):
+    """Lists everything to who asks for jobs, and hangs up on any other question."""
+
+    def do_GET(self) -> None:
+        if self.path == knocking.PROTECTED[0]:
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        self.close_connection = True
 
 
 def test_open_refusing_and_unknown_doors_are_told_apart(tmp_path: Path) -> None:
@@ -80,3 +92,21 @@ def test_a_door_that_is_slow_among_many_is_asked_again_alone(
     finally:
         web.shutdown()
     assert found[web.server_port] == "refused"
+
+
+def test_a_door_that_opens_for_one_path_is_open_whatever_the_next_one_does() -> None:
+    web = ThreadingHTTPServer(("127.0.0.1", 0), OpenOnce)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    try:
+        answer = knocking._knock(("127.0.0.1", web.server_port), 5)
+    finally:
+        web.shutdown()
+    assert answer == ("open", "HTTP: [200]")
+
+
+def test_a_silent_door_costs_one_wait_when_it_is_asked_again() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        started = time.monotonic()
+        answer = knocking._knock_at_once(silent.getsockname(), 1.0)
+    assert answer[0] == "silent"
+    assert time.monotonic() - started < 2.5, "three protocols, a second each"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,6 +29,8 @@ class Head(ThreadingHTTPServer):
         self.is_locked = True
         self.status = "RUNNING"  # of the job, until it is asked `num_polls` times
         self.num_polls = 3
+        self.is_mute = False  # nothing comes of the job's output, not even an end
+        self.is_closed = threading.Event()
         self.jobs: list[dict[str, Any]] = []
 
     @property
@@ -41,6 +44,8 @@ class Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/api/version" and not self._fails():
             self._send(200, {"version": "4", "ray_version": "2.60.0", "ray_commit": "x"})
+        elif self.path.endswith("/logs/tail") and self.server.is_mute:
+            self.server.is_closed.wait(60)
         elif self.path.endswith("/logs/tail"):
             self._send(500, {"error": "the stream broke"})
         elif self.path.startswith("/api/jobs/hone-"):
@@ -108,6 +113,7 @@ def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
     server = Head()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
+    server.is_closed.set()
     server.shutdown()
 
 
@@ -162,6 +168,30 @@ def test_a_head_that_no_longer_answers_is_given_up(
     head.server_close()
     with pytest.raises(StageError, match="nobody says how it is"):
         submit.follow(job)
+
+
+@pytest.mark.parametrize("num_polls", [0, 3])
+def test_a_stream_without_an_end_is_left_when_the_job_is_over_or_nobody_knows(
+    head: Head, monkeypatch: pytest.MonkeyPatch, num_polls: int
+) -> None:
+    monkeypatch.setattr(submit, "SILENCE_S", 0.1)
+    head.is_mute, head.num_polls, head.status = True, num_polls, "SUCCEEDED"
+    assert submit.follow(send(head)) == 0
+
+
+def test_a_port_that_accepts_and_says_nothing_is_given_up(
+    head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = send(head)
+    for name, limit in (("START_S", 0.2), ("SILENCE_S", 0.1), ("REQUEST_S", (0.2, 0.2))):
+        monkeypatch.setattr(submit, name, limit)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ConfigError, match="timed out"):
+            submit.submit(Path("run.yaml"), ["run.dir=/runs"], address=url, run="a", resume=False)
+        job.client._address = url
+        with pytest.raises(StageError, match="nobody says how it is"):
+            submit.follow(job)
 
 
 def test_a_wrong_token_is_refused_at_once(head: Head) -> None:

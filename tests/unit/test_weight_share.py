@@ -1,12 +1,14 @@
 """Weights through memory that two processes see: on CPUs a file, which is gone afterwards."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from cluster.errors import StageError
-from learners.shared_buffer import SharedBuffer, device_name, opened
+from learners.shared_buffer import MEMORY, SharedBuffer, device_name, opened
 from learners.weight_share import WeightShare, shared_tensors
 
 CPU = torch.device("cpu")
@@ -55,3 +57,17 @@ def test_a_copy_without_room_is_an_error_of_the_sync(monkeypatch: pytest.MonkeyP
     with pytest.raises(StageError, match=r"^sync: .*nowhere"):
         share.open()
     share.close()
+
+
+def test_more_than_the_memory_of_the_host_is_an_error_and_leaves_no_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host = os.statvfs(MEMORY)
+    size = 4 * host.f_frsize * host.f_blocks
+    monkeypatch.setattr("learners.weight_share.num_bytes", lambda _manifest: size)
+    share = WeightShare(torch.nn.Linear(2, 2), torch.float32, CPU)
+    with tempfile.TemporaryDirectory(dir=MEMORY) as place:
+        monkeypatch.setattr("learners.shared_buffer.MEMORY", place)
+        with pytest.raises(StageError, match=r"^sync: .*No space left"):
+            share.open()
+        assert list(Path(place).iterdir()) == []
