@@ -34,7 +34,7 @@ from learners.model import PolicyModel, layout_on, load_policy, shard
 from learners.objectives import WeightedLosses
 from learners.optimizer import ShardedAdamW, learning_rate
 from learners.packing import PackingPlan, assign
-from learners.process_group import meet
+from learners.process_group import device_of, meet
 from learners.reference import Reference, open_reference
 from learners.step_sums import StepSums
 from learners.token_view import TokenViewer
@@ -76,7 +76,7 @@ class Learner:
         self._config = config
         self._policy_dir = policy_dir
         self._rank, self._world_size = rank, world_size
-        self._device = _device(config.resources.accelerator, rank)
+        self._device = device_of(config.resources.accelerator, rank)
         self._dtype: torch.dtype = getattr(torch, config.policy.dtype)
         self._credit = build_credit(config.objective.credit)
         self._losses = WeightedLosses(config.objective)
@@ -111,7 +111,9 @@ class Learner:
         )
         self.sender = WeightSender(self._policy.causal_lm, self._dtype, self._device, rank == 0)
         self.share = WeightShare(self._policy.causal_lm, self._dtype, self._device)
-        self.view = TokenViewer(self._policy, policy_dir, self._losses, self._credit, self._device)
+        self.view = TokenViewer(
+            self._policy, policy_dir, self._losses, self._credit, self._annotated, self._device
+        )
         self.saver = checkpoint.Saver()
         self._pending: dict[int, list[MicroBatch]] = {}
         self._busy_s = 0.0
@@ -288,13 +290,3 @@ class Learner:
     def close(self) -> None:
         """Leave the process group; the learner cannot be used afterwards."""
         dist.destroy_process_group()
-
-
-def _device(accelerator: str, rank: int) -> torch.device:
-    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("resources.accelerator is gpu, but this process sees no CUDA device")
-    device = torch.device("cuda", rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device

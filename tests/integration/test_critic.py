@@ -9,14 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from cluster.config import Config, CriticSection, Plugin, WarmStartSection
 from cluster.errors import ConfigError
+from cluster.types import TrajectoryGroup
 from learners.batch import MicroBatch, Row
 from learners.gae import GeneralizedAdvantage
+from learners.learner import Learner
 from learners.model import PolicyModel, ValueModel
 from learners.value_loss import ClippedValue
 from tests import reference_critic as reference
@@ -46,6 +49,21 @@ def _config(critic: dict[str, Any], credit: dict[str, Any] | None = None, **lear
             "critic": CriticSection(**critic),
         }
     )
+
+
+def _valued(
+    learner: Learner, policy_dir: Path, groups: list[TrajectoryGroup]
+) -> list[reference.Valued]:
+    """The reference on `groups` with the critic as it is, and the defaults of `gae`."""
+    assert learner._critic is not None
+    critic: Any = learner._critic.module
+    decoder = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float64).base_model
+    with torch.no_grad():
+        for theirs, ours in zip(decoder.parameters(), critic.decoder.parameters(), strict=True):
+            theirs.copy_(ours.full_tensor())
+        weight, bias = (p.full_tensor().double() for p in critic.head.parameters())
+    head = weight[0], bias[0]
+    return reference.valued(decoder, head, head, groups, 1.0, (0.95, 1.0))
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
@@ -113,6 +131,21 @@ def test_a_step_reports_the_reference_value_loss(policy_dir: Path) -> None:
         metrics = train_step(learner, 0).metrics
     means = [reference.value_loss([row], 0.5).item() for row in rows if not row.is_guided]
     assert metrics["value/loss"] == pytest.approx(sum(means) / len(means))
+
+
+def test_advantages_on_view_are_made_with_the_critic_as_it_is(policy_dir: Path) -> None:
+    group = make_groups(0)[0]
+    with open_learner(_config({"lr": 1e-2}), policy_dir) as learner:
+        train_step(learner, 0)
+        views = learner.view([(group, index) for index in range(len(group.trajectories))])
+        slow = iter(_valued(learner, policy_dir, [group]))
+    for trajectory, view in zip(group.trajectories, views, strict=True):
+        expected = np.zeros(len(trajectory.token_ids))
+        if trajectory.reward is not None:
+            row = next(slow)
+            expected[trajectory.loss_mask] = row.advantages
+            assert max(map(abs, row.before)) > 1e-3, "the case must have something to show"
+        assert view.advantages == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def test_pretraining_moves_the_critic_alone(policy_dir: Path, tmp_path: Path) -> None:
