@@ -108,9 +108,12 @@ class ValueModel(DecoderModel):
         return self.backbone
 
     def forward(self, rows: MicroBatch) -> Float[Tensor, " N"]:
-        """Expected return before each loss token is written, at least float32."""
-        values = self.hidden(rows) @ self.head.weight[0] + self.head.bias
-        return values.to(torch.promote_types(values.dtype, torch.float32))
+        """Expected return before each loss token is written, summed in at least float32: bfloat16
+        would keep two digits of it.
+        """
+        hidden = self.hidden(rows)
+        kind = torch.promote_types(hidden.dtype, torch.float32)
+        return hidden.to(kind) @ self.head.weight[0].to(kind) + self.head.bias.to(kind)
 
 
 def layout_on(device: torch.device, compute_dtype: torch.dtype) -> Layout:

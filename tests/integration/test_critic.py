@@ -40,6 +40,15 @@ def policy_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_policy(tmp_path_factory.mktemp("policy"))
 
 
+def _rows(groups: list[TrajectoryGroup], credit: GeneralizedAdvantage) -> list[Row]:
+    return [
+        Row.of(trajectory, rewards)
+        for group in groups
+        for trajectory, rewards in zip(group.trajectories, credit.assign(group), strict=True)
+        if rewards is not None
+    ]
+
+
 def _config(critic: dict[str, Any], credit: dict[str, Any] | None = None, **learner: Any) -> Config:
     config = make_config(**learner)
     plugin = Plugin(use="gae", settings=credit or {})
@@ -77,12 +86,7 @@ def test_values_and_gradients_equal_the_reference_in_float64(
     heads = [(critic.head.weight.detach()[0].clone(), critic.head.bias.detach()[0].clone())]
     credit = GeneralizedAdvantage(GAMMA, *LAMBDAS)
     groups = make_groups(0)
-    rows = [
-        Row.of(trajectory, rewards)
-        for group in groups
-        for trajectory, rewards in zip(group.trajectories, credit.assign(group), strict=True)
-        if rewards is not None
-    ]
+    rows = _rows(groups, credit)
     packs = [MicroBatch.pack(part) for part in (rows[:3], rows[3:], [])]
     with torch.no_grad():
         packs = [credit.estimate(replace(pack, values=critic(pack))) for pack in packs]
@@ -107,6 +111,24 @@ def test_values_and_gradients_equal_the_reference_in_float64(
     for ours, other in zip(torch.autograd.grad(loss, parameters), theirs, strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-6, atol=1e-6)
         assert ours.abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_values_are_summed_in_float32_whatever_the_decoder(
+    policy_dir: Path, dtype: torch.dtype
+) -> None:
+    causal_lm = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=dtype)
+    critic = ValueModel(PolicyModel(causal_lm, "padded"))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(critic.head.weight, std=0.3)
+    rows = MicroBatch.pack(_rows(make_groups(0), GeneralizedAdvantage()))
+    with torch.no_grad():
+        values, hidden = critic(rows), critic.hidden(rows)
+        expected = hidden.double() @ critic.head.weight[0].double() + critic.head.bias.double()
+    assert values.dtype == torch.float32
+    assert hidden.dtype == dtype
+    torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=1e-5)
+    assert (values != values.to(torch.bfloat16)).any(), "the case must have something to show"
 
 
 def test_a_step_reports_the_reference_value_loss(policy_dir: Path) -> None:
