@@ -38,7 +38,7 @@ from learners.process_group import device_of, meet
 from learners.reference import Reference, open_reference
 from learners.step_sums import StepSums
 from learners.token_view import TokenViewer
-from learners.update import PolicyUpdate, UpdateResult, mean_metrics
+from learners.update import PolicyUpdate, UpdateResult
 from learners.warm_start import Example, WarmStartProgress, warm_start
 from learners.weight_sender import WeightSender
 from learners.weight_share import WeightShare
@@ -183,7 +183,8 @@ class Learner:
         busy_s = sums.reduce()["busy_s"] / self._world_size
         self._busy_s = 0.0
         num_tokens = sum(result.num_tokens for result in results)
-        metrics = mean_metrics(results) | {"lr": rate, "learner/tokens_per_s": num_tokens / busy_s}
+        metrics = self._update.step_metrics(results)
+        metrics |= {"lr": rate, "learner/tokens_per_s": num_tokens / busy_s}
         return StepResult(step=self.step, policy_version=self.policy_version, metrics=metrics)
 
     def _updates(self, rate: float, is_frozen: bool) -> list[UpdateResult]:

@@ -151,6 +151,10 @@ class PolicyUpdate:
         self._counts, self._surveyed = None, {}
         return UpdateResult(is_step, totals["num_tokens"], metrics)
 
+    def step_metrics(self, results: Sequence[UpdateResult]) -> dict[str, float]:
+        """Metrics of a step from those of all its updates, and what is of the whole step."""
+        return _joined(results) | (self._critic.step_metrics() if self._critic else {})
+
     def drop(self) -> None:
         """Forget the gradients and sums that had no step yet."""
         self._optimizer.skip()
@@ -179,10 +183,8 @@ def gather(table: Tensor) -> Tensor:
     return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
 
 
-def mean_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
-    """Metrics of a step from those of its updates: means; loss tokens add up, and the largest of
-    what is a maximum stays.
-    """
+def _joined(results: Sequence[UpdateResult]) -> dict[str, float]:
+    """Means; loss tokens add up, and the largest of what is a maximum stays."""
     names = dict.fromkeys(name for result in results for name in result.metrics)
     known = {name: [r.metrics[name] for r in results if name in r.metrics] for name in names}
     metrics = {

@@ -155,6 +155,19 @@ def test_a_step_reports_the_reference_value_loss(policy_dir: Path) -> None:
     assert metrics["value/loss"] == pytest.approx(sum(means) / len(means))
 
 
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_explained_variance_is_that_of_the_reference_over_the_whole_step(
+    policy_dir: Path, minibatches: int
+) -> None:
+    config = _config({"lr": 1e-2}, minibatches=minibatches)
+    with open_learner(config, policy_dir) as learner:
+        train_step(learner, 0, minibatches=minibatches)
+        expected = reference.explained_variance(_valued(learner, policy_dir, make_groups(1)))
+        metrics = train_step(learner, 1, minibatches=minibatches).metrics
+    assert metrics["value/explained_variance"] == pytest.approx(expected, abs=1e-5)
+    assert abs(expected) > 1e-3, "the case must have something to show"
+
+
 def test_advantages_on_view_are_made_with_the_critic_as_it_is(policy_dir: Path) -> None:
     group = make_groups(0)[0]
     with open_learner(_config({"lr": 1e-2}), policy_dir) as learner:
