@@ -89,7 +89,9 @@ class Critic:
         )
 
     def apply(self, is_step: bool) -> dict[str, float]:
-        """One optimizer step unless the policy's was unsound; the same metrics on every rank."""
+        """One optimizer step if its gradient is finite and `is_step`, which is False where that of
+        the policy was unsound; the same metrics on every rank.
+        """
         self._sums.add({"grad_square": self._optimizer.grad_square()})
         totals = self._sums.reduce()
         divisor = max(1.0, totals[self.loss.denominator])

@@ -129,6 +129,20 @@ class Learner:
             and whitening_of(self._credit) == "none"
         )
 
+    @property
+    def _rate(self) -> float | None:
+        """The policy's learning rate in the present step; None where only the critic learns."""
+        settings = self._config.learner
+        if self.policy_version < self._num_frozen:
+            return None
+        return learning_rate(
+            self.policy_version - self._num_frozen,
+            peak=settings.lr,
+            schedule=settings.schedule,
+            warmup_steps=settings.warmup_steps,
+            total_steps=self._config.run.steps - self._num_frozen,
+        )
+
     def forward_backward(self, groups: Sequence[TrajectoryGroup], plan: PackingPlan) -> None:
         """Take in this rank's share of `plan`, `groups` hold at least that share; its gradients
         are added now or, when something must be known of the whole step first, in `optim_step`.
@@ -143,7 +157,7 @@ class Learner:
             if self._losses.needs_sampled_context:
                 pack = annotate(self._policy, rows, pack)
             if self._is_streaming:
-                self._update.accumulate(pack)
+                self._update.accumulate(pack, is_frozen=self._rate is None)
             else:
                 self._pending.setdefault(minibatch, []).append(pack)
         self._busy_s += time.perf_counter() - started
@@ -160,22 +174,12 @@ class Learner:
         """One update per mini-batch, each normalised by its global counts; same on every rank.
 
         A non-finite loss or gradient skips its update; when all are skipped, weights and
-        `policy_version` stay. The metric `grad/skipped` is the share of skipped updates.
+        `policy_version` stay. The metric `grad/skipped` is the share of skipped updates. A step
+        that teaches the critic alone counts as a version, too, and has no metrics of the policy.
         """
         started = time.perf_counter()
-        settings = self._config.learner
-        is_frozen = self.policy_version < self._num_frozen
-        rate = learning_rate(
-            max(0, self.policy_version - self._num_frozen),
-            peak=settings.lr,
-            schedule=settings.schedule,
-            warmup_steps=settings.warmup_steps,
-            total_steps=self._config.run.steps - self._num_frozen,
-        )
-        if self._is_streaming:
-            results = [self._update.apply(rate, is_frozen)]
-        else:
-            results = self._updates(rate, is_frozen)
+        rate = self._rate
+        results = [self._update.apply(rate)] if self._is_streaming else self._updates(rate)
         self.step += 1
         self.policy_version += any(result.is_step for result in results)
         sums = StepSums(torch.device("cpu"))
@@ -183,11 +187,11 @@ class Learner:
         busy_s = sums.reduce()["busy_s"] / self._world_size
         self._busy_s = 0.0
         num_tokens = sum(result.num_tokens for result in results)
-        metrics = self._update.step_metrics(results)
-        metrics |= {"lr": rate, "learner/tokens_per_s": num_tokens / busy_s}
+        metrics = self._update.step_metrics(results) | ({} if rate is None else {"lr": rate})
+        metrics["learner/tokens_per_s"] = num_tokens / busy_s
         return StepResult(step=self.step, policy_version=self.policy_version, metrics=metrics)
 
-    def _updates(self, rate: float, is_frozen: bool) -> list[UpdateResult]:
+    def _updates(self, rate: float | None) -> list[UpdateResult]:
         """The updates of a step whose groups are all in."""
         order = sorted(self._pending)
         packs = [pack for minibatch in order for pack in self._pending[minibatch]]
@@ -195,15 +199,18 @@ class Learner:
         self._pending = {}
         if (kind := whitening_of(self._credit)) != "none":
             packs = whiten(packs, kind)
-        if len(order) > 1:
+        if rate is None:
+            self._update.anchor(packs)
+        elif len(order) > 1:
             packs = self._update.with_proximal(packs)
         results: list[UpdateResult] = []
         for size in sizes:
             share, packs = packs[:size], packs[size:]
-            self._update.survey(share)
+            if rate is not None:
+                self._update.survey(share)
             for pack in share:
-                self._update.accumulate(pack)
-            results.append(self._update.apply(rate, is_frozen))
+                self._update.accumulate(pack, is_frozen=rate is None)
+            results.append(self._update.apply(rate))
         return results
 
     @torch.no_grad()
