@@ -124,20 +124,26 @@ def test_a_study_of_young_groups_shows_nothing(
     assert _verdicts(staleness_study.rows, tmp_path) == [expected]
 
 
-def _accuracies(values: Mapping[int, float], explained: float | None = None) -> list[Metrics]:
-    more = {} if explained is None else {"value/explained_variance": explained}
+def _accuracies(values: Mapping[int, float]) -> list[Metrics]:
     return [
-        more | ({"eval/pass@1": values[step]} if step in values else {})
-        for step in range(max(values) + 1)
+        {"eval/pass@1": values[step]} if step in values else {} for step in range(max(values) + 1)
+    ]
+
+
+def _explained(value: float, until: int, num_steps: int) -> list[Metrics]:
+    """`value` after pre-training until the step at which the mark is reached, 0 outside of it."""
+    window = range(ppo_quickstart.PRETRAIN_STEPS + 1, until + 1)
+    return [
+        {"value/explained_variance": value if step in window else 0.0} for step in range(num_steps)
     ]
 
 
 @pytest.mark.parametrize(
     ("grpo", "ppo", "explained", "expected"),
     [
-        ({0: 0.4, 30: 0.7}, {0: 0.4, 30: 0.6, 50: 0.72, 60: 0.8}, 0.6, ["holds", "holds"]),
-        ({0: 0.4, 30: 0.7}, {0: 0.4, 30: 0.6, 60: 0.69}, 0.3, ["falls short", "falls short"]),
-        ({0: 0.4, 30: 0.41}, {0: 0.41, 60: 0.5}, 0.6, ["falls short", "falls short"]),
+        ({0: 0.4, 30: 0.7}, {0: 0.4, 30: 0.6, 50: 0.72, 60: 0.8}, (0.6, 50), ["holds", "holds"]),
+        ({0: 0.4, 30: 0.7}, {0: 0.4, 30: 0.6, 60: 0.69}, (0.3, 60), ["falls short", "falls short"]),
+        ({0: 0.4, 30: 0.41}, {0: 0.41, 60: 0.5}, (0.6, 60), ["falls short", "falls short"]),
     ],
 )
 def test_ppo_must_reach_a_mark_that_had_to_be_learned(
@@ -145,13 +151,17 @@ def test_ppo_must_reach_a_mark_that_had_to_be_learned(
     left: dict[str, Sequence[Metrics]],
     grpo: Mapping[int, float],
     ppo: Mapping[int, float],
-    explained: float,
+    explained: tuple[float, int],
     expected: list[str],
 ):
     _warm(tmp_path / "quickstart-0", ppo_quickstart.QUICKSTART)
     left["quickstart-grpo-0"] = _accuracies(grpo)
-    left["quickstart-ppo-0"] = _accuracies(ppo, explained)
-    assert _verdicts(ppo_quickstart.rows, tmp_path) == expected
+    rows = zip(_accuracies(ppo), _explained(*explained, max(ppo) + 1), strict=True)
+    left["quickstart-ppo-0"] = [{**accuracy, **more} for accuracy, more in rows]
+    found = list(ppo_quickstart.rows(True, tmp_path))
+    assert [row.verdict for row in found] == expected
+    is_reached_at_once = ppo[0] >= grpo[30]
+    assert found[1].measured == ("nan" if is_reached_at_once else f"{explained[0]:.2f}")
 
 
 def test_a_run_that_was_interrupted_is_not_taken_over(tmp_path: Path):
