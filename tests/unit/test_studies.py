@@ -227,6 +227,15 @@ def test_a_mean_curve_has_the_steps_that_all_runs_have():
     assert mean_curve(runs, "y") == []
 
 
+def test_a_peak_that_was_forgotten_hides_no_later_one():
+    held = b"1" * 2**26
+    del held
+    entropy_memory._forget_peak()
+    before = entropy_memory._peak_kib()
+    held = b"1" * 2**25
+    assert entropy_memory._peak_kib() - before >= 0.9 * len(held) / 1024
+
+
 def test_a_figure_outlives_the_runs_that_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(show_learner, "FIGURES", tmp_path / "runs" / "figures")
     (tmp_path / "study.svg").write_text("<svg/>")
