@@ -142,6 +142,8 @@ def _explained(value: float, until: int, num_steps: int) -> list[Metrics]:
     ("grpo", "ppo", "explained", "expected"),
     [
         ({0: 0.4, 30: 0.7}, {0: 0.4, 30: 0.6, 50: 0.72, 60: 0.8}, (0.6, 50), ["holds", "holds"]),
+        ({0: 0.4, 30: 0.7}, {0: 0.4, 30: 0.6, 60: 0.7}, (0.6, 60), ["holds", "holds"]),
+        ({0: 0.4, 30: 0.7}, {0: 0.4, 30: 0.8, 60: 0.6}, (0.6, 60), ["falls short", "holds"]),
         ({0: 0.4, 30: 0.7}, {0: 0.4, 30: 0.6, 60: 0.69}, (0.3, 60), ["falls short", "falls short"]),
         ({0: 0.4, 30: 0.41}, {0: 0.41, 60: 0.5}, (0.6, 60), ["falls short", "falls short"]),
     ],
