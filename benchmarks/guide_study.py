@@ -46,7 +46,7 @@ Results = dict[str, list[Run]]
 
 
 def measure(folder: Path, seeds: Sequence[int], arms: Sequence[str]) -> Results:
-    """Runs by arm, one per seed; what an interrupted study left in `folder` is taken as it is."""
+    """Runs by arm, one per seed."""
     results: Results = {arm: [] for arm in arms}
     for seed in seeds:
         place = folder.absolute() / f"code-{seed}"

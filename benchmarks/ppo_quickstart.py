@@ -1,7 +1,8 @@
 """PPO with a critic against GRPO on the quickstart: same warm start, same groups per step.
 
 GRPO's pass@1 after `GRPO_STEPS` is the mark; PPO, whose pre-training steps count, has twice as many
-steps to reach it. Both runs of a seed start from one warm start.
+steps to reach it. Both runs of a seed start from one warm start, and take groups that agree: a
+critic needs them, and a method that leaves them out would see more tasks in as many steps.
 """
 
 from collections.abc import Iterator
@@ -17,10 +18,10 @@ GRPO_STEPS, FACTOR, EVAL_EVERY = 30, 2, 10
 EXPLAINED, PRETRAIN_STEPS = 0.5, 5
 LEARNT = 0.1  # what GRPO must gain, or its mark would be no task for PPO
 PASS = "eval/pass@1"
+BOTH = ["tasks.skip_uniform=false"]
 PPO = [
     "objective.credit={use: gae, settings: {lambda_policy: 1.0}}",
     f"critic={{lr: 1.0e-3, pretrain_steps: {PRETRAIN_STEPS}}}",
-    "tasks.skip_uniform=false",
 ]
 
 
@@ -39,8 +40,12 @@ class Comparison(NamedTuple):
 
     @property
     def reached(self) -> float | None:
-        """PPO's first evaluated step at or above the mark."""
-        return next((step for step, value in self.ppo.items() if value >= self.mark), None)
+        """PPO's first evaluated step at or above the mark that is the last one, or is followed by
+        another: one reading may be luck.
+        """
+        is_there = [value >= self.mark for value in self.ppo.values()]
+        steps = zip(self.ppo, is_there, [*is_there[1:], True], strict=True)
+        return next((step for step, now, after in steps if now and after), None)
 
     @property
     def explained_variance(self) -> float:
@@ -53,7 +58,10 @@ class Comparison(NamedTuple):
 
 
 def compare(folder: Path, seed: int) -> Comparison:
-    start = warm_started(QUICKSTART, folder / f"quickstart-{seed}", seed, training_tasks)
+    start = [
+        *warm_started(QUICKSTART, folder / f"quickstart-{seed}", seed, training_tasks),
+        *BOTH,
+    ]
     length = [f"run.steps={GRPO_STEPS}", f"eval.every={GRPO_STEPS}"]
     grpo = train(QUICKSTART, folder, f"quickstart-grpo-{seed}", [*start, *length])
     length = [f"run.steps={FACTOR * GRPO_STEPS}", f"eval.every={EVAL_EVERY}"]
@@ -78,7 +86,7 @@ def rows(quick: bool, folder: Path) -> Iterator[Row]:
     yield judged(
         f"PPO with a critic reaches GRPO's held-out pass@1 on the quickstart, {what}",
         measured,
-        f"within {limit} steps (2x), GRPO's gain at least {LEARNT}",
+        f"within {limit} steps (2x), in two readings or the last, GRPO's gain at least {LEARNT}",
         all(r.reached is not None and r.mark - r.grpo[0] >= LEARNT for r in results),
     )
     yield judged(

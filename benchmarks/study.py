@@ -2,10 +2,13 @@
 
 Invariant: a run is `hone train` on a real engine and learner, and all its figures come from its own
 `metrics.jsonl`. The runs of a seed share one warm start, made once. What is finished in the folder
-of the study is taken as it is, so a study that was interrupted goes on. Called by the studies of
-this package, each of which is a command of its own: `python -m benchmarks.<study> FOLDER`.
+of the study is taken as it is when its `study.json` says that it was made from the same config and
+changes, so a study that was interrupted goes on and a study that was edited begins anew. Called by
+the studies of this package, each of which is a command of its own: `python -m benchmarks.<study>
+FOLDER`.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -27,6 +30,7 @@ from serve.charts import Chart, Point, svg
 
 HONE = [sys.executable, "-m", "serve.cli"]
 TIMEOUT_S = 2400.0  # of one run
+STAMP = "study.json"  # in a finished run or warm start: what it was made from
 STYLE = """
 svg { font: 12px sans-serif; background: #fff } .unit, .tick { fill: #5b6472 }
 .grid { stroke: #e3e6eb } .axis { stroke: #5b6472 } .line { fill: none; stroke-width: 2 }
@@ -57,11 +61,14 @@ class Run:
 
 
 def train(config: Path, folder: Path, name: str, changes: Sequence[str] = ()) -> Run:
-    """Train to the end as `folder`/`name`, or read what a run of that name left there."""
+    """Train to the end as `folder`/`name`, or read what a run of that name and of the same config
+    and changes left there.
+    """
     run_dir = RunDir(folder / name)
-    if not is_done(run_dir):
-        shutil.rmtree(run_dir, ignore_errors=True)  # of an interrupted study
+    if not (is_done(run_dir) and is_stamped(run_dir.path, config, changes)):
+        shutil.rmtree(run_dir, ignore_errors=True)  # interrupted, or of another config
         hone("train", str(config), *changes, f"run.dir={folder}", "--run", name)
+        stamp(run_dir.path, config, changes)
     return Run(run_dir.read_metrics())
 
 
@@ -71,18 +78,38 @@ def is_done(run_dir: RunDir) -> bool:
     return bool(ends) and ends[-1].fields["outcome"] == "done"
 
 
+def stamp(place: Path, config: Path, changes: Sequence[str]) -> None:
+    """Note in `place` what it was made from."""
+    (place / STAMP).write_text(_origin(place, config, changes))
+
+
+def is_stamped(place: Path, config: Path, changes: Sequence[str]) -> bool:
+    """Whether `place` is known to be made from this `config`, as it reads now, and `changes`."""
+    file = place / STAMP
+    return file.is_file() and file.read_text() == _origin(place, config, changes)
+
+
+def _origin(place: Path, config: Path, changes: Sequence[str]) -> str:
+    """Paths beside `place` are noted without their folder, which may be moved as a whole."""
+    folder = f"{place.absolute().parent}/"
+    relative = [change.replace(folder, "") for change in changes]
+    return json.dumps({"config": config.read_text(), "changes": relative}, indent=1)
+
+
 def warm_started(
     config: Path, place: Path, seed: int, tasks: Callable[[Config], list[Task]]
 ) -> list[str]:
     """Changes that start a run from the policy of `config` and `seed` after its warm start on
-    `tasks`, which is made at `place` once, without engines.
+    `tasks`, which is made at `place` once for a `config` that reads the same, without engines.
     """
-    place = place.absolute()
-    settings = config_file.load(config, [f"run.seed={seed}"])
-    if not place.is_dir():
+    place, own = place.absolute(), [f"run.seed={seed}"]
+    settings = config_file.load(config, own)
+    if not is_stamped(place, config, own):
+        shutil.rmtree(place, ignore_errors=True)  # of another config
         _warm_up(settings, place, tasks(settings))
+        stamp(place, config, own)
     return [
-        f"run.seed={seed}",
+        *own,
         "warm_start=null",
         f"policy={{type: pretrained, model: {place}, "
         f"context_length: {settings.policy.context_length}}}",

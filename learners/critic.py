@@ -39,7 +39,8 @@ class Critic:
 
     def __post_init__(self) -> None:
         self._optimizer = ShardedAdamW(self.module, self.weight_decay)
-        self._sums = StepSums(self.device)
+        self._sums = StepSums(self.device)  # of an update
+        self._step_sums = StepSums(self.device)  # of all updates of a step
 
     @property
     def part(self) -> Part:
@@ -74,19 +75,22 @@ class Critic:
                 "loss": term.total.detach(),
                 "tokens": len(returns),
                 "sequences": len(rows.sequence_ids[is_plain].unique()),
+                **term.metrics,
+            }
+        )
+        self._step_sums.add(
+            {
+                "tokens": len(returns),
                 "returns": returns.sum(),
                 "return_squares": returns.square().sum(),
                 "errors": errors.sum(),
                 "error_squares": errors.square().sum(),
-                **term.metrics,
             }
         )
 
     def apply(self, is_step: bool) -> dict[str, float]:
-        """One optimizer step unless the policy's was unsound; the same metrics on every rank.
-
-        `value/explained_variance` is 1 - Var(return - value) / Var(return) of the values that
-        credit was made of; it is absent when all returns are equal.
+        """One optimizer step if its gradient is finite and `is_step`, which is False where that of
+        the policy was unsound; the same metrics on every rank.
         """
         self._sums.add({"grad_square": self._optimizer.grad_square()})
         totals = self._sums.reduce()
@@ -99,14 +103,20 @@ class Critic:
         else:
             self._optimizer.skip()
         count = max(1.0, totals["tokens"])
-        metrics = {
-            "value/loss": totals["loss"] / divisor,
-            "value/grad_norm": grad_norm,
-            "value/return_mean": totals["returns"] / count,
-        }
-        metrics |= {
+        metrics = {"value/loss": totals["loss"] / divisor, "value/grad_norm": grad_norm}
+        return metrics | {
             name: total / count for name, total in totals.items() if name.startswith("value/")
         }
+
+    def step_metrics(self) -> dict[str, float]:
+        """Of the returns of all updates since the last call, the same on every rank; collective.
+
+        `value/explained_variance` is 1 - Var(return - value) / Var(return) of the values that
+        credit was made of, which are from before the step; it is absent when all returns are equal.
+        """
+        totals = self._step_sums.reduce()
+        count = max(1.0, totals["tokens"])
+        metrics = {"value/return_mean": totals["returns"] / count}
         variance, unexplained = (
             totals[f"{name}_squares"] / count - (totals[f"{name}s"] / count) ** 2
             for name in ("return", "error")
@@ -118,7 +128,7 @@ class Critic:
     def drop(self) -> None:
         """Forget the gradients and sums that had no step yet."""
         self._optimizer.skip()
-        self._sums = StepSums(self.device)
+        self._sums, self._step_sums = StepSums(self.device), StepSums(self.device)
 
 
 def open_critic(

@@ -34,11 +34,11 @@ from learners.model import PolicyModel, layout_on, load_policy, shard
 from learners.objectives import WeightedLosses
 from learners.optimizer import ShardedAdamW, learning_rate
 from learners.packing import PackingPlan, assign
-from learners.process_group import meet
+from learners.process_group import device_of, meet
 from learners.reference import Reference, open_reference
 from learners.step_sums import StepSums
 from learners.token_view import TokenViewer
-from learners.update import PolicyUpdate, UpdateResult, mean_metrics
+from learners.update import PolicyUpdate, UpdateResult
 from learners.warm_start import Example, WarmStartProgress, warm_start
 from learners.weight_sender import WeightSender
 from learners.weight_share import WeightShare
@@ -76,7 +76,7 @@ class Learner:
         self._config = config
         self._policy_dir = policy_dir
         self._rank, self._world_size = rank, world_size
-        self._device = _device(config.resources.accelerator, rank)
+        self._device = device_of(config.resources.accelerator, rank)
         self._dtype: torch.dtype = getattr(torch, config.policy.dtype)
         self._credit = build_credit(config.objective.credit)
         self._losses = WeightedLosses(config.objective)
@@ -111,7 +111,9 @@ class Learner:
         )
         self.sender = WeightSender(self._policy.causal_lm, self._dtype, self._device, rank == 0)
         self.share = WeightShare(self._policy.causal_lm, self._dtype, self._device)
-        self.view = TokenViewer(self._policy, policy_dir, self._losses, self._credit, self._device)
+        self.view = TokenViewer(
+            self._policy, policy_dir, self._losses, self._credit, self._annotated, self._device
+        )
         self.saver = checkpoint.Saver()
         self._pending: dict[int, list[MicroBatch]] = {}
         self._busy_s = 0.0
@@ -125,6 +127,20 @@ class Learner:
             and not self._losses.needs_survey
             and self._config.learner.minibatches == 1
             and whitening_of(self._credit) == "none"
+        )
+
+    @property
+    def _rate(self) -> float | None:
+        """The policy's learning rate in the present step; None where only the critic learns."""
+        settings = self._config.learner
+        if self.policy_version < self._num_frozen:
+            return None
+        return learning_rate(
+            self.policy_version - self._num_frozen,
+            peak=settings.lr,
+            schedule=settings.schedule,
+            warmup_steps=settings.warmup_steps,
+            total_steps=self._config.run.steps - self._num_frozen,
         )
 
     def forward_backward(self, groups: Sequence[TrajectoryGroup], plan: PackingPlan) -> None:
@@ -141,7 +157,7 @@ class Learner:
             if self._losses.needs_sampled_context:
                 pack = annotate(self._policy, rows, pack)
             if self._is_streaming:
-                self._update.accumulate(pack)
+                self._update.accumulate(pack, is_frozen=self._rate is None)
             else:
                 self._pending.setdefault(minibatch, []).append(pack)
         self._busy_s += time.perf_counter() - started
@@ -158,22 +174,12 @@ class Learner:
         """One update per mini-batch, each normalised by its global counts; same on every rank.
 
         A non-finite loss or gradient skips its update; when all are skipped, weights and
-        `policy_version` stay. The metric `grad/skipped` is the share of skipped updates.
+        `policy_version` stay. The metric `grad/skipped` is the share of skipped updates. A step
+        that teaches the critic alone counts as a version, too, and has no metrics of the policy.
         """
         started = time.perf_counter()
-        settings = self._config.learner
-        is_frozen = self.policy_version < self._num_frozen
-        rate = learning_rate(
-            max(0, self.policy_version - self._num_frozen),
-            peak=settings.lr,
-            schedule=settings.schedule,
-            warmup_steps=settings.warmup_steps,
-            total_steps=self._config.run.steps - self._num_frozen,
-        )
-        if self._is_streaming:
-            results = [self._update.apply(rate, is_frozen)]
-        else:
-            results = self._updates(rate, is_frozen)
+        rate = self._rate
+        results = [self._update.apply(rate)] if self._is_streaming else self._updates(rate)
         self.step += 1
         self.policy_version += any(result.is_step for result in results)
         sums = StepSums(torch.device("cpu"))
@@ -181,10 +187,11 @@ class Learner:
         busy_s = sums.reduce()["busy_s"] / self._world_size
         self._busy_s = 0.0
         num_tokens = sum(result.num_tokens for result in results)
-        metrics = mean_metrics(results) | {"lr": rate, "learner/tokens_per_s": num_tokens / busy_s}
+        metrics = self._update.step_metrics(results) | ({} if rate is None else {"lr": rate})
+        metrics["learner/tokens_per_s"] = num_tokens / busy_s
         return StepResult(step=self.step, policy_version=self.policy_version, metrics=metrics)
 
-    def _updates(self, rate: float, is_frozen: bool) -> list[UpdateResult]:
+    def _updates(self, rate: float | None) -> list[UpdateResult]:
         """The updates of a step whose groups are all in."""
         order = sorted(self._pending)
         packs = [pack for minibatch in order for pack in self._pending[minibatch]]
@@ -192,15 +199,18 @@ class Learner:
         self._pending = {}
         if (kind := whitening_of(self._credit)) != "none":
             packs = whiten(packs, kind)
-        if len(order) > 1:
+        if rate is None:
+            self._update.anchor(packs)
+        elif len(order) > 1:
             packs = self._update.with_proximal(packs)
         results: list[UpdateResult] = []
         for size in sizes:
             share, packs = packs[:size], packs[size:]
-            self._update.survey(share)
+            if rate is not None:
+                self._update.survey(share)
             for pack in share:
-                self._update.accumulate(pack)
-            results.append(self._update.apply(rate, is_frozen))
+                self._update.accumulate(pack, is_frozen=rate is None)
+            results.append(self._update.apply(rate))
         return results
 
     @torch.no_grad()
@@ -288,13 +298,3 @@ class Learner:
     def close(self) -> None:
         """Leave the process group; the learner cannot be used afterwards."""
         dist.destroy_process_group()
-
-
-def _device(accelerator: str, rank: int) -> torch.device:
-    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("resources.accelerator is gpu, but this process sees no CUDA device")
-    device = torch.device("cuda", rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device

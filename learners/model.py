@@ -8,6 +8,7 @@ it. Called by the learner, warm start and the weight probe.
 # ruff: noqa: F722 (shapes in annotations)
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -108,9 +109,12 @@ class ValueModel(DecoderModel):
         return self.backbone
 
     def forward(self, rows: MicroBatch) -> Float[Tensor, " N"]:
-        """Expected return before each loss token is written, at least float32."""
-        values = self.hidden(rows) @ self.head.weight[0] + self.head.bias
-        return values.to(torch.promote_types(values.dtype, torch.float32))
+        """Expected return before each loss token is written, summed in at least float32: bfloat16
+        would keep two digits of it.
+        """
+        hidden = self.hidden(rows)
+        kind = torch.promote_types(hidden.dtype, torch.float32)
+        return hidden.to(kind) @ self.head.weight[0].to(kind) + self.head.bias.to(kind)
 
 
 def layout_on(device: torch.device, compute_dtype: torch.dtype) -> Layout:
@@ -158,14 +162,15 @@ def shard(
     its device for as long as it runs.
     """
     is_pinned = mesh.device_type == "cuda"
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     settings: dict[str, Any] = {
         "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy(is_pinned) if is_offloaded else OffloadPolicy(),
     }
     for layer in model.decoder.layers:
-        fully_shard(layer, **settings)
-    fully_shard(model, **settings)
+        fully_shard(layer, mp_policy=precision, **settings)
+    # The root's inputs are rows: FSDP2 would round their temperatures to `compute_dtype`.
+    fully_shard(model, mp_policy=replace(precision, cast_forward_inputs=False), **settings)
 
 
 def _check_head(causal_lm: Any, policy_dir: Path) -> None:

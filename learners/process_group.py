@@ -1,4 +1,4 @@
-"""How the ranks of a learner meet.
+"""On which device a rank of a learner runs, and how the ranks meet.
 
 Invariant: a lone rank opens no port, because torch's rendezvous asks nobody for a password. Called
 once by every rank before it loads the policy.
@@ -8,6 +8,19 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from cluster.errors import ConfigError
+
+
+def device_of(accelerator: str, rank: int) -> torch.device:
+    """Of `rank` under `resources.accelerator`, made the current one when it is a GPU."""
+    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("resources.accelerator is gpu, but this process sees no CUDA device")
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def meet(device: torch.device, rank: int, world_size: int, master: str, timeout_s: float) -> None:

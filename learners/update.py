@@ -3,7 +3,8 @@
 Invariant: the gradient of an update is that of the loss over all its rows, divided by global
 counts, however the rows are split over micro-batches and ranks. Where one count divides all losses
 and none needs a survey, gradients may accumulate before the counts are known; otherwise `survey`
-comes first. All methods are collective. Owned by the learner.
+comes first. In a frozen update only the critic learns: the policy has no gradient, and its losses
+know nothing of the update but, once, an anchor. All methods are collective. Owned by the learner.
 """
 
 import math
@@ -33,7 +34,7 @@ Counts = dict[Denominator, float]
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """`is_step` False: the weights stayed. `num_tokens` counts contexts, too."""
+    """`is_step` False: nothing was learned. `num_tokens` counts contexts, too."""
 
     is_step: bool
     num_tokens: float
@@ -84,23 +85,26 @@ class PolicyUpdate:
         cast(FSDPModule, self._policy).reshard()
         return {name: gather(torch.cat(parts)) for name, parts in sorted(tables.items())}
 
-    @torch.no_grad()
-    def with_proximal(self, packs: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """`packs`, all of a step, with the log-probs of the policy as it is now. A loss that still
-        needs an anchor gets it from them, by one more pass.
-        """
+    def anchor(self, packs: Sequence[MicroBatch]) -> None:
+        """Give a loss that still needs an anchor one from `packs`, all of a step; one pass then."""
         if self._losses.needs_anchor:
             self._losses.anchor(self._tables(packs))
+
+    @torch.no_grad()
+    def with_proximal(self, packs: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """`packs`, all of a step, with the log-probs of the policy as it is now, and anchored."""
+        self.anchor(packs)
         result = [replace(pack, proximal_logprobs=self._policy(pack).logprobs) for pack in packs]
         cast(FSDPModule, self._policy).reshard()
         return result
 
-    def accumulate(self, rows: MicroBatch) -> None:
+    def accumulate(self, rows: MicroBatch, is_frozen: bool = False) -> None:
         """Add the gradient of one micro-batch."""
-        outputs = self._policy(rows, self._losses.nucleus)
-        total, sums = self._losses.sums(rows, outputs, self._counts)
-        total.backward()
-        self._sums.add(sums)
+        if not is_frozen:
+            outputs = self._policy(rows, self._losses.nucleus)
+            total, sums = self._losses.sums(rows, outputs, self._counts)
+            total.backward()
+            self._sums.add(sums)
         self._sums.add(
             {
                 "num_loss_tokens": rows.num_loss_tokens,
@@ -112,12 +116,14 @@ class PolicyUpdate:
         if self._critic is not None:
             self._critic.accumulate(rows)
 
-    def apply(self, rate: float, is_frozen: bool = False) -> UpdateResult:
+    def apply(self, rate: float | None) -> UpdateResult:
         """Normalise by the global counts, clip, step; the same result on every rank.
 
         A non-finite loss or gradient skips the step, and so does an update without a loss token.
-        `is_frozen` leaves the policy alone and reports as if it had moved: only the critic learns.
+        `rate` None ends a frozen update, in which only the critic's gradient counts.
         """
+        if rate is None:
+            return self._apply_critic()
         self._sums.add({"grad_square": self._optimizer.grad_square()})
         totals = self._sums.reduce()
         num_loss_tokens = totals["num_loss_tokens"]
@@ -126,7 +132,7 @@ class PolicyUpdate:
         grad_norm = math.sqrt(totals["grad_square"]) * scale
         is_sound = math.isfinite(grad_norm) and math.isfinite(totals["loss/total"])
         is_step = is_sound and num_loss_tokens > 0
-        if is_step and not is_frozen:
+        if is_step:
             self._optimizer.step(rate, scale * clip_factor(grad_norm, self._max_grad_norm))
         else:
             self._optimizer.skip()
@@ -150,6 +156,22 @@ class PolicyUpdate:
             metrics |= self._critic.apply(is_step)
         self._counts, self._surveyed = None, {}
         return UpdateResult(is_step, totals["num_tokens"], metrics)
+
+    def _apply_critic(self) -> UpdateResult:
+        assert self._critic is not None
+        totals = self._sums.reduce()
+        num_loss_tokens = totals["num_loss_tokens"]
+        metrics = self._critic.apply(num_loss_tokens > 0)
+        is_step = num_loss_tokens > 0 and math.isfinite(metrics["value/grad_norm"])
+        metrics |= {
+            "grad/skipped": float(not is_step),
+            "learner/num_loss_tokens": num_loss_tokens,
+        }
+        return UpdateResult(is_step, totals["num_tokens"], metrics)
+
+    def step_metrics(self, results: Sequence[UpdateResult]) -> dict[str, float]:
+        """Metrics of a step from those of all its updates, and what is of the whole step."""
+        return _joined(results) | (self._critic.step_metrics() if self._critic else {})
 
     def drop(self) -> None:
         """Forget the gradients and sums that had no step yet."""
@@ -179,10 +201,8 @@ def gather(table: Tensor) -> Tensor:
     return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
 
 
-def mean_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
-    """Metrics of a step from those of its updates: means; loss tokens add up, and the largest of
-    what is a maximum stays.
-    """
+def _joined(results: Sequence[UpdateResult]) -> dict[str, float]:
+    """Means; loss tokens add up, and the largest of what is a maximum stays."""
     names = dict.fromkeys(name for result in results for name in result.metrics)
     known = {name: [r.metrics[name] for r in results if name in r.metrics] for name in names}
     metrics = {

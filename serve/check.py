@@ -109,6 +109,10 @@ def _build_plugins(config: Config, report: CheckReport) -> None:
     if config.critic is not None:
         with report.collect("critic.loss"):
             build_value_loss(config.critic)
+        if config.tasks.skip_uniform:
+            report.warnings.append(
+                "tasks.skip_uniform: a critic must also see groups that agree: set it to false"
+            )
     with report.collect("objective.losses"):
         WeightedLosses(config.objective)
         _check_guided(config, report)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.checkpoint_store import CheckpointStore
-from cluster.config import Config
+from cluster.config import Config, CriticSection, LossConfig, Plugin
 from cluster.config_file import dump, parse
 from cluster.run_dir import RunDir
 from cluster.types import GroupHeader, RunState, StepResult
@@ -43,6 +43,26 @@ def make_config(**learner: Any) -> Config:
             "resources": {"accelerator": "cpu"},
         },
         "test",
+    )
+
+
+def make_critic_config(
+    critic: dict[str, Any],
+    credit: dict[str, Any] | None = None,
+    losses: dict[str, LossConfig] | None = None,
+    **learner: Any,
+) -> Config:
+    """With the credit `gae` of settings `credit`."""
+    config = make_config(**learner)
+    objective = {
+        "credit": Plugin(use="gae", settings=credit or {}),
+        "losses": losses or config.objective.losses,
+    }
+    return config.model_copy(
+        update={
+            "objective": config.objective.model_copy(update=objective),
+            "critic": CriticSection(**critic),
+        }
     )
 
 

@@ -144,6 +144,16 @@ def test_whitened_advantages_of_hinted_groups_are_a_warning(config_file_path: Pa
         assert bool(found) == (whitening == "true")
 
 
+def test_a_critic_that_sees_no_uniform_groups_is_a_warning(config_file_path: Path):
+    warning = "tasks.skip_uniform: a critic must also see groups that agree: set it to false"
+    ppo = ("objective.credit.use=gae", "critic={lr: 1.0e-5}")
+    report = examine(config_file_path, *ppo)
+    assert report.problems == []
+    assert warning in report.warnings
+    assert warning not in examine(config_file_path, *ppo, "tasks.skip_uniform=false").warnings
+    assert warning not in examine(config_file_path).warnings
+
+
 def test_what_a_cpu_cannot_do_is_said_before_the_start(config_file_path: Path):
     [problem] = examine(config_file_path, "rollout.tensor_parallel_size=2").problems
     assert problem == "rollout.tensor_parallel_size must be 1 without GPUs, got 2"

