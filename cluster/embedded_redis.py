@@ -32,6 +32,8 @@ from cluster.errors import ConfigError, DeadlineError, StageError
 
 _STAGE = "embedded redis"
 _POLL_S = 0.02
+_START_S = 60.0  # with the data of a long run to load
+_LOCK_DEADLINE_S = 10.0  # for a server that is about to end
 _STOP_DEADLINE_S = 5.0
 _LAUNCH_DEADLINE_S = 10.0
 _CONF = "redis.conf"
@@ -91,7 +93,7 @@ class EmbeddedRedis:
         self._running()
         return f"redis://:{self._password}@127.0.0.1:{self._port}/0"
 
-    def start(self, deadline_s: float = 10.0) -> str:
+    def start(self, deadline_s: float = _START_S) -> str:
         """Start the server, wait until it has loaded its data, and return its URL.
 
         Raises `ConfigError` without a server program or with one already on the directory, and
@@ -104,7 +106,7 @@ class EmbeddedRedis:
                 return self.url
         program = server_program()
         self._data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = self._lock(deadline)
+        lock = self._lock(min(deadline, time.monotonic() + _LOCK_DEADLINE_S))
         try:
             if not _is_free(self._port):
                 self._port = _free_port()

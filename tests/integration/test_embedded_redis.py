@@ -14,6 +14,7 @@ import psutil
 import pytest
 import redis
 
+from cluster import embedded_redis
 from cluster.embedded_redis import EmbeddedRedis, server_program
 from cluster.errors import BufferUnavailableError, ConfigError, StageError
 from cluster.redis_client import connect, redacted, translated_errors
@@ -71,6 +72,22 @@ def test_start_brings_a_killed_server_back_at_its_address(tmp_path: Path) -> Non
     server.stop()
     with pytest.raises(StageError, match="none is running"):
         _ = server.pid
+
+
+def test_a_server_gets_the_time_to_load_the_data_of_a_long_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it is started: by a resumed run, too."""
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        client = connect(server.url)
+        for i in range(60):
+            client.set(f"key-{i}", i)
+    slow = embedded_redis._CONFIG + "key-load-delay 200000\n"  # microseconds of each key
+    monkeypatch.setattr(embedded_redis, "_CONFIG", slow)
+    started = time.monotonic()
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        assert time.monotonic() - started > 11.0
+        assert connect(server.url).dbsize() == 60
 
 
 def test_server_dies_with_a_parent_killed_by_force(tmp_path: Path) -> None:
