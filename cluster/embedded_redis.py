@@ -73,7 +73,7 @@ class EmbeddedRedis:
     """One server on one data directory.
 
     Example: `with EmbeddedRedis(run_dir / "redis") as server: connect(server.url)`. When the server
-    has died, `start` brings it back with its data, at the same address if its port is still free.
+    has died, `start` brings it back with its data, at the same address: its clients know no other.
     """
 
     def __init__(self, data_dir: Path) -> None:
@@ -97,7 +97,7 @@ class EmbeddedRedis:
         """Start the server, wait until it has loaded its data, and return its URL.
 
         Raises `ConfigError` without a server program or with one already on the directory, and
-        `DeadlineError` when it does not answer in `deadline_s`.
+        `DeadlineError` when it does not answer in `deadline_s`, or its port is taken for so long.
         """
         deadline = time.monotonic() + deadline_s
         if self._process is not None and self._process.poll() is None:
@@ -108,8 +108,7 @@ class EmbeddedRedis:
         self._data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = self._lock(min(deadline, time.monotonic() + _LOCK_DEADLINE_S))
         try:
-            if not _is_free(self._port):
-                self._port = _free_port()
+            self._choose_port(deadline)
             self._write_config()
             self._process = self._launch(program, lock)
         finally:
@@ -166,6 +165,18 @@ class EmbeddedRedis:
                         "on it: end that run or choose another run.name"
                     ) from None
                 time.sleep(_POLL_S)
+
+    def _choose_port(self, deadline: float) -> None:
+        """Once and for all; what has taken it since a server died is waited for."""
+        self._port = self._port or _free_port()
+        while not _is_free(self._port):
+            if time.monotonic() > deadline:
+                raise DeadlineError(
+                    _STAGE,
+                    f"another program has taken port {self._port} of 127.0.0.1, the one that the "
+                    "run's processes know: end it, then --resume",
+                )
+            time.sleep(_POLL_S)
 
     def _write_config(self) -> None:
         path = self._data_dir / _CONF
@@ -273,8 +284,6 @@ def _free_port() -> int:
 
 
 def _is_free(port: int) -> bool:
-    if port == 0:
-        return False
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

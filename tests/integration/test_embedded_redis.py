@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -16,7 +17,7 @@ import redis
 
 from cluster import embedded_redis
 from cluster.embedded_redis import EmbeddedRedis, server_program
-from cluster.errors import BufferUnavailableError, ConfigError, StageError
+from cluster.errors import BufferUnavailableError, ConfigError, DeadlineError, StageError
 from cluster.redis_client import connect, redacted, translated_errors
 
 
@@ -88,6 +89,23 @@ def test_a_server_gets_the_time_to_load_the_data_of_a_long_run(
     with EmbeddedRedis(tmp_path / "redis") as server:
         assert time.monotonic() - started > 11.0
         assert connect(server.url).dbsize() == 60
+
+
+def test_a_port_that_another_program_has_taken_is_waited_for(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        url = server.url
+        port = urlsplit(url).port
+        assert port is not None
+        server.stop()
+        with socket.create_server(("127.0.0.1", port)):
+            with pytest.raises(DeadlineError, match=f"another program has taken port {port}"):
+                server.start(deadline_s=0.3)
+            starting = threading.Thread(target=server.start)
+            starting.start()
+            time.sleep(0.3)
+        starting.join(timeout=20)
+        assert server.url == url
+        assert connect(url).ping()
 
 
 def test_server_dies_with_a_parent_killed_by_force(tmp_path: Path) -> None:
