@@ -101,6 +101,10 @@ class Bookkeeping:
         except HoneError as error:
             log.warning("the groups of the ended run stay in Redis: %s", error)
 
+    def close(self) -> None:
+        """The run has ended, well or not."""
+        self._groups.close()
+
     async def restore(self, learner: "LearnerGroup", curriculum: Curriculum) -> int:
         """Go back to the newest whole checkpoint; returns how many groups are in the buffer.
 

@@ -85,6 +85,7 @@ class Controller:
             publisher.cancel()
             self._publish_once()
             self._observer.close()
+            self._books.close()
         if not self._stopping.is_set():
             await self._books.let_buffer_expire()
         return self._books.step
