@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from actors.curriculum import Curriculum
 from actors.reward_worker import GroupSummary
 from cluster import traces
@@ -266,7 +268,11 @@ class Bookkeeping:
         traces.end(group_id, dropped=reason)
 
     def _new_dead_letters(self) -> list[DeadLetter]:
-        letters = self.buffer.dead_letters_after(self._last_letter)
+        """Without their payloads, which nobody here reads."""
+        letters = [
+            msgspec.structs.replace(letter, payload=b"")
+            for letter in self.buffer.dead_letters_after(self._last_letter)
+        ]
         self._last_letter = letters[-1].id if letters else self._last_letter
         return letters
 
