@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from actors.curriculum import Curriculum
 from actors.reward_worker import GroupSummary
 from cluster import traces
@@ -101,6 +103,10 @@ class Bookkeeping:
         except HoneError as error:
             log.warning("the groups of the ended run stay in Redis: %s", error)
 
+    def close(self) -> None:
+        """The run has ended, well or not."""
+        self._groups.close()
+
     async def restore(self, learner: "LearnerGroup", curriculum: Curriculum) -> int:
         """Go back to the newest whole checkpoint; returns how many groups are in the buffer.
 
@@ -135,7 +141,7 @@ class Bookkeeping:
         undone = self._ledger.truncate_after(self.step)
         self.buffer.acknowledge(self.step)
         self.buffer.restore(self.step)
-        self._correct_buffer([g for record in undone for g in record.group_ids])
+        self._correct_buffer([g for r in undone for g in (*r.group_ids, *r.skipped)])
         if self._config.rollout.max_policy_age == 0:
             for group_id in self.buffer.discard_newer(self.policy_version):
                 self._groups.dropped(group_id, LOST_WEIGHTS)
@@ -148,8 +154,9 @@ class Bookkeeping:
 
     def _correct_buffer(self, undone: list[str]) -> None:
         """Where it differs from ledger and checkpoint, which decide. A Redis that lost its last
-        second still holds groups that have moved the weights: they go. One that outlived a damaged
-        checkpoint has let go of groups whose steps are undone: they may be sampled again.
+        second still holds groups that have moved the weights: they go. What it has let go of though
+        its steps are undone, as those of a damaged checkpoint and of skipped steps, may be sampled
+        again.
         """
         held = self.buffer.versions()
         used = {g for record in self._ledger.records() for g in record.group_ids}
@@ -202,12 +209,12 @@ class Bookkeeping:
         """Write down what this step consumed; returns a few of the groups to look at.
 
         A skipped step (its gradient was not finite) moved no weights: its groups are dropped with
-        that reason, and its line of the ledger names none.
+        that reason, after its line of the ledger has named them, so that a rollback knows what else
+        is to be sampled again.
         """
+        skipped: list[str] = []
         if result.policy_version == self.policy_version:
-            for header in headers:
-                await asyncio.to_thread(self.buffer.drop, header.group_id, SKIPPED)
-            headers = []
+            skipped, headers = [header.group_id for header in headers], []
         self.step, self.policy_version = result.step, result.policy_version
         group_ids = [header.group_id for header in headers]
         await asyncio.to_thread(self.buffer.consume, group_ids, step=result.step)
@@ -224,8 +231,11 @@ class Bookkeeping:
                 for name in signals
             },
             num_loss_tokens=sum(header.num_loss_tokens for header in headers),
+            skipped=skipped,
         )
         await asyncio.to_thread(self._ledger.commit, record)
+        for group_id in skipped:
+            await asyncio.to_thread(self.buffer.drop, group_id, SKIPPED)
         for group_id in group_ids:
             traces.end(group_id, step=result.step, policy_version=result.policy_version)
         return await asyncio.to_thread(self.buffer.fetch, group_ids[:NUM_SHOWN_GROUPS])
@@ -258,7 +268,11 @@ class Bookkeeping:
         traces.end(group_id, dropped=reason)
 
     def _new_dead_letters(self) -> list[DeadLetter]:
-        letters = self.buffer.dead_letters_after(self._last_letter)
+        """Without their payloads, which nobody here reads."""
+        letters = [
+            msgspec.structs.replace(letter, payload=b"")
+            for letter in self.buffer.dead_letters_after(self._last_letter)
+        ]
         self._last_letter = letters[-1].id if letters else self._last_letter
         return letters
 

@@ -2,7 +2,8 @@
 
 Invariant: at most one save is in flight, and a group is acknowledged only after the checkpoint
 that holds its step is published. A save that fails (a full disk) leaves the checkpoint before it in
-force and the run going. Owned by the controller, which calls between steps.
+force and the run going, unless it is the last one. Owned by the controller, which calls between
+steps.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from learners.group import LearnerGroup
 
 SAVE_S = 900.0  # from the copy of the tensors to the last file
 POLL_S = 0.05
+LAST_TRIES = 2
 
 
 class Checkpointing:
@@ -88,6 +90,21 @@ class Checkpointing:
         self._supervisor.saved()
         self._on_event("checkpoint", step=step, path=str(path))
         await asyncio.to_thread(self._buffer.acknowledge, step)
+
+    async def finish(self, learner: LearnerGroup, state: RunState) -> None:
+        """The last save of a run, which no later one makes good: it has a second try, then raises
+        `StageError`.
+        """
+        for _ in range(LAST_TRIES):
+            await self.begin(learner, state)
+            await self.settle(learner, should_wait=True)
+            if state.step in await asyncio.to_thread(self._store.steps):
+                return
+        raise StageError(
+            "checkpoint",
+            f"step {state.step}, the last one, could not be saved (checkpoint_failed in "
+            "events.jsonl says why): free the disk and go on with --resume",
+        )
 
     async def drop(self) -> None:
         """The learner is lost: a save that it had not finished is void, a finished one is not."""

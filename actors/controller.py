@@ -85,6 +85,7 @@ class Controller:
             publisher.cancel()
             self._publish_once()
             self._observer.close()
+            self._books.close()
         if not self._stopping.is_set():
             await self._books.let_buffer_expire()
         return self._books.step
@@ -122,8 +123,7 @@ class Controller:
         await self._begin(parts)
         if not self._stopping.is_set():
             await self._loop(parts)
-        await self._save(parts)
-        await self._checkpoints.settle(parts.learner, should_wait=True)
+        await self._save(parts, is_last=True)
         self._is_over = True
 
     async def _start_learner_anew(self, parts: Parts, lost: LearnerLostError) -> None:
@@ -282,10 +282,11 @@ class Controller:
     async def _measure(self, parts: Parts) -> dict[str, float]:
         return await self._held_out.measure(parts, self._books.step, self._books.policy_version)
 
-    async def _save(self, parts: Parts) -> None:
-        """Start to make the present step durable."""
+    async def _save(self, parts: Parts, *, is_last: bool = False) -> None:
+        """Start to make the present step durable; the last one is when this returns."""
         state = self._books.state(parts.curriculum.state(), parts.admin.versions)
-        await self._checkpoints.begin(parts.learner, state)
+        save = self._checkpoints.finish if is_last else self._checkpoints.begin
+        await save(parts.learner, state)
 
     async def _publish(self) -> None:
         while True:

@@ -1,7 +1,9 @@
 """The Ray actors behind a fleet: how they are made, and the one that stands by.
 
 Invariant: an actor is handed out once; the one that stands by belongs to no worker before, and is
-handed out only when it is prepared: until then a new one is sooner up. Owned by `actors.fleet`.
+handed out only when it is prepared: until then a new one is sooner up. None is handed out where
+engines have places on several nodes: it would move a worker to another one. Owned by
+`actors.fleet`.
 """
 
 import os
@@ -38,7 +40,7 @@ class RolloutActors:
         could not be prepared, is followed by another that stands by.
         """
         standby, prepared = self.standby, self.prepared
-        if prepared is None or not prepared.done():
+        if prepared is None or not prepared.done() or self._num_nodes() > 1:
             return self.make(worker)
         self.standby = self.prepared = None
         self.stand_by()
@@ -48,15 +50,21 @@ class RolloutActors:
         return self.make(worker)
 
     def stand_by(self) -> None:
-        """Prepare an actor for the place of the next worker that is lost. For CPU engines only: a
-        GPU that waits for that is dear.
+        """Prepare an actor for the place of the next worker that is lost. For CPU engines of one
+        node only: a GPU that waits for that is dear.
         """
-        if self._placement.is_gpu or self.standby is not None:
+        if self._placement.is_gpu or self.standby is not None or self._num_nodes() > 1:
             return
         options = self._placement.rollout_options() | {"num_cpus": 0}
         self.standby = self._make("standby", self._num_standbys, options)
         self._num_standbys += 1
         self.prepared = self.standby.prepare.remote().future()
+
+    def _num_nodes(self) -> int:
+        """Nodes on which engines have reserved places, those of added ones included."""
+        gang = self._placement.gang
+        nodes = gang.nodes() if gang is not None else {}
+        return len({node for role in nodes if role != "learner" for node in nodes[role]})
 
     def end(self) -> None:
         """Nobody is replaced any more."""

@@ -42,7 +42,6 @@ INTERRUPTED = 130
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 STOP_DEADLINE_S = 12.0
 POLL_S = 0.2
-REDIS_START_S = 60.0  # with the data of a long run
 logger = logging.getLogger(__name__)
 
 
@@ -111,7 +110,7 @@ def _conduct(
         finished = controller.run.remote()
         while not ray.wait([finished], timeout=POLL_S)[0]:
             if server is not None:
-                server.start(REDIS_START_S)  # one that died comes back on the same data and address
+                server.start()  # one that died comes back on the same data and address
             if interrupt and deadline is None:
                 deadline = time.monotonic() + STOP_DEADLINE_S
                 controller.stop.remote()

@@ -1,19 +1,23 @@
 """How fast the replay buffer takes and gives groups of 8 trajectories.
 
 Runs against an embedded server with its usual durability (AOF, fsync every second): producers are
-threads of this process, one learner claims afterwards. Run with `python -m benchmarks.replay_buffer
-[NUM_GROUPS]`, or call `measure`.
+threads with a connection each, in several processes, and one learner claims while they add. Run
+with `python -m benchmarks.replay_buffer [NUM_GROUPS]`, or call `measure`.
 """
 
+import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
+import psutil
 
 from benchmarks.show import Row, judged
 from cluster import wire
@@ -34,9 +38,13 @@ NUM_TRAJECTORIES = 8
 SHORT, LONG = 160, 512  # tokens of a trajectory: groups of 20 kB, and of 4,096 tokens
 NUM_CONTEXT_TOKENS = 64
 GROUPS_PER_STEP = 16
-NUM_PRODUCERS = 4
+NUM_PROCESSES, NUM_THREADS = 4, 25
+NUM_PRODUCERS = NUM_PROCESSES * NUM_THREADS
 NUM_GROUPS, QUICK_GROUPS = 4000, 1000
 GROUPS_PER_S, MB_PER_S = 3000, 200
+START_S, LEARN_S, POLL_S = 60.0, 120.0, 0.005
+
+_start: list[Barrier] = []  # of a producer process
 
 
 class Latency(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,20 +57,46 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
-    """`add` is per group; `claim_fetch` and `consume_acknowledge` per step of 16 groups."""
+    """`add` is per group; `claim_fetch` and `consume_acknowledge` per step of 16 groups, the former
+    of the `num_claims` that were made while producers still added. CPU in seconds per second: of
+    the producers while they add, of Redis until the last group is acknowledged.
+    """
 
     num_groups: int
     group_bytes: int
     add: Latency
     claim_fetch: Latency
+    num_claims: int
     consume_acknowledge: Latency
+    producer_cpus: float
+    redis_cpus: float
+
+
+class Produced(NamedTuple):
+    """What one process has added: seconds of each call, of its CPU, and by the clock that all
+    processes share.
+    """
+
+    add_s: list[float]
+    cpu_s: float
+    began: float
+    ended: float
+
+
+class Step(NamedTuple):
+    """One step of the learner: when it claimed, and the seconds of its two halves."""
+
+    num_groups: int
+    began: float
+    claim_fetch_s: float
+    consume_acknowledge_s: float
 
 
 def rows(quick: bool) -> Iterator[Row]:
     """At both lengths: groups/s of short ones, MB/s of long ones."""
     num_groups = QUICK_GROUPS if quick else NUM_GROUPS
     note = f" (QUICK: {num_groups} groups)" if quick else ""
-    short, long = (measure(num_groups, length, NUM_PRODUCERS) for length in (SHORT, LONG))
+    short, long = (measure(num_groups, length) for length in (SHORT, LONG))
     yield judged(
         f"replay buffer, AOF everysec: groups of {short.group_bytes / 1e3:.0f} kB{note}",
         f"{short.add.groups_per_s:,.0f} groups/s added; {_tail(short)}",
@@ -79,45 +113,115 @@ def rows(quick: bool) -> Iterator[Row]:
 
 def _tail(found: Measurement) -> str:
     return (
-        f"p99 {found.add.p99_s * 1e3:.1f} ms to add one by {NUM_PRODUCERS} producers, "
-        f"{found.claim_fetch.p99_s * 1e3:.1f} ms to claim and fetch {GROUPS_PER_STEP}"
+        f"p99 {found.add.p99_s * 1e3:.1f} ms to add one by {NUM_PRODUCERS} producers in "
+        f"{NUM_PROCESSES} processes, {found.claim_fetch.p99_s * 1e3:.1f} ms to claim and fetch "
+        f"{GROUPS_PER_STEP} beside them ({found.num_claims} claims); {_cpus(found)}"
     )
 
 
-def measure(num_groups: int, num_tokens: int = LONG, num_producers: int = 1) -> Measurement:
-    """Add `num_groups` groups, then learn from all of them in steps of 16; takes about a second
-    per thousand groups on one core.
+def _cpus(found: Measurement) -> str:
+    return (
+        f"CPU seconds per second: Redis {found.redis_cpus:.2f}, producers {found.producer_cpus:.2f}"
+    )
+
+
+def measure(num_groups: int, num_tokens: int = LONG) -> Measurement:
+    """Add `num_groups` groups and learn from all of them in steps of 16 meanwhile; takes seconds
+    to start the producers, then a few per thousand groups.
     """
-    groups = [_group(i, num_tokens) for i in range(num_groups)]
-    group_bytes = len(wire.encode(groups[0]))
-    with tempfile.TemporaryDirectory() as folder, EmbeddedRedis(Path(folder) / "redis") as server:
-        buffer = ReplayBuffer(
-            connect(server.url),
-            "benchmark",
-            capacity_groups=num_groups,
-            lease_s=600.0,
-            max_deliveries=3,
-        )
-        with ThreadPoolExecutor(num_producers) as producers:
-            began = time.perf_counter()
-            add_s = list(producers.map(lambda group: _timed(lambda: buffer.add(group)), groups))
-            adding_s = time.perf_counter() - began
-        claim_s: list[float] = []
-        consume_s: list[float] = []
-        for step in range(1, -(-num_groups // GROUPS_PER_STEP) + 1):
-            group_ids: list[str] = []
-            claim_s.append(_timed(lambda ids=group_ids: ids.extend(_claim_fetch(buffer))))
-            consume_s.append(_timed(lambda ids=group_ids, s=step: _finish(buffer, ids, s)))
+    group_bytes = len(wire.encode(_group(0, num_tokens)))
+    spawn = multiprocessing.get_context("spawn")
+    barrier = spawn.Barrier(NUM_PROCESSES + 1)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        EmbeddedRedis(Path(folder) / "redis") as server,
+        ProcessPoolExecutor(NUM_PROCESSES, spawn, _meet_at, (barrier,)) as pool,
+    ):
+        buffer, redis = _buffer(server.url, num_groups), psutil.Process(server.pid)
+        shares = [range(first, num_groups, NUM_PROCESSES) for first in range(NUM_PROCESSES)]
+        producing = [
+            pool.submit(_produce, server.url, num_groups, share, num_tokens) for share in shares
+        ]
+        barrier.wait(START_S)
+        began, redis_s = time.monotonic(), _cpu_s(redis)
+        steps = _learn(buffer, num_groups, producing)
+        redis_cpus = (_cpu_s(redis) - redis_s) / (time.monotonic() - began)
+        produced = [process.result() for process in producing]
         left = buffer.stats()
         if left.acknowledged != num_groups or left.num_unaccounted:
             raise AssertionError(f"{num_groups} groups must be acknowledged, got {left}")
+    ended = max(process.ended for process in produced)
+    adding_s = ended - min(process.began for process in produced)
+    beside = [step for step in steps if step.began < ended]
+    if not beside:
+        raise AssertionError(f"{num_groups} groups were added before the first claim: take more")
+    consume_s = [step.consume_acknowledge_s for step in steps]
+    claim_s = [step.claim_fetch_s for step in beside]
+    num_claimed = sum(step.num_groups for step in beside)
+    add_s = [seconds for process in produced for seconds in process.add_s]
     return Measurement(
         num_groups=num_groups,
         group_bytes=group_bytes,
         add=_latency(add_s, adding_s, num_groups, group_bytes),
-        claim_fetch=_latency(claim_s, sum(claim_s), num_groups, group_bytes),
+        claim_fetch=_latency(claim_s, sum(claim_s), num_claimed, group_bytes),
+        num_claims=len(beside),
         consume_acknowledge=_latency(consume_s, sum(consume_s), num_groups, group_bytes),
+        producer_cpus=sum(process.cpu_s for process in produced) / adding_s,
+        redis_cpus=redis_cpus,
     )
+
+
+def _buffer(url: str, capacity_groups: int) -> ReplayBuffer:
+    client = connect(url)
+    return ReplayBuffer(
+        client, "benchmark", capacity_groups=capacity_groups, lease_s=600.0, max_deliveries=3
+    )
+
+
+def _meet_at(barrier: Barrier) -> None:
+    _start.append(barrier)
+
+
+def _produce(url: str, capacity_groups: int, indices: range, num_tokens: int) -> Produced:
+    """Body of a producer process, whose groups are made before the common start."""
+    buffer = _buffer(url, capacity_groups)
+    groups = [_group(i, num_tokens) for i in indices]
+    _start[0].wait(START_S)
+    began, cpu_s = time.monotonic(), time.process_time()
+    with ThreadPoolExecutor(NUM_THREADS) as threads:
+        add_s = list(threads.map(lambda group: _timed(lambda: buffer.add(group)), groups))
+    return Produced(add_s, time.process_time() - cpu_s, began, time.monotonic())
+
+
+def _learn(
+    buffer: ReplayBuffer, num_groups: int, producing: Sequence[Future[Produced]]
+) -> list[Step]:
+    """All groups in steps of 16. Waiting for a step's groups is not timed: it is the producers'."""
+    steps: list[Step] = []
+    num_left = num_groups
+    deadline = time.monotonic() + LEARN_S
+    while num_left > 0:
+        if buffer.stats().ready < min(GROUPS_PER_STEP, num_left):
+            for process in producing:
+                if process.done():
+                    process.result()  # or why it has failed
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{num_left} of {num_groups} groups in {LEARN_S:g} s")
+            time.sleep(POLL_S)
+            continue
+        began = time.monotonic()
+        group_ids: list[str] = []
+        claim_s = _timed(lambda ids=group_ids: ids.extend(_claim_fetch(buffer)))
+        number = len(steps) + 1
+        consume_s = _timed(lambda ids=group_ids, step=number: _finish(buffer, ids, step))
+        steps.append(Step(len(group_ids), began, claim_s, consume_s))
+        num_left -= len(group_ids)
+    return steps
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    used = process.cpu_times()
+    return used.user + used.system
 
 
 def _claim_fetch(buffer: ReplayBuffer) -> list[str]:
@@ -180,7 +284,7 @@ def _group(index: int, num_tokens: int) -> TrajectoryGroup:
 
 def main() -> None:
     result = measure(int(sys.argv[1]) if len(sys.argv) > 1 else 2000)
-    print(f"{result.num_groups} groups of {result.group_bytes / 1e3:.1f} kB")
+    print(f"{result.num_groups} groups of {result.group_bytes / 1e3:.1f} kB; {_cpus(result)}")
     for name, row in [
         ("add, one group a call", result.add),
         (f"claim + fetch, {GROUPS_PER_STEP} groups a call", result.claim_fetch),

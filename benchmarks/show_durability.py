@@ -101,6 +101,17 @@ def held_by_tests() -> Iterator[Row]:
         "0 tensors differ in any bit; the audit is sound",
         {"differing_tensors": 0.0},
     )
+    yield proven(
+        "rollouts ahead of the learner: kill -9 of every kind of process, one after the other",
+        [f"{FAULTS}::test_chaos_with_rollouts_ahead_of_the_learner_uses_each_group_once"],
+        "each group used once or dropped with a reason, none too old",
+    )
+    yield proven(
+        "a Redis of one's own that is away for longer than one call may take",
+        [f"{FAULTS}::test_a_run_outlasts_a_redis_that_is_away_for_longer_than_one_call"],
+        "waited for; 0 tensors differ in any bit; the audit is sound",
+        {"differing_tensors": 0.0},
+    )
 
 
 def simulated(quick: bool) -> Iterator[Row]:

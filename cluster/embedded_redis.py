@@ -32,6 +32,8 @@ from cluster.errors import ConfigError, DeadlineError, StageError
 
 _STAGE = "embedded redis"
 _POLL_S = 0.02
+_START_S = 60.0  # with the data of a long run to load
+_LOCK_DEADLINE_S = 10.0  # for a server that is about to end
 _STOP_DEADLINE_S = 5.0
 _LAUNCH_DEADLINE_S = 10.0
 _CONF = "redis.conf"
@@ -71,7 +73,7 @@ class EmbeddedRedis:
     """One server on one data directory.
 
     Example: `with EmbeddedRedis(run_dir / "redis") as server: connect(server.url)`. When the server
-    has died, `start` brings it back with its data, at the same address if its port is still free.
+    has died, `start` brings it back with its data, at the same address: its clients know no other.
     """
 
     def __init__(self, data_dir: Path) -> None:
@@ -91,11 +93,11 @@ class EmbeddedRedis:
         self._running()
         return f"redis://:{self._password}@127.0.0.1:{self._port}/0"
 
-    def start(self, deadline_s: float = 10.0) -> str:
+    def start(self, deadline_s: float = _START_S) -> str:
         """Start the server, wait until it has loaded its data, and return its URL.
 
         Raises `ConfigError` without a server program or with one already on the directory, and
-        `DeadlineError` when it does not answer in `deadline_s`.
+        `DeadlineError` when it does not answer in `deadline_s`, or its port is taken for so long.
         """
         deadline = time.monotonic() + deadline_s
         if self._process is not None and self._process.poll() is None:
@@ -104,10 +106,9 @@ class EmbeddedRedis:
                 return self.url
         program = server_program()
         self._data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = self._lock(deadline)
+        lock = self._lock(min(deadline, time.monotonic() + _LOCK_DEADLINE_S))
         try:
-            if not _is_free(self._port):
-                self._port = _free_port()
+            self._choose_port(deadline)
             self._write_config()
             self._process = self._launch(program, lock)
         finally:
@@ -164,6 +165,18 @@ class EmbeddedRedis:
                         "on it: end that run or choose another run.name"
                     ) from None
                 time.sleep(_POLL_S)
+
+    def _choose_port(self, deadline: float) -> None:
+        """Once and for all; what has taken it since a server died is waited for."""
+        self._port = self._port or _free_port()
+        while not _is_free(self._port):
+            if time.monotonic() > deadline:
+                raise DeadlineError(
+                    _STAGE,
+                    f"another program has taken port {self._port} of 127.0.0.1, the one that the "
+                    "run's processes know: end it, then --resume",
+                )
+            time.sleep(_POLL_S)
 
     def _write_config(self) -> None:
         path = self._data_dir / _CONF
@@ -271,8 +284,6 @@ def _free_port() -> int:
 
 
 def _is_free(port: int) -> bool:
-    if port == 0:
-        return False
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

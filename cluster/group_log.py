@@ -2,17 +2,27 @@
 
 Invariant: a group that left rollout is here with its verdicts, and each drop is here with its
 reason; so a group that is neither used by a step of the ledger, nor waiting in the buffer, nor
-dropped here, was lost. Written by the controller to `groups.jsonl`, read by `hone replay` and
-`cluster.reconcile`.
+dropped here, was lost. Lines that a full disk refuses wait in memory, in their order. Written by
+the controller to `groups.jsonl`, read by `hone replay` and `cluster.reconcile`.
 """
 
+import errno
+import logging
+import threading
 import time
+from collections import deque
 from enum import StrEnum
 from pathlib import Path
 
 import msgspec
 
+from cluster.errors import StageError, boundary
 from cluster.run_dir import JsonLines, RunDir
+
+MAX_WAITING = 100_000  # lines
+_STAGE = "group log"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_log = logging.getLogger(__name__)
 
 
 class Fate(StrEnum):
@@ -39,13 +49,47 @@ class GroupLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class GroupLog:
-    """`groups.jsonl` of a run."""
+    """`groups.jsonl` of a run, from any thread."""
 
     def __init__(self, run: RunDir) -> None:
         self._lines = JsonLines(Path(run.path) / "groups.jsonl")
+        self._waiting: deque[GroupLine] = deque()
+        self._lock = threading.Lock()
+        self._is_full = False
 
     def append(self, line: GroupLine) -> None:
-        self._lines.append(msgspec.structs.replace(line, time=time.time()))
+        """Write `line`, after those that wait. Raises `StageError` when more than `MAX_WAITING` do,
+        or the file cannot be written for another reason than a full disk.
+        """
+        with self._lock, boundary(_STAGE):
+            self._waiting.append(msgspec.structs.replace(line, time=time.time()))
+            self._write()
+            if len(self._waiting) > MAX_WAITING:
+                raise StageError(
+                    _STAGE,
+                    f"the disk of {self._lines.path} has been full for {MAX_WAITING} lines, which "
+                    "wait in memory: free it and go on with --resume",
+                )
+
+    def close(self) -> None:
+        """Write what waits; what the disk still refuses is lost with a warning."""
+        with self._lock, boundary(_STAGE):
+            self._write()
+            if self._waiting:
+                _log.warning("%s lacks its last %d lines", self._lines.path, len(self._waiting))
+
+    def _write(self) -> None:
+        try:
+            while self._waiting:
+                self._lines.append(self._waiting[0])
+                self._waiting.popleft()
+            self._is_full = False
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            if not self._is_full:
+                _log.warning("%s: its lines wait in memory: %s", self._lines.path, error)
+            self._is_full = True
 
     def dropped(self, group_id: str, reason: str, detail: str = "") -> None:
         self.append(

@@ -57,8 +57,8 @@ local function forget(id, entry)
 end
 
 local function bury(id, entry, reason)
-  redis.call('XADD', dead, '*', 'group_id', id, 'reason', reason, 'deliveries', entry.deliveries,
-    'payload', redis.call('HGET', payloads, id) or '')
+  redis.call('XADD', dead, 'MAXLEN', '~', 10000, '*', 'group_id', id, 'reason', reason,
+    'deliveries', entry.deliveries, 'payload', redis.call('HGET', payloads, id) or '')
   forget(id, entry)
   count('dead_lettered', 1)
 end

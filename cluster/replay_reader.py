@@ -6,6 +6,7 @@ Invariant: reading changes nothing, so it is safe beside a run that trains. The 
 
 # pyright: reportUnknownMemberType=false
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import msgspec
@@ -17,6 +18,8 @@ from cluster.redis_client import translated_errors
 from cluster.replay_keys import Keys
 from cluster.replay_records import BufferStats, DeadLetter
 from cluster.types import GroupHeader, TrajectoryGroup
+
+_LETTERS = 16  # dead letters of one reply
 
 
 class BufferReader:
@@ -105,14 +108,22 @@ class BufferReader:
         )
 
     def dead_letters(self, limit: int) -> list[DeadLetter]:
-        """The newest `limit` dead letters, newest first."""
+        """The newest `limit` dead letters, newest first; the last 10,000 or so are kept."""
         with translated_errors("dead_letters"):
             return _letters(self._client.xrevrange(self._keys.dead, count=limit))
 
-    def dead_letters_after(self, letter_id: str) -> list[DeadLetter]:
-        """The dead letters that came after the one of this id (`0-0`: all), oldest first."""
-        with translated_errors("dead_letters"):
-            return _letters(self._client.xrange(self._keys.dead, min=f"({letter_id}"))
+    def dead_letters_after(self, letter_id: str) -> Iterator[DeadLetter]:
+        """The dead letters that came after the one of this id (`0-0`: all), oldest first; a few at
+        a time, since they hold payloads.
+        """
+        while True:
+            with translated_errors("dead_letters"):
+                rows = self._client.xrange(self._keys.dead, min=f"({letter_id}", count=_LETTERS)
+                letters = _letters(rows)
+            yield from letters
+            if len(letters) < _LETTERS:
+                return
+            letter_id = letters[-1].id
 
 
 def _letters(rows: Any) -> list[DeadLetter]:

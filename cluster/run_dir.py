@@ -5,6 +5,7 @@ crash is skipped and never joins the next one. Written by the launcher and the c
 the live view, the report and `hone status`, which need nothing but this directory.
 """
 
+import errno
 import hashlib
 import logging
 import os
@@ -243,13 +244,15 @@ class JsonLines:
         self.path = path
 
     def append(self, row: object) -> None:
+        """Raises `OSError` when the disk does not take all of it."""
         line = msgspec.json.encode(row) + b"\n"
         with self.path.open("ab+", buffering=0) as file:
             if file.tell() > 0:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     line = b"\n" + line
-            file.write(line)
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def read(self, kind: type[Row]) -> list[Row]:
         """All whole rows; lines that do not decode as `kind` (torn by a crash) are skipped."""

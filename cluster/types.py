@@ -210,6 +210,7 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     policy_versions: list[int]  # per group: the minimum version it was sampled with
     reward_versions: dict[str, list[str]]  # signal -> versions seen in this step
     num_loss_tokens: int
+    skipped: list[str] = []  # dropped instead: no gradient of them was finite
 
 
 class CurriculumState(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,18 +1,24 @@
-"""A real learner whose disk is slow: the save fails, the learner is kept, a later save holds."""
+"""A real learner whose disk is slow or refuses: the save fails, the learner is kept, a later save
+holds; the last one of a run has no later one.
+"""
 
 import asyncio
 import os
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+import pytest_asyncio
 
 from actors.checkpointing import Checkpointing
 from actors.placement import Placement
 from actors.supervisor import Supervisor
 from cluster.checkpoint_store import CheckpointStore
 from cluster.config import Config
+from cluster.errors import StageError
 from cluster.redis_client import connect
 from cluster.types import RunState
 from learners.group import LearnerGroup
@@ -32,11 +38,22 @@ def _slow_disk(_rank: Any, seconds: float) -> None:
     os.fsync = slow
 
 
+@pytest_asyncio.fixture
+async def learner(
+    tiny_config: Config, tiny_policy_dir: Path, redis_url: str, local_ray: None, tmp_path: Path
+) -> AsyncIterator[LearnerGroup]:
+    learner = await LearnerGroup.start(
+        run_id="saves", config=tiny_config, policy_dir=tiny_policy_dir, buffer_url=redis_url,
+        run_dir=str(tmp_path), actor_options=Placement.of(tiny_config).learner_options(),
+    )  # fmt: skip
+    yield learner
+    learner.shutdown()
+
+
 @pytest.mark.timeout(200)
 async def test_a_slow_save_has_failed_and_the_learner_is_not_lost(
-    tiny_config: Config, tiny_policy_dir: Path, redis_url: str, local_ray: None, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    learner: LearnerGroup, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     buffer = make_buffer(connect(redis_url), "slow-save")
     fill(buffer, "a")
     buffer.consume(claim(buffer), step=1)
@@ -47,31 +64,57 @@ async def test_a_slow_save_has_failed_and_the_learner_is_not_lost(
         events.append((kind, fields))
 
     saves = Checkpointing(store, buffer, Supervisor(), note)
-    learner = await LearnerGroup.start(
-        run_id="slow-save", config=tiny_config, policy_dir=tiny_policy_dir, buffer_url=redis_url,
-        run_dir=str(tmp_path), actor_options=Placement.of(tiny_config).learner_options(),
-    )  # fmt: skip
-    try:
-        pids = learner.pids
-        [rank] = learner.ranks
-        await rank.__ray_call__.remote(_slow_disk, FSYNC_S)
-        monkeypatch.setattr("actors.checkpointing.SAVE_S", 0.2)
-        await saves.begin(learner, STATE)
-        await saves.settle(learner, should_wait=True)
-        await saves.begin(learner, STATE)
-        assert [kind for kind, _ in events] == ["checkpoint_failed"] * 2
-        assert "not written in" in events[0][1]["reason"]
-        assert "still being written" in events[1][1]["reason"]
-        assert (store.steps(), buffer.places()) == ([], {"a": "consumed"})
-        for _ in range(300):
-            if await learner.is_saved():
-                break
-            await asyncio.sleep(0.1)
-        monkeypatch.setattr("actors.checkpointing.SAVE_S", 60.0)
-        await saves.begin(learner, STATE)
-        await saves.settle(learner, should_wait=True)
-        assert events[-1][0] == "checkpoint"
-        assert (store.steps(), buffer.places()) == ([1], {})
-        assert learner.pids == pids
-    finally:
-        learner.shutdown()
+    pids = learner.pids
+    [rank] = learner.ranks
+    await rank.__ray_call__.remote(_slow_disk, FSYNC_S)
+    monkeypatch.setattr("actors.checkpointing.SAVE_S", 0.2)
+    await saves.begin(learner, STATE)
+    await saves.settle(learner, should_wait=True)
+    await saves.begin(learner, STATE)
+    assert [kind for kind, _ in events] == ["checkpoint_failed"] * 2
+    assert "not written in" in events[0][1]["reason"]
+    assert "still being written" in events[1][1]["reason"]
+    assert (store.steps(), buffer.places()) == ([], {"a": "consumed"})
+    for _ in range(300):
+        if await learner.is_saved():
+            break
+        await asyncio.sleep(0.1)
+    monkeypatch.setattr("actors.checkpointing.SAVE_S", 60.0)
+    await saves.begin(learner, STATE)
+    await saves.settle(learner, should_wait=True)
+    assert events[-1][0] == "checkpoint"
+    assert (store.steps(), buffer.places()) == ([1], {})
+    assert learner.pids == pids
+
+
+@pytest.mark.timeout(200)
+async def test_the_last_save_has_a_second_try_and_then_ends_the_run(
+    learner: LearnerGroup, redis_url: str, tmp_path: Path
+) -> None:
+    buffer = make_buffer(connect(redis_url), "last-save")
+    fill(buffer, "a", "b")
+    for step, group_id in enumerate(claim(buffer), start=1):
+        buffer.consume([group_id], step=step)
+    store = CheckpointStore(tmp_path / "checkpoints", keep=3)
+    in_the_way = [store.begin(1).parents[1] / f"step_{step:06d}" for step in (1, 2)]
+    for path in in_the_way:
+        path.touch()  # a file where the checkpoint is to go: publishing it is refused
+    events: list[str] = []
+
+    def note(kind: str, **_fields: Any) -> None:
+        events.append(kind)
+        if len(events) == 1:
+            in_the_way[0].unlink()  # after the first refusal there is room
+
+    saves = Checkpointing(store, buffer, Supervisor(), note)
+    await saves.finish(learner, STATE)
+    assert events == ["checkpoint_failed", "checkpoint"]
+    assert (store.steps(), buffer.places()) == ([1], {"b": "consumed"})
+    last = msgspec.structs.replace(STATE, step=2)
+    with pytest.raises(StageError, match=r"step 2, the last one, could not be saved .* --resume"):
+        await saves.finish(learner, last)
+    assert events[2:] == ["checkpoint_failed"] * 2
+    assert (store.steps(), buffer.places()) == ([1], {"b": "consumed"})
+    in_the_way[1].unlink()
+    await saves.finish(learner, last)
+    assert (store.steps(), buffer.places()) == ([1, 2], {})

@@ -9,13 +9,15 @@ import sys
 import threading
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
 import redis
 
+from cluster import embedded_redis
 from cluster.embedded_redis import EmbeddedRedis, server_program
-from cluster.errors import BufferUnavailableError, ConfigError, StageError
+from cluster.errors import BufferUnavailableError, ConfigError, DeadlineError, StageError
 from cluster.redis_client import connect, redacted, translated_errors
 
 
@@ -71,6 +73,39 @@ def test_start_brings_a_killed_server_back_at_its_address(tmp_path: Path) -> Non
     server.stop()
     with pytest.raises(StageError, match="none is running"):
         _ = server.pid
+
+
+def test_a_server_gets_the_time_to_load_the_data_of_a_long_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it is started: by a resumed run, too."""
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        client = connect(server.url)
+        for i in range(60):
+            client.set(f"key-{i}", i)
+    slow = embedded_redis._CONFIG + "key-load-delay 200000\n"  # microseconds of each key
+    monkeypatch.setattr(embedded_redis, "_CONFIG", slow)
+    started = time.monotonic()
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        assert time.monotonic() - started > 11.0
+        assert connect(server.url).dbsize() == 60
+
+
+def test_a_port_that_another_program_has_taken_is_waited_for(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        url = server.url
+        port = urlsplit(url).port
+        assert port is not None
+        server.stop()
+        with socket.create_server(("127.0.0.1", port)):
+            with pytest.raises(DeadlineError, match=f"another program has taken port {port}"):
+                server.start(deadline_s=0.3)
+            starting = threading.Thread(target=server.start)
+            starting.start()
+            time.sleep(0.3)
+        starting.join(timeout=20)
+        assert server.url == url
+        assert connect(url).ping()
 
 
 def test_server_dies_with_a_parent_killed_by_force(tmp_path: Path) -> None:

@@ -191,11 +191,32 @@ def test_damaged_payloads_become_dead_letters(
     assert {d.group_id: d.reason for d in buffer.dead_letters(10)} == reasons
     assert {d.group_id: d.payload for d in buffer.dead_letters(10)} == {**damaged, "missing": b""}
     assert [d.group_id for d in buffer.dead_letters(1)] == ["missing"]
-    letters = buffer.dead_letters_after("0-0")
+    letters = list(buffer.dead_letters_after("0-0"))
     assert letters == buffer.dead_letters(10)[::-1]
-    assert buffer.dead_letters_after(letters[0].id) == letters[1:]
-    assert buffer.dead_letters_after(letters[-1].id) == []
+    assert list(buffer.dead_letters_after(letters[0].id)) == letters[1:]
+    assert list(buffer.dead_letters_after(letters[-1].id)) == []
     assert [g.group_id for g in buffer.fetch(["good"])] == ["good"]
+
+
+def test_the_last_ten_thousand_dead_letters_are_kept_and_read_a_few_at_a_time(
+    client: redis.Redis, run_id: str
+) -> None:
+    """Redis trims by whole nodes of up to 100 entries."""
+    key, buffer = Keys(run_id).dead, make_buffer(client, run_id)
+    fields = {"group_id": "old", "reason": "torn", "deliveries": 1, "payload": b""}
+    with client.pipeline(transaction=False) as pipeline:
+        for _ in range(10_300):
+            pipeline.xadd(key, fields)
+        pipeline.execute()
+    fill(buffer, "new")
+    claim(buffer)
+    client.hset(Keys(run_id).payloads, "new", b"rubbish")
+    with pytest.raises(WireError):
+        buffer.fetch(["new"])
+    assert 10_000 <= client.xlen(key) < 10_200
+    letters = list(buffer.dead_letters_after("0-0"))
+    assert [letter.id.encode() for letter in letters] == [i for i, _ in client.xrange(key)]
+    assert [letter.group_id for letter in letters[-2:]] == ["old", "new"]
 
 
 def test_damaged_header_becomes_a_dead_letter(

@@ -3,10 +3,11 @@
 import asyncio
 from pathlib import Path
 
+import msgspec
 import pytest
 import pytest_asyncio
 
-from actors.bookkeeping import LOST_WEIGHTS, Bookkeeping
+from actors.bookkeeping import LOST_WEIGHTS, SKIPPED, Bookkeeping
 from actors.curriculum import Curriculum
 from actors.gathering import MAX_UNREADABLE, Gathering
 from actors.intake import InDrawOrder
@@ -15,10 +16,11 @@ from actors.stages import Stages
 from cluster.config import Config
 from cluster.errors import StageError
 from cluster.group_log import Fate, GroupLog
+from cluster.ledger import Ledger
 from cluster.replay_buffer import AddResult
 from cluster.replay_records import DeadLetter
 from cluster.run_dir import RunDir
-from cluster.types import RunState, StepRecord
+from cluster.types import RunState, StepRecord, StepResult
 from learners.group import LearnerGroup
 from tests.replay_checker import claim, fill, make_group
 
@@ -74,6 +76,39 @@ async def test_groups_of_a_damaged_checkpoint_are_sampled_again(
     assert books.buffer.stats().num_unaccounted == 0
     [line] = [line for line in GroupLog(run).read() if line.group_id == "b"]
     assert (line.fate, line.reason) == (Fate.DROPPED, LOST_WEIGHTS)
+
+
+async def test_the_groups_of_a_skipped_step_that_is_undone_are_sampled_again(
+    books: Bookkeeping, run: RunDir
+) -> None:
+    """Else the step would not come out as it did before."""
+    fill(books.buffer, "kept", "undone")
+    for step, header in enumerate(books.buffer.claim(2, owner=books._owner, wait_s=0.0), start=1):
+        result = StepResult(step=step, policy_version=0, metrics={})
+        assert await books.commit([header], result) == []
+    assert books.buffer.places() == {}
+    assert books.buffer.stats().dropped == {SKIPPED: 2}
+    assert [(r.group_ids, r.skipped) for r in Ledger(run.ledger).records()] == [
+        ([], ["kept"]), ([], ["undone"]),
+    ]  # fmt: skip
+    for group_id in ("kept", "undone"):
+        assert books.buffer.add(make_group(group_id)) is AddResult.DUPLICATE, "comes late"
+    books.step = 1
+    assert books._roll_back() == {}
+    assert books.buffer.add(make_group("undone")) is AddResult.ADDED
+    assert books.buffer.add(make_group("kept")) is AddResult.DUPLICATE
+    assert books.buffer.stats().num_unaccounted == 0
+
+
+async def test_a_skipped_step_whose_groups_were_not_dropped_yet_gives_them_back(
+    books: Bookkeeping,
+) -> None:
+    """The controller died between the ledger and the buffer."""
+    fill(books.buffer, "a")
+    claim(books.buffer)
+    books._ledger.commit(msgspec.structs.replace(used(1, "a"), group_ids=[], skipped=["a"]))
+    assert books._roll_back() == {"a": 0}
+    assert books.buffer.places() == {"a": "ready"}
 
 
 async def test_a_buffer_of_dead_letters_alone_ends_the_run(

@@ -1,7 +1,10 @@
 """Which actor takes the place of a lost worker: the one that stands by, or a new one."""
 
 import asyncio
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -9,6 +12,7 @@ from ray.exceptions import RayActorError
 
 from actors import standby
 from actors.fleet_worker import Worker
+from actors.gang import Gang
 from actors.placement import Placement
 from actors.rollout_actors import RolloutActors
 from cluster.config import Config
@@ -35,6 +39,42 @@ async def test_who_is_not_prepared_is_not_handed_out(tiny_config: Config, tmp_pa
     assert actors.standby not in (None, first), "another one follows"
     actors.end()
     assert actors.standby is actors.prepared is None
+
+
+class PlacesOn(Gang):
+    """Reserves nothing; its places are on these nodes."""
+
+    def __init__(self, nodes: dict[str, list[str]]) -> None:
+        super().__init__()
+        self.places = nodes
+
+    def nodes(self) -> dict[str, list[str]]:
+        return self.places
+
+    def strategy(self, role: str, index: int = -1) -> Any:
+        return "DEFAULT"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_no_worker_moves_to_another_node(tiny_config: Config, tmp_path: Path) -> None:
+    gang = PlacesOn({"learner": ["a"], "rollout": ["b", "c"]})
+    placement = replace(Placement.of(tiny_config), gang=gang)
+    actors = RolloutActors("spread", placement, str(tmp_path))
+    actors.stand_by()
+    assert actors.standby is None
+    gang.places["rollout"] = ["b", "b"]
+    actors.stand_by()
+    standby, actors.prepared = actors.standby, Future()
+    assert standby is not None
+    actors.prepared.set_result(None)
+    gang.places["rollout/1"] = ["c"]  # of a worker that was added
+    new = actors.replacement(Worker(0, None))
+    assert new is not standby
+    del gang.places["rollout/1"]
+    assert actors.replacement(Worker(1, None)) is standby
+    for handle in (new, standby):
+        ray.kill(handle)
+    actors.end()
 
 
 def test_only_where_there_is_memory_to_spare(monkeypatch: pytest.MonkeyPatch) -> None:
