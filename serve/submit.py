@@ -119,7 +119,7 @@ def _client(address: str) -> Any:
         """Ray's own has no deadlines."""
 
         def _do_request(self, *arguments: Any, **options: Any) -> Any:
-            ask: Any = super()._do_request  # pyright: ignore[reportUnknownMemberType]
+            ask: Any = getattr(super(), "_do_request")  # noqa: B009 (Ray types it in part only)
             return ask(*arguments, timeout=REQUEST_S, **options)
 
     return Client(address)
