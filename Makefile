@@ -23,7 +23,8 @@ unit: setup
 	@$(PY) -m pytest tests/unit
 
 test: check
-	@$(PY) -m pytest --durations=20 -m 'not slow' tests/unit tests/integration tests/e2e
+	@browser="$$(scripts/chromium)" && export PATH="$$PATH:$$browser"; \
+	  $(PY) -m pytest --durations=20 -m 'not slow' tests/unit tests/integration tests/e2e
 
 show: setup
 	@$(PY) -m benchmarks.show $(AREA)

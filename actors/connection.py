@@ -5,21 +5,28 @@ with it; a Ray of one's own has the address 127.0.0.1. Called by the launchers o
 endpoint, by `hone check --address` and by `hone submit`, which sends the same directory.
 """
 
+import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray._private import ray_constants
 from ray.exceptions import RayError
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, StageError
 
 NOT_SENT = [".git", ".venv", "runs", "checkpoints", "**/__pycache__", ".*_cache"]
 # Set by Ray in the entry point of a job, whose directory was sent with the submission.
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+NODE_S, TOO_LATE = 30, "timed out during startup"  # Ray's own limit and words (2.60)
+NUM_TRIES = 2
+logger = logging.getLogger(__name__)
 
 
 def join(address: str, **settings: Any) -> None:
@@ -30,6 +37,62 @@ def join(address: str, **settings: Any) -> None:
         ray.init(address=address, **settings)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise ConfigError(f"--address {address}: no Ray cluster can be joined: {error}") from error
+
+
+@contextmanager
+def own_ray(
+    num_cpus: int,
+    variables: Mapping[str, str],
+    at_end: Callable[[Path], None] | None = None,
+    **settings: Any,
+) -> Iterator[None]:
+    """A Ray of one's own on loopback, which leaves nothing behind. `variables` are the workers'
+    environment, beside what lets them import what the driver can; `at_end` sees Ray's folder when
+    its processes have ended, before it is removed.
+
+    Raises `StageError` where Ray's node does not come up: a machine is busy beyond measure.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="hone-", dir="/tmp"))  # short: it holds unix sockets
+    paths = [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]
+    path = {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    settings |= {"num_cpus": num_cpus, "runtime_env": {"env_vars": {**variables, **path}}}
+    try:
+        for trial in range(1, NUM_TRIES + 1):
+            if _is_up(folder, settings):
+                break
+            if trial == NUM_TRIES:
+                raise StageError("ray", f"no node within {NODE_S} s, {NUM_TRIES} times: is this "
+                                 "machine too busy? (`hone doctor` looks at it)")  # fmt: skip
+            logger.warning("Ray's node did not come up within %d s: trying once more", NODE_S)
+        yield
+    finally:
+        ray.shutdown(wait_for_processes=True)
+        if at_end is not None:
+            at_end(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_up(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Start Ray; what a node that came too late left running is ended."""
+    try:
+        with on_loopback():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(folder),
+                **settings,
+            )
+    except Exception as error:  # of no class of its own
+        if TOO_LATE not in str(error):
+            raise
+        ray.shutdown()
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if any(str(folder) in argument for argument in process.cmdline()):
+                    process.kill()
+        return False
+    return True
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,7 +24,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import preflight
-from actors.connection import join, on_loopback
+from actors.connection import join, own_ray
 from actors.placement import QUIET_ENV, Placement, on_this_machine
 from actors.supervisor import Supervisor
 from cluster import config_file, environment, ray_token, status
@@ -181,25 +180,13 @@ def ray_session(config: Config, run_dir: RunDir, address: str) -> Iterator[None]
             ray.shutdown()
         return
     placement = Placement.of(config)
-    temporary = Path(tempfile.mkdtemp(prefix="hone-", dir="/tmp"))  # short: it holds unix sockets
     cores = config.resources.cpus or os.cpu_count() or 1
-    paths = [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]
-    try:
-        with on_loopback():
-            ray.init(
-                address="local",
-                num_cpus=max(cores, placement.total_cpus),
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(temporary),
-                runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}},
-                **common,
-            )
+
+    def keep_logs(folder: Path) -> None:
+        _keep_worker_logs(folder, run_dir.logs / "ray")
+
+    with own_ray(max(cores, placement.total_cpus), {}, keep_logs, **common):
         yield
-    finally:
-        ray.shutdown(wait_for_processes=True)
-        _keep_worker_logs(temporary, run_dir.logs / "ray")
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _keep_worker_logs(temporary: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ Invariant: a test proves a row only if it ran and passed; a figure comes from th
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from benchmarks.show import Row, judged
 ROOT = Path(__file__).parents[1]
 TESTS_S = 3600.0  # of one row: the longest tests have 1800 s themselves
 END_S = 60.0  # from Ctrl-C until a process group is killed
+FETCH_S = 300.0  # of a tool
 READ_S = 5.0  # for the last output of a process that has ended
 
 
@@ -38,6 +40,20 @@ class Tested:
     @property
     def is_green(self) -> bool:
         return self.num_passed > 0 and self.num_not_passed == 0
+
+
+def put_on_path(script: str, *tools: str) -> str:
+    """What `scripts/<script>` fetches, for this process and those that it starts; the reason where
+    that cannot be.
+    """
+    if all(shutil.which(tool) for tool in tools):
+        return ""
+    fetched = run_timed([ROOT / "scripts" / script], ROOT, FETCH_S)
+    last = (fetched.output.strip() or "no output").splitlines()[-1]
+    if fetched.code != 0:
+        return f"scripts/{script}: {last}"
+    os.environ["PATH"] += f"{os.pathsep}{last}"
+    return ""
 
 
 def run_tests(nodes: Sequence[str], timeout_s: float = TESTS_S) -> Tested:

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator
 
 from benchmarks import simulation
-from benchmarks.proofs import ROOT, proven, run_tests, run_timed
+from benchmarks.proofs import ROOT, proven, put_on_path, run_tests
 from benchmarks.show import Part, Row, judged
 
 CLUSTER = "tests/e2e/test_cluster.py"
@@ -35,13 +35,12 @@ RECOVER_S = 120.0
 STOP_S = 60.0  # serve.submit tells Ray to wait that long
 ROLES = ("controller", "learner", "rollout", "reward")
 MIN_PORTS = 10  # a cluster that opens fewer was not looked at
-FETCH_S = 300.0
 ONE_GPU = "one GPU: bfloat16 engine and learner rank share it, also by turns; agree, resume"
 
 
 def rows(quick: bool) -> Iterator[Row | Part]:
     """Cheap rows first. QUICK simulates fewer GPUs; all nodes live on this machine anyway."""
-    yield from deploy_files(put_prometheus_on_path())
+    yield from deploy_files(put_on_path("prometheus", "prometheus", "promtool"))
     yield placement()
     yield weight_broadcast()
     yield turns()
@@ -49,18 +48,6 @@ def rows(quick: bool) -> Iterator[Row | Part]:
     yield from live_endpoint()
     yield Part("GPUs are split by simulation", lambda: scaling(quick))
     yield from absent()
-
-
-def put_prometheus_on_path() -> str:
-    """For this process and the tests that it starts; the reason where that cannot be."""
-    if shutil.which("promtool") and shutil.which("prometheus"):
-        return ""
-    fetched = run_timed([ROOT / "scripts" / "prometheus"], ROOT, FETCH_S)
-    last = (fetched.output.strip() or "no output").splitlines()[-1]
-    if fetched.code != 0:
-        return f"scripts/prometheus: {last}"
-    os.environ["PATH"] = f"{last}{os.pathsep}{os.environ['PATH']}"
-    return ""
 
 
 def deploy_files(why_no_promtool: str) -> Iterator[Row]:

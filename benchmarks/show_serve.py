@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from benchmarks.endpoint_load import Paired, Side, compare, free_port, until
 from benchmarks.endpoint_traffic import PROMPT
-from benchmarks.proofs import proven
+from benchmarks.proofs import proven, put_on_path
 from benchmarks.show import Part, Row, judged
 from benchmarks.show_serve_live import live_rows
 from benchmarks.vllm_server import vllm_server
@@ -58,6 +58,7 @@ class Published:
 
 def rows(quick: bool) -> Iterator[Row | Part]:
     """All rows; `quick` sends fewer requests."""
+    put_on_path("chromium", "chromium")
     yield Part("the endpoint of a run that trains", lambda: live_rows(quick))
     yield Part("the endpoint of published weights", lambda: published_rows(quick))
     yield proven(
@@ -228,8 +229,10 @@ def _page(served: Published) -> Row:
         "curves move, tokens of a known trajectory are right, a promotion takes effect, a refused "
         "key is told of, a chosen version stays chosen, 375 px"
     )
-    if browser.CHROMIUM is None:
-        return Row(claim, "-", "all true in Chromium", "not shown here", "needs Chromium")
+    if browser.chromium() is None:
+        return Row(
+            claim, "-", "all true in Chromium", "not shown here", "needs Chromium: scripts/chromium"
+        )
     page_cases.write_known_run(served.run)
     newest = publish_newer(served.run)
     with browser.Browser() as page:

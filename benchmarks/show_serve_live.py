@@ -66,8 +66,8 @@ def traffic_row(traffic: Traffic, count: int, syncs: int, first: int, last: int)
 
 def _swap(live: LiveRun) -> Row:
     claim, bound = "a reward swap from the page takes effect in the run", "trained on version 2"
-    if browser.CHROMIUM is None:
-        return Row(claim, "-", bound, "not shown here", "needs Chromium")
+    if browser.chromium() is None:
+        return Row(claim, "-", bound, "not shown here", "needs Chromium: scripts/chromium")
     live.swap_from_the_page("correct.weight=0.5")
     live.until(lambda: "2-" in live.rubrics(), 120)
     return judged(claim, "a step used groups scored by version 2", bound, True)

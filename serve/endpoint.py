@@ -11,18 +11,15 @@ and nothing that another endpoint of the run or another application of the clust
 import gc
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve as ray_serve
 from ray.serve.config import HTTPOptions
 
-from actors.connection import on_loopback
+from actors.connection import own_ray
 from actors.placement import ALONE_ENV, QUIET_ENV
 from cluster import log, ray_token
 from cluster.errors import ConfigError, StageError
@@ -181,22 +178,5 @@ def _cluster(address: str) -> Generator[None]:
         finally:
             ray.shutdown()
         return
-    temporary = Path(tempfile.mkdtemp(prefix="hone-", dir="/tmp"))  # short: it holds unix sockets
-    paths = [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]
-    try:
-        with on_loopback():
-            ray.init(
-                address="local",
-                num_cpus=max(4, os.cpu_count() or 1),
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(temporary),
-                runtime_env={
-                    "env_vars": _PATIENCE | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
-                },
-                **common,
-            )
+    with own_ray(max(4, os.cpu_count() or 1), _PATIENCE, **common):
         yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(temporary, ignore_errors=True)

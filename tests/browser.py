@@ -14,17 +14,22 @@ import httpx
 from websockets.sync.client import connect
 
 START_S = 30.0
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def chromium() -> str | None:
+    """On PATH, where scripts/chromium can put it."""
+    return shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 class Browser:
     """Example: `with Browser() as page: page.go(url); page.run("document.title")`."""
 
     def __enter__(self) -> Self:
-        assert CHROMIUM is not None
+        program = chromium()
+        assert program is not None
         self._profile = Path(tempfile.mkdtemp(prefix="chromium-"))
         self._process = subprocess.Popen(
-            [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            [program, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
              "--disable-dev-shm-usage", "--remote-debugging-port=0",
              f"--user-data-dir={self._profile}", "about:blank"],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

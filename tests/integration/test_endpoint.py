@@ -291,7 +291,7 @@ def test_a_conversation_in_the_terminal(served: Served) -> None:
     assert "\x1b" not in sink.getvalue()
 
 
-@pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.skipif(browser.chromium() is None, reason="needs Chromium")
 def test_the_page_shows_the_run_and_changes_the_release(served: Served) -> None:
     """Keys, curves, tokens, release buttons, the chosen version, phone width."""
     page_cases.write_known_run(served.run)
