@@ -12,7 +12,7 @@ from unittest import mock
 import msgspec
 import pytest
 
-from benchmarks import time_to_accuracy, trl_environment, trl_peer
+from benchmarks import study, time_to_accuracy, trl_environment, trl_peer
 from benchmarks.time_to_accuracy import Comparison, Point, curve_of
 from benchmarks.trl_environment import PeerRun, SavedWeights
 from cluster import config_file
@@ -91,12 +91,16 @@ def test_a_mark_near_the_start_proves_nothing() -> None:
 def finished(folder: Path, hone_step_s: float, trl_accuracy: float) -> None:
     """What a study of one seed leaves: steps of TRL take 20 s, Hone learns from 0.2 to 0.6."""
     (folder / "policy-0").mkdir()
+    config = time_to_accuracy.CONFIG
+    study.stamp(folder / "policy-0", config, ["run.seed=0"])
+    start = study.warm_started(config, folder / "policy-0", 0, study.training_tasks)
     run = RunDir(folder / "hone-0")
     run.path.mkdir()
     step_s = dict.fromkeys(range(1, 11), hone_step_s)
     for row in metrics(step_s, {0: 0.2, 5: 0.4, 10: 0.6}):
         run.append_metrics(int(row.pop("step")), row)
     run.append_event("run_finished", step=10, outcome="done")
+    study.stamp(run.path, config, start)
     saved = [SavedWeights(5, 100.0), SavedWeights(10, 200.0)]
     for name, micro_batch in {"trl-0-tried-128": 128, "trl-0-tried-32": 32, "trl-0": 32}.items():
         peer = PeerRun(
