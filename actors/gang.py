@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -50,7 +50,8 @@ class Gang:
     async def reserve(
         cls, run_id: str, requests: Sequence[BundleRequest], deadline_s: float, report: Report
     ) -> "Gang":
-        """Wait until every request has its place; `report` gets a line about each wait.
+        """Wait until every request has its place; `report` gets a line whenever another
+        role is waited for: after giving way, one that it has had before.
 
         Raises `DeadlineError` naming what is missing when `resources.start_timeout_s` runs out.
         """
@@ -147,9 +148,9 @@ class Gang:
                 raise DeadlineError(
                     "resources", f"{wanted}; waited {wait.seconds:.0f} s ({wait.knob})"
                 )
-            if request.role not in wait.reported:
+            if request.role != wait.role:
                 report(wanted)
-                wait.reported.add(request.role)
+                wait.role = request.role
             if not missing and time.monotonic() - started > patience_s:
                 return False  # what is missing nobody else holds: there is none to give way to
         return True
@@ -159,7 +160,7 @@ class Gang:
 class _Wait:
     seconds: float
     knob: str
-    reported: set[str] = field(default_factory=set[str])  # roles that a line was about
+    role: str = ""  # that the last line was about
     num_given_way: int = 0
 
     def __post_init__(self) -> None:

@@ -129,7 +129,7 @@ async def test_two_runs_that_wait_for_all_of_a_cluster_get_it_one_after_the_othe
         for gang in done:
             assert [len(nodes) for nodes in gang.result().nodes().values()] == [4, 4]
             gang.result().release()
-    assert len(lines) <= 4, "a line about each role, however often it was asked for"
+    assert len(set(lines)) <= 2, "a line about each role, the same however often it was asked for"
     await until(lambda: not reserved())
 
 
