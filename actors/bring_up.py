@@ -100,9 +100,13 @@ async def _reserve(config: Config, run: RunDir, observer: Observer) -> Placement
     if problems := devices.problems(placement):
         raise ConfigError("\n".join(problems))
 
+    told: set[str] = set()
+
     def report(wanted: str) -> None:
         observer.phase("starting", f"waiting for {wanted}", config.resources.start_timeout_s)
-        observer.event("waiting_for_resources", wanted=wanted)
+        if wanted not in told:
+            observer.event("waiting_for_resources", wanted=wanted)
+            told.add(wanted)
 
     observer.phase("starting", "reserving places on the cluster", 1.0)
     gang = await Gang.reserve(

@@ -21,6 +21,7 @@ from learners.group import LearnerGroup
 SAVE_S = 900.0  # from the copy of the tensors to the last file
 POLL_S = 0.05
 LAST_TRIES = 2
+LAST_PAUSE_S = 3.0  # between them
 
 
 class Checkpointing:
@@ -92,19 +93,30 @@ class Checkpointing:
         await asyncio.to_thread(self._buffer.acknowledge, step)
 
     async def finish(self, learner: LearnerGroup, state: RunState) -> None:
-        """The last save of a run, which no later one makes good: it has a second try, then raises
-        `StageError`.
+        """The last save of a run, which no later one makes good: it has a second try, after a pause
+        and when the learner no longer writes the first, then raises `StageError`.
         """
-        for _ in range(LAST_TRIES):
+        for num_failed in range(LAST_TRIES):
+            if num_failed:
+                await self._rest(learner)
             await self.begin(learner, state)
             await self.settle(learner, should_wait=True)
             if state.step in await asyncio.to_thread(self._store.steps):
                 return
         raise StageError(
             "checkpoint",
-            f"step {state.step}, the last one, could not be saved (checkpoint_failed in "
-            "events.jsonl says why): free the disk and go on with --resume",
+            f"step {state.step}, the last one, could not be saved: see checkpoint_failed in "
+            "events.jsonl, then go on with --resume",
         )
+
+    async def _rest(self, learner: LearnerGroup) -> None:
+        """Until a save that was given up is off the learner's hands, `SAVE_S` at most."""
+        deadline = time.monotonic() + SAVE_S
+        await asyncio.sleep(LAST_PAUSE_S)
+        while not await learner.is_saved():
+            if time.monotonic() > deadline:
+                return
+            await asyncio.sleep(POLL_S)
 
     async def drop(self) -> None:
         """The learner is lost: a save that it had not finished is void, a finished one is not."""

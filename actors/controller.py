@@ -84,8 +84,8 @@ class Controller:
                 await self._parts.stop()
             publisher.cancel()
             self._publish_once()
-            self._observer.close()
             self._books.close()
+            self._observer.close()
         if not self._stopping.is_set():
             await self._books.let_buffer_expire()
         return self._books.step

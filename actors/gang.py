@@ -2,9 +2,10 @@
 
 Invariant: what raises or is cancelled leaves nothing reserved that was not before. Groups are asked
 for one after the other; a run that holds some, and waits for what others hold, gives all back after
-`HOLD_S` and asks again, so two runs that want the same cluster do not keep half of it each. A
-bundle whose node dies is rescheduled by Ray once a node has room; the actor that is started again
-then waits for it. Called by `actors.bring_up` and `actors.scaling`.
+`HOLD_S`, longer each time, and asks again, so two runs that want the same cluster do not keep half
+of it each; one that is too large for the nodes there are keeps what it has and says so. A bundle
+whose node dies is rescheduled by Ray once a node has room; the actor that is started again then
+waits for it. Called by `actors.bring_up` and `actors.scaling`.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -30,7 +31,10 @@ from actors.placement import BundleRequest
 from cluster.errors import DeadlineError
 
 POLL_S = 0.5
-HOLD_S = (4.0, 12.0)  # without the rest; drawn anew each time, so that one of two gives way first
+# Without the rest; drawn anew each time, so that one of two gives way first, and doubled each time,
+# up to so many times the first.
+HOLD_S = (4.0, 12.0)
+MOST_HOLDS = 5
 YIELD_S = 3.0  # Ray looks every second for what fits
 
 Report = Callable[[str], None]
@@ -46,7 +50,8 @@ class Gang:
     async def reserve(
         cls, run_id: str, requests: Sequence[BundleRequest], deadline_s: float, report: Report
     ) -> "Gang":
-        """Wait until every request has its place; `report` gets a line about each wait.
+        """Wait until every request has its place; `report` gets a line whenever another
+        role is waited for: after giving way, one that it has had before.
 
         Raises `DeadlineError` naming what is missing when `resources.start_timeout_s` runs out.
         """
@@ -55,6 +60,7 @@ class Gang:
         try:
             while not await gang._add_all(run_id, requests, wait, report):
                 gang.release()
+                wait.num_given_way += 1
                 await asyncio.sleep(YIELD_S)
         except BaseException:
             gang.release()
@@ -68,7 +74,8 @@ class Gang:
         and then only this place is given back.
         """
         try:
-            await self._add(run_id, request, _Wait(deadline_s, request.knobs), report, math.inf)
+            wait = _Wait(deadline_s, request.knobs)
+            await self._add(run_id, request, [request], wait, report, math.inf)
         except BaseException:
             self.give_back(request.role)
             raise
@@ -106,8 +113,8 @@ class Gang:
     ) -> bool:
         """False when others may want what is held while the rest is waited for."""
         for index, request in enumerate(requests):
-            patience_s = random.uniform(*HOLD_S) if index else math.inf
-            if not await self._add(run_id, request, wait, report, patience_s):
+            patience_s = wait.hold_s() if index else math.inf
+            if not await self._add(run_id, request, requests, wait, report, patience_s):
                 return False
         return True
 
@@ -115,11 +122,15 @@ class Gang:
         self,
         run_id: str,
         request: BundleRequest,
+        requests: Sequence[BundleRequest],
         wait: "_Wait",
         report: Report,
         patience_s: float,
     ) -> bool:
-        """False when others have held its place for `patience_s`; it is still asked for then."""
+        """False when others have held its place for `patience_s`; it is still asked for then.
+
+        `requests` is what must fit in all: this one and those that are held or asked for with it.
+        """
         name = f"hone/{run_id}/{request.role}"
         await asyncio.to_thread(_remove_left_over, name)
         group = placement_group(
@@ -131,17 +142,17 @@ class Gang:
         self._groups[request.role] = group
         started = time.monotonic()
         while not await asyncio.to_thread(group.wait, POLL_S):
-            missing = shortages([request], cluster_nodes())
+            missing = shortages(requests, cluster_nodes())
             wanted = missing[0] if missing else f"resources: {request.role} waits for {request}"
             if wait.is_over:
                 raise DeadlineError(
                     "resources", f"{wanted}; waited {wait.seconds:.0f} s ({wait.knob})"
                 )
-            if request.role not in wait.reported:
+            if request.role != wait.role:
                 report(wanted)
-                wait.reported.add(request.role)
+                wait.role = request.role
             if not missing and time.monotonic() - started > patience_s:
-                return False  # with a node missing there is nobody to give way to
+                return False  # what is missing nobody else holds: there is none to give way to
         return True
 
 
@@ -149,10 +160,14 @@ class Gang:
 class _Wait:
     seconds: float
     knob: str
-    reported: set[str] = field(default_factory=set[str])  # roles that a line was about
+    role: str = ""  # that the last line was about
+    num_given_way: int = 0
 
     def __post_init__(self) -> None:
         self._end = time.monotonic() + self.seconds
+
+    def hold_s(self) -> float:
+        return random.uniform(*HOLD_S) * min(2**self.num_given_way, MOST_HOLDS)
 
     @property
     def is_over(self) -> bool:

@@ -30,8 +30,8 @@ from actors.supervisor import Supervisor
 from cluster import config_file, environment, ray_token, status
 from cluster.config import Config
 from cluster.embedded_redis import EmbeddedRedis
-from cluster.errors import ConfigError, HoneError, StageError
-from cluster.redis_client import buffer_url, connect
+from cluster.errors import ConfigError, DeadlineError, HoneError, StageError
+from cluster.redis_client import OUTAGE_S, buffer_url, connect
 from cluster.resume import refuse_changes, saved_state
 from cluster.run_dir import RunDir
 from cluster.run_lock import sole_launcher
@@ -41,6 +41,7 @@ INTERRUPTED = 130
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 STOP_DEADLINE_S = 12.0
 POLL_S = 0.2
+START_TRY_S = 5.0  # of a server that died
 logger = logging.getLogger(__name__)
 
 
@@ -91,6 +92,7 @@ def _conduct(
 
     supervisor = Supervisor()
     deadline: float | None = None
+    away_since: float | None = None  # of the server
     for attempt in itertools.count():
         num_steps = _num_steps(run_dir)
         controller: Any = (
@@ -109,7 +111,7 @@ def _conduct(
         finished = controller.run.remote()
         while not ray.wait([finished], timeout=POLL_S)[0]:
             if server is not None:
-                server.start()  # one that died comes back on the same data and address
+                away_since = _keep_up(server, away_since)
             if interrupt and deadline is None:
                 deadline = time.monotonic() + STOP_DEADLINE_S
                 controller.stop.remote()
@@ -130,6 +132,22 @@ def _conduct(
         if interrupt:
             break
     return INTERRUPTED
+
+
+def _keep_up(server: EmbeddedRedis, away_since: float | None) -> float | None:
+    """Bring a server that died back, on the same data and address; since when it is away, or None.
+
+    A try is short, because nobody hears an interrupt meanwhile. Raises `DeadlineError` when it has
+    been away for `OUTAGE_S`, as a run waits for it.
+    """
+    started = time.monotonic() if away_since is None else away_since
+    try:
+        server.start(START_TRY_S)
+    except (ConfigError, DeadlineError) as error:  # refused: a child of the dead one has the lock
+        if time.monotonic() - started > OUTAGE_S:
+            raise DeadlineError("redis", f"away for {OUTAGE_S:.0f} s: {error}") from error
+        return started
+    return None
 
 
 def _remove_weights(run_dir: RunDir) -> None:

@@ -228,6 +228,12 @@ def absent() -> Iterator[Row]:
         "", "they do", "not shown here",
         "no container engine, Grafana or Kubernetes in the registries",
     )  # fmt: skip
+    yield Row(
+        "nodes in network namespaces of their own, or on hosts of their own",
+        "", "as on one machine", "not shown here",
+        "the three nodes of tests/e2e/test_cluster.py have addresses of their own (127.0.0.2 to "
+        "127.0.0.4), but share the loopback, the ports and the file system of one machine",
+    )  # fmt: skip
     if shutil.which("nvidia-smi") is None:
         yield Row(
             ONE_GPU,

@@ -79,6 +79,10 @@ def rows(quick: bool) -> Iterator[Row | Part]:
     yield Part("math verifier: bombs, rates", lambda: asyncio.run(_math(200 if quick else 1000)))
     yield Part("gold answers", lambda: gold_answers.rows(1 if quick else 3))
     yield Part("process model", lambda: _process_model(quick))
+    yield Row(
+        "code in other languages than Python is run and judged",
+        "", "it is", "not shown here", "not there: the `code` verifier runs Python only",
+    )  # fmt: skip
 
 
 def _live(quick: bool) -> Iterator[Row]:

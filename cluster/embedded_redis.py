@@ -97,7 +97,8 @@ class EmbeddedRedis:
         """Start the server, wait until it has loaded its data, and return its URL.
 
         Raises `ConfigError` without a server program or with one already on the directory, and
-        `DeadlineError` when it does not answer in `deadline_s`, or its port is taken for so long.
+        `DeadlineError` when it does not answer in `deadline_s`, or its port is taken for so long:
+        one that was launched goes on loading then, and the next `start` waits for it.
         """
         deadline = time.monotonic() + deadline_s
         if self._process is not None and self._process.poll() is None:
@@ -113,11 +114,7 @@ class EmbeddedRedis:
             self._process = self._launch(program, lock)
         finally:
             os.close(lock)
-        try:
-            self._wait_until_ready(deadline, deadline_s)
-        except Exception:
-            self.stop()
-            raise
+        self._wait_until_ready(deadline, deadline_s)
         return self.url
 
     def stop(self) -> None:
@@ -134,7 +131,11 @@ class EmbeddedRedis:
             process.wait(_STOP_DEADLINE_S)
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def __exit__(

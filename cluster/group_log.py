@@ -72,9 +72,14 @@ class GroupLog:
                 )
 
     def close(self) -> None:
-        """Write what waits; what the disk still refuses is lost with a warning."""
-        with self._lock, boundary(_STAGE):
-            self._write()
+        """Write what waits; what the disk still refuses is lost with a warning, never an error: it
+        would hide the one that has ended the run.
+        """
+        with self._lock:
+            try:
+                self._write()
+            except OSError as error:
+                _log.warning("%s: %s", self._lines.path, error)
             if self._waiting:
                 _log.warning("%s lacks its last %d lines", self._lines.path, len(self._waiting))
 

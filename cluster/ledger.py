@@ -1,12 +1,15 @@
 """The ledger: which groups moved the weights at each optimizer step, one JSON line per step.
 
 Invariant: a step that `commit` returned for is on disk; steps increase from line to line; a line
-that a crash tore (no newline at its end) was never committed and is ignored. A writer keeps its
-file open and a successor puts another in its place, so what a writer that was presumed dead still
-appends goes nowhere. Written by the run loop after each step, read on resume and by `hone replay`.
+that a crash or a full disk tore (no newline at its end) was never committed and is ignored. A
+writer keeps its file open and a successor puts another in its place, so what a writer that was
+presumed dead still appends goes nowhere. Written by the run loop after each step, read on resume
+and by `hone replay`.
 """
 
 import os
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,8 +37,13 @@ class Ledger:
     def commit(self, record: StepRecord) -> None:
         """Append `record` and wait until it is on disk.
 
-        Raises `StageError` unless its step is after the last one.
+        Raises `StageError` unless its step is after the last one, and when the disk refuses: what
+        it took of the line is then repaired away by the next commit.
         """
+        with self._writing(f"step {record.step}"):
+            self._commit(record)
+
+    def _commit(self, record: StepRecord) -> None:
         if self._file is None or self._last_step is None:
             self._last_step = self._repair()
             self._file = self._open()
@@ -66,22 +74,37 @@ class Ledger:
         them.
 
         They are appended to `rolled_back_path` first: a crash in between leaves them in both files.
+        Raises `StageError` when the disk refuses.
         """
         records = self.records()
         later = [record for record in records if record.step > step]
-        if later:
-            with self.rolled_back_path.open("ab") as file:
-                _write(file, later)
-        _replace(self._path, _encode([r for r in records if r.step <= step]))
-        self.close()
-        self._last_step = self._repair()
-        self._file = self._open()
+        with self._writing(f"a roll-back to step {step}"):
+            if later:
+                _cut_torn_line(self.rolled_back_path)
+                with self.rolled_back_path.open("ab") as file:
+                    _write(file, later)
+            _replace(self._path, _encode([r for r in records if r.step <= step]))
+            self.close()
+            self._last_step = self._repair()
+            self._file = self._open()
         return later
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            file.close()
+
+    @contextmanager
+    def _writing(self, what: str) -> Generator[None]:
+        try:
+            yield
+        except OSError as error:
+            with suppress(OSError):
+                self.close()
+            raise StageError(
+                _STAGE,
+                f"{what} could not be written: {error}; free the disk and go on with --resume",
+            ) from error
 
     def _open(self) -> BinaryIO:
         is_new = not self._path.exists()
@@ -92,9 +115,7 @@ class Ledger:
 
     def _repair(self) -> int:
         """Cut off a torn last line; the last committed step, -1 for none."""
-        data = _committed(self._path)
-        if self._path.exists() and self._path.stat().st_size != len(data):
-            _replace(self._path, data)
+        _cut_torn_line(self._path)
         records = self.records()
         return records[-1].step if records else -1
 
@@ -106,6 +127,12 @@ def _committed(path: Path) -> bytes:
     except FileNotFoundError:
         return b""
     return data[: data.rfind(b"\n") + 1]
+
+
+def _cut_torn_line(path: Path) -> None:
+    data = _committed(path)
+    if path.exists() and path.stat().st_size != len(data):
+        _replace(path, data)
 
 
 def _encode(records: list[StepRecord]) -> bytes:

@@ -95,9 +95,13 @@ def why(
         raise ConfigError(f"--step {step}: not in the ledger of {run_dir.name} (steps {known})")
     record = records[step]
     known_lines = {line.group_id: line for line in GroupLog(run_dir).read() if line.rewards}
-    lines = [known_lines[g] for g in record.group_ids if g in known_lines]
+    lines = [known_lines[g] for g in (*record.group_ids, *record.skipped) if g in known_lines]
     if as_json:
         print(json.dumps(msgspec.to_builtins({"step": record, "groups": lines}), indent=1))
+        return
+    if record.skipped:
+        print(f"step {step} was skipped (its gradient was not finite); dropped: "
+              f"{', '.join(record.skipped)}")  # fmt: skip
         return
     versions = "; ".join(f"{name} {', '.join(v)}" for name, v in record.reward_versions.items())
     print(f"step {step} made policy version {record.policy_version} from {len(record.group_ids)} "

@@ -46,12 +46,14 @@ class GroupFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 class Why(msgspec.Struct, frozen=True, kw_only=True):
     """What moved the weights at one step. `num_gone` of its groups left the buffer: a durable
-    checkpoint holds the step, and only the ledger's line of them is kept.
+    checkpoint holds the step, and only the ledger's line of them is kept. A step whose gradient was
+    not finite `is_skipped`: it moved none, and `record.skipped` names the groups that it dropped.
     """
 
     record: StepRecord
     groups: list[GroupFacts]
     num_gone: int
+    is_skipped: bool = False
 
 
 def stats(run: RunDir) -> BufferStats:
@@ -78,7 +80,8 @@ def why(run: RunDir, step: int) -> Why:
         groups = _groups(run, record.group_ids)
     except ConfigError:
         groups = []  # the run does not train: its buffer is gone, the ledger is not
-    return Why(record=record, groups=groups, num_gone=len(record.group_ids) - len(groups))
+    num_gone = len(record.group_ids) - len(groups)
+    return Why(record=record, groups=groups, num_gone=num_gone, is_skipped=bool(record.skipped))
 
 
 def _groups(run: RunDir, group_ids: Sequence[str]) -> list[GroupFacts]:

@@ -23,6 +23,8 @@ from cluster.errors import ConfigError, StageError
 START_S = 60.0  # how long a head that has just started may answer with errors
 PAUSE_S = 1.0
 REQUEST_S = (5.0, 60.0)  # to connect, and for an answer
+# The first is also the limit of sending: urllib3 keeps it on the socket until the body has gone.
+UPLOAD_S = (600.0, 60.0)
 SILENCE_S = 30.0  # of the output, after which the head is asked whether the job still runs
 CLOSE_S = 5.0
 # Read where the job's supervisor runs, which gets the job's environment. Ray's own 3 s would kill
@@ -120,7 +122,8 @@ def _client(address: str) -> Any:
 
         def _do_request(self, *arguments: Any, **options: Any) -> Any:
             ask: Any = getattr(super(), "_do_request")  # noqa: B009 (Ray types it in part only)
-            return ask(*arguments, timeout=REQUEST_S, **options)
+            limits = REQUEST_S if options.get("data") is None else UPLOAD_S
+            return ask(*arguments, timeout=limits, **options)
 
     return Client(address)
 

@@ -89,8 +89,9 @@ async def test_a_slow_save_has_failed_and_the_learner_is_not_lost(
 
 @pytest.mark.timeout(200)
 async def test_the_last_save_has_a_second_try_and_then_ends_the_run(
-    learner: LearnerGroup, redis_url: str, tmp_path: Path
+    learner: LearnerGroup, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("actors.checkpointing.LAST_PAUSE_S", 0.1)
     buffer = make_buffer(connect(redis_url), "last-save")
     fill(buffer, "a", "b")
     for step, group_id in enumerate(claim(buffer), start=1):
@@ -111,10 +112,31 @@ async def test_the_last_save_has_a_second_try_and_then_ends_the_run(
     assert events == ["checkpoint_failed", "checkpoint"]
     assert (store.steps(), buffer.places()) == ([1], {"b": "consumed"})
     last = msgspec.structs.replace(STATE, step=2)
-    with pytest.raises(StageError, match=r"step 2, the last one, could not be saved .* --resume"):
+    with pytest.raises(StageError, match=r"step 2, the last one, could not be saved: .* --resume"):
         await saves.finish(learner, last)
     assert events[2:] == ["checkpoint_failed"] * 2
     assert (store.steps(), buffer.places()) == ([1], {"b": "consumed"})
     in_the_way[1].unlink()
     await saves.finish(learner, last)
     assert (store.steps(), buffer.places()) == ([1, 2], {})
+
+
+@pytest.mark.timeout(200)
+async def test_the_second_try_of_the_last_save_waits_for_the_first_that_was_given_up(
+    learner: LearnerGroup, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep=3)
+    events: list[str] = []
+
+    def note(kind: str, **_fields: Any) -> None:
+        events.append(kind)
+        monkeypatch.setattr("actors.checkpointing.SAVE_S", 60.0)  # of the second try
+
+    [rank] = learner.ranks
+    await rank.__ray_call__.remote(_slow_disk, FSYNC_S)
+    monkeypatch.setattr("actors.checkpointing.LAST_PAUSE_S", 0.1)
+    monkeypatch.setattr("actors.checkpointing.SAVE_S", 0.2)
+    saves = Checkpointing(store, make_buffer(connect(redis_url), "given-up"), Supervisor(), note)
+    await saves.finish(learner, STATE)
+    assert events == ["checkpoint_failed", "checkpoint"]
+    assert store.steps() == [1]

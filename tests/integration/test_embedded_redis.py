@@ -89,6 +89,18 @@ def test_a_server_gets_the_time_to_load_the_data_of_a_long_run(
     with EmbeddedRedis(tmp_path / "redis") as server:
         assert time.monotonic() - started > 11.0
         assert connect(server.url).dbsize() == 60
+        os.kill(first := server.pid, signal.SIGKILL)
+        assert wait_until_gone(first)
+
+        with pytest.raises(DeadlineError, match="must answer in 2 s"):
+            server.start(deadline_s=2.0)
+        second = server.pid
+        assert second != first
+        with pytest.raises(DeadlineError, match="must answer in 1 s"):
+            server.start(deadline_s=1.0)
+        server.start()
+        assert server.pid == second, "one that loads is waited for, not started again"
+        assert connect(server.url).dbsize() == 60
 
 
 def test_a_port_that_another_program_has_taken_is_waited_for(tmp_path: Path) -> None:

@@ -78,6 +78,22 @@ async def test_what_never_fits_fails_in_time_names_it_and_holds_nothing() -> Non
     await until(lambda: not reserved())
 
 
+async def test_what_fits_only_without_its_own_other_half_gives_way_to_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("actors.gang.HOLD_S", (0.0, 0.0))
+    lines: list[str] = []
+    halves = [cpus("learner", 6), cpus("rollout", 6)]
+    waiting = asyncio.create_task(Gang.reserve("k", halves, 4, lines.append))
+    await until(lambda: bool(lines))
+    for _ in range(20):
+        assert reserved() == ["hone/k/learner", "hone/k/rollout"]
+        await asyncio.sleep(0.1)
+    with pytest.raises(DeadlineError, match="needs 6 x 1 CPU; 2 fit"):
+        await waiting
+    await until(lambda: not reserved())
+
+
 async def test_a_wait_for_a_busy_cluster_ends_when_it_is_free_or_cancelled() -> None:
     first = await Gang.reserve("c", [cpus("learner", 6)], 20, ignore)
     lines: list[str] = []
@@ -113,7 +129,7 @@ async def test_two_runs_that_wait_for_all_of_a_cluster_get_it_one_after_the_othe
         for gang in done:
             assert [len(nodes) for nodes in gang.result().nodes().values()] == [4, 4]
             gang.result().release()
-    assert len(lines) <= 4, "a line about each role, however often it was asked for"
+    assert len(set(lines)) <= 2, "a line about each role, the same however often it was asked for"
     await until(lambda: not reserved())
 
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cluster.checkpoint_store import CheckpointStore
@@ -16,7 +17,7 @@ from cluster.redis_client import connect
 from cluster.replay_buffer import ReplayBuffer
 from cluster.run_dir import RunDir
 from cluster.types import RunState, StepRecord
-from serve import cli
+from serve import cli, replay_queries
 from tests.replay_checker import claim, fill, make_buffer
 
 CONFIG = (Path(__file__).parents[2] / "deploy" / "configs" / "quickstart.yaml").read_text()
@@ -148,11 +149,17 @@ def test_the_command_line_tells_what_moved_a_step_and_what_became_of_a_group(
     assert "arms: plain guided" in shown
     assert "ready     waits" in hone(capsys, monkeypatch, "show", place)
     assert "dropped uniform" in hone(capsys, monkeypatch, "show", place, "uniform")
+    skipped = msgspec.structs.replace(record(3, []), policy_version=2, skipped=["uniform", "x"])
+    Ledger(run.ledger).commit(skipped)
+    shown = hone(capsys, monkeypatch, "why", place, "--step", "3")
+    assert shown == "step 3 was skipped (its gradient was not finite); dropped: uniform, x\n"
+    assert replay_queries.why(run, 3).is_skipped
+    assert not replay_queries.why(run, 2).is_skipped
     monkeypatch.setattr(sys, "argv", ["hone", "replay", "why", place, "--step", "9"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    assert "--step 9: not in the ledger of demo (steps 1 to 2)" in capsys.readouterr().err
+    assert "--step 9: not in the ledger of demo (steps 1 to 3)" in capsys.readouterr().err
 
 
 def test_the_buffer_of_a_run_that_has_ended_can_be_read(

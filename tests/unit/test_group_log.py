@@ -80,7 +80,14 @@ def test_a_disk_that_stays_full_ends_the_run_by_its_name(
     assert ids(run) == list("abcd")
 
 
-def test_another_fault_of_the_file_is_an_error_of_its_stage(run: RunDir) -> None:
+def test_another_fault_of_the_file_is_an_error_of_its_stage_but_not_at_the_end(
+    run: RunDir, caplog: pytest.LogCaptureFixture
+) -> None:
+    book = GroupLog(run)
     (run.path / "groups.jsonl").mkdir()
     with pytest.raises(StageError, match="group log: IsADirectoryError"):
-        GroupLog(run).append(sampled("a"))
+        book.append(sampled("a"))
+    with caplog.at_level(logging.WARNING):
+        book.close()
+    assert "Is a directory" in caplog.text
+    assert "lacks its last 1 lines" in caplog.text

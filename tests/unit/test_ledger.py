@@ -1,6 +1,9 @@
 """The ledger: committed steps survive, torn lines do not count, nothing rolled back is lost."""
 
 import os
+import resource
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -57,6 +60,49 @@ def test_torn_last_line_does_not_count_and_does_not_join_the_next(
     assert path.read_bytes() == torn, "reading must change nothing"
     write(path, 2, 3)
     assert Ledger(path).records() == [record(1), record(2), record(3)]
+
+
+@contextmanager
+def room(path: Path, num_bytes: int) -> Generator[None]:
+    """A disk that takes so much more of `path`, and no longer file at all."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 10])
+def test_a_full_disk_is_named_and_what_it_took_of_the_line_does_not_count(
+    path: Path, num_bytes: int
+) -> None:
+    ledger = Ledger(path)
+    ledger.commit(record(1))
+    size = path.stat().st_size
+    with room(path, num_bytes), pytest.raises(StageError) as caught:
+        ledger.commit(record(2))
+    assert str(caught.value).startswith("ledger: step 2 could not be written: [Errno 27]")
+    assert "free the disk and go on with --resume" in str(caught.value)
+    assert path.stat().st_size == size + num_bytes
+    assert steps(path) == [1]
+    assert Ledger(path).truncate_after(1) == []
+    assert path.stat().st_size == size
+    ledger.commit(record(2))
+    assert Ledger(path).records() == [record(1), record(2)]
+
+
+def test_a_disk_that_is_full_in_a_roll_back_loses_no_record(path: Path) -> None:
+    write(path, 1, 2, 3)
+    with (
+        room(path, -path.stat().st_size + 10),
+        pytest.raises(StageError, match="a roll-back to step 1 could not be written"),
+    ):
+        Ledger(path).truncate_after(1)
+    assert steps(path) == [1, 2, 3]
+    assert Ledger(path).truncate_after(1) == [record(2), record(3)]
+    assert steps(path) == [1]
+    assert Ledger(Ledger(path).rolled_back_path).records() == [record(2), record(3)]
 
 
 def test_damaged_line_in_the_middle_is_an_error_with_its_number(path: Path) -> None:

@@ -1,9 +1,11 @@
 """`hone submit` against a head that is still starting, one that refuses, and one without a lock."""
 
 import json
+import os
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,6 +33,7 @@ class Head(ThreadingHTTPServer):
         self.num_polls = 3
         self.is_mute = False  # nothing comes of the job's output, not even an end
         self.is_closed = threading.Event()
+        self.rest_s = 0.0  # before it reads what is sent to it
         self.jobs: list[dict[str, Any]] = []
 
     @property
@@ -56,6 +59,7 @@ class Answers(BaseHTTPRequestHandler):
             self._send(404, {})
 
     def do_PUT(self) -> None:
+        time.sleep(self.server.rest_s)
         self.rfile.read(int(self.headers["Content-Length"]))
         self._send(200, {})
 
@@ -192,6 +196,18 @@ def test_a_port_that_accepts_and_says_nothing_is_given_up(
         job.client._address = url
         with pytest.raises(StageError, match="nobody says how it is"):
             submit.follow(job)
+
+
+def test_a_directory_that_travels_slowly_arrives(
+    head: Head, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Sending may take longer than a connection, which keeps its own limit."""
+    monkeypatch.setattr(submit, "REQUEST_S", (0.3, 10.0))
+    monkeypatch.setattr(submit, "START_S", 0.0)
+    (tmp_path / "data.bin").write_bytes(os.urandom(32 << 20))  # more than the kernel keeps
+    head.rest_s = 1.0
+    send(head)
+    assert len(head.jobs) == 1
 
 
 def test_a_wrong_token_is_refused_at_once(head: Head) -> None:
