@@ -178,7 +178,7 @@ class EnginePool:
             slot
             for slot in self.slots[1:]
             if slot.num_running == 0
-            and not slot.is_moving
+            and not slot.lock.locked()  # a load is under way, or about to be
             and slot.policy_version not in reserved
             and slot.weights not in self._wanted
         ]
@@ -195,13 +195,17 @@ class EnginePool:
         return next((s for s in slots if s.weights == weights and not s.is_moving), None)
 
     async def _fill(self, slot: Slot, weights: Weights) -> None:
-        """Wait for the pinned requests of `slot`, then load."""
+        """Wait for those that were promised what `slot` holds and for its pinned requests, then
+        load. Stable waits for no promise: it has to follow.
+        """
         async with slot.lock:
             if slot.weights == weights:
                 return
+            if slot is not self.stable:
+                await _while(lambda: slot.weights in self._wanted, "its requests did not begin")
             slot.is_moving = True
             try:
-                await self._drain_pinned(slot)
+                await _while(lambda: slot.num_pinned > 0, "pinned requests did not end")
                 await self._load(slot, weights)
             finally:
                 slot.is_moving = False
@@ -245,9 +249,11 @@ class EnginePool:
             "endpoint", f"policy@{weights.policy_version} answers with values not finite"
         )
 
-    async def _drain_pinned(self, slot: Slot) -> None:
-        deadline = time.monotonic() + DRAIN_S
-        while slot.num_pinned:
-            if time.monotonic() > deadline:
-                raise DeadlineError("endpoint", f"pinned requests did not end in {DRAIN_S:.0f} s")
-            await asyncio.sleep(POLL_S)
+
+async def _while(is_so: Callable[[], bool], reason: str) -> None:
+    """Wait until it `is_so` no more; `DeadlineError` says the `reason` why it took too long."""
+    deadline = time.monotonic() + DRAIN_S
+    while is_so():
+        if time.monotonic() > deadline:
+            raise DeadlineError("endpoint", f"{reason} in {DRAIN_S:.0f} s")
+        await asyncio.sleep(POLL_S)

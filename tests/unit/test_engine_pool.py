@@ -120,6 +120,29 @@ async def test_an_engine_is_not_taken_from_who_waits_for_it(tmp_path: Path) -> N
     assert (await engines.pin(6)).policy_version == 6
 
 
+async def test_a_move_waits_for_the_pin_whose_load_has_just_ended(tmp_path: Path) -> None:
+    engines = await Engines(tmp_path).open()
+    slot = await engines.pin(2)
+    engine = engines.engine(1)
+
+    async def pin_and_use() -> list[int]:
+        taken = await engines.pool.exact(engines.weights(3), {1}, may_share_stable=False)
+        with taken.busy(is_pinned=True):
+            before = engine.policy_version
+            await asyncio.sleep(3 * engine_pool.POLL_S)
+            return [before, engine.policy_version]
+
+    engine.goes_on.clear()
+    using = asyncio.create_task(pin_and_use())
+    await until(lambda: engine.is_paused)
+    moving = asyncio.create_task(engines.pool.move(slot, engines.weights(8)))
+    await asyncio.sleep(0)
+    engine.goes_on.set()
+    assert await using == [3, 3]
+    await moving
+    assert (slot.policy_version, engine.loaded) == (8, [2, 3, 8])
+
+
 async def test_a_failed_load_reaches_all_who_wait_and_the_next_one_tries_again(
     tmp_path: Path,
 ) -> None:
