@@ -173,7 +173,7 @@ class PolicyService:
             is_pinned = True
             weights = await self.library.get(int(wanted))
             slot = await self.pool.exact(
-                weights, self.control.reserved(), may_share_stable=self._may_share_stable(weights)
+                weights, self.control.reserved, may_share_stable=self._may_share_stable(weights)
             )
         stack.enter_context(slot.busy(is_pinned=is_pinned))
         assert slot.weights is not None, "served before it was loaded"
@@ -195,7 +195,7 @@ class PolicyService:
         canary = self.release.state.canary
         if canary is not None and self.release.is_canary_turn():
             for slot in self.pool.slots[1:]:
-                if slot.policy_version == canary:
+                if slot.policy_version == canary and not slot.is_moving:
                     return slot
         return self.pool.stable
 
@@ -208,10 +208,10 @@ class PolicyService:
             return self.pool.stable
         if newest.policy_version in state.refused:
             return self.pool.stable
-        reserved = self.control.reserved()
+        is_taken = slot is not None and slot.policy_version in self.control.reserved()
         try:
-            if slot is None or slot not in self.pool.slots or slot.policy_version in reserved:
-                slot = await self.pool.exact(newest, reserved, may_share_stable=False)
+            if slot is None or slot not in self.pool.slots or is_taken:
+                slot = await self.pool.exact(newest, self.control.reserved, may_share_stable=False)
                 self._latest = slot
             await self.pool.move(slot, newest)
         except BadWeightsError as error:
