@@ -58,9 +58,9 @@ class Published:
 
 def rows(quick: bool) -> Iterator[Row | Part]:
     """All rows; `quick` sends fewer requests."""
-    put_on_path("chromium", "chromium")
-    yield Part("the endpoint of a run that trains", lambda: live_rows(quick))
-    yield Part("the endpoint of published weights", lambda: published_rows(quick))
+    missing = put_on_path("chromium", "chromium")
+    yield Part("the endpoint of a run that trains", lambda: live_rows(quick, missing))
+    yield Part("the endpoint of published weights", lambda: published_rows(quick, missing))
     yield proven(
         "asked, followed, swapped from the page, rolled back from the terminal, ended",
         ["tests/e2e/test_live_run.py"], "the tests pass",
@@ -75,7 +75,8 @@ def rows(quick: bool) -> Iterator[Row | Part]:
     )  # fmt: skip
 
 
-def published_rows(quick: bool) -> Iterator[Row | Part]:
+def published_rows(quick: bool, missing: str) -> Iterator[Row | Part]:
+    """`missing` says why there is no Chromium."""
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         ExitStack() as stack,
@@ -105,7 +106,7 @@ def published_rows(quick: bool) -> Iterator[Row | Part]:
             yield Part("wrong key, wrong scope, no key", lambda: [_doors(served)])
             yield Part("random requests", lambda: [_fuzz(served, quick)])
             yield Part("a flood", lambda: [_flood(served)])
-            yield Part("the page", lambda: [_page(served)])
+            yield Part("the page", lambda: [_page(served, missing)])
 
 
 def load_rows(served: Published, policy_dir: Path, quick: bool) -> Iterator[Row]:
@@ -182,8 +183,13 @@ def _doors(served: Published) -> Row:
         return httpx.get(f"{served.url}{path}", headers=headers).status_code
 
     none = httpx.post(f"{served.url}/v1/completions", json={}).status_code
-    got = (status("/v1/models", "x"), status("/admin/runs", served.query), none)
-    bound = (401, 403, 401)
+    released = httpx.post(
+        f"{served.url}/admin/release",
+        json={"action": "follow"},
+        headers={"Authorization": f"Bearer {served.query}"},
+    ).status_code
+    got = (status("/v1/models", "x"), status("/admin/runs", served.query), released, none)
+    bound = (401, 403, 403, 401)
     return judged("wrong key, wrong scope, no key", f"{got}", f"{bound}", got == bound)
 
 
@@ -224,15 +230,13 @@ def _flood(served: Published) -> Row:
     )  # fmt: skip
 
 
-def _page(served: Published) -> Row:
+def _page(served: Published, missing: str) -> Row:
     claim = (
         "curves move, tokens of a known trajectory are right, a promotion takes effect, a refused "
         "key is told of, a chosen version stays chosen, 375 px"
     )
     if browser.chromium() is None:
-        return Row(
-            claim, "-", "all true in Chromium", "not shown here", "needs Chromium: scripts/chromium"
-        )
+        return Row(claim, "-", "all true in Chromium", "not shown here", missing)
     page_cases.write_known_run(served.run)
     newest = publish_newer(served.run)
     with browser.Browser() as page:

@@ -13,14 +13,15 @@ from tests.live_run import LiveRun, live_run
 TOKENS = 32
 
 
-def live_rows(quick: bool) -> Iterator[Row | Part]:
+def live_rows(quick: bool, missing: str) -> Iterator[Row | Part]:
+    """`missing` says why there is no Chromium."""
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         live_run(Path(folder), free_port()) as live,
     ):
         yield Part("the README's script", lambda: [_readme(live)])
         yield Part("requests while the run trains", lambda: [_traffic(live, quick)])
-        yield Part("a reward swap from the page", lambda: [_swap(live)])
+        yield Part("a reward swap from the page", lambda: [_swap(live, missing)])
         yield Part("the endpoint when the run ends", lambda: [_end(live)])
 
 
@@ -64,10 +65,10 @@ def traffic_row(traffic: Traffic, count: int, syncs: int, first: int, last: int)
     )  # fmt: skip
 
 
-def _swap(live: LiveRun) -> Row:
+def _swap(live: LiveRun, missing: str) -> Row:
     claim, bound = "a reward swap from the page takes effect in the run", "trained on version 2"
     if browser.chromium() is None:
-        return Row(claim, "-", bound, "not shown here", "needs Chromium: scripts/chromium")
+        return Row(claim, "-", bound, "not shown here", missing)
     live.swap_from_the_page("correct.weight=0.5")
     live.until(lambda: "2-" in live.rubrics(), 120)
     return judged(claim, "a step used groups scored by version 2", bound, True)

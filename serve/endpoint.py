@@ -2,8 +2,9 @@
 
 Invariant: the HTTP door binds to loopback unless asked otherwise, and never opens on another
 address without keys. In a Ray of our own each replica is its own HTTP server; on a cluster Ray
-Serve's proxies listen. Stopping takes the engines, their processes and their weight files with it,
-and nothing that another endpoint of the run or another application of the cluster has.
+Serve's proxies listen, and where they listen elsewhere already nothing is started. Stopping takes
+the engines, their processes and their weight files with it, and nothing that another endpoint of
+the run or another application of the cluster has.
 """
 
 # pyright: basic
@@ -13,13 +14,17 @@ import logging
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve as ray_serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
 
-from actors.connection import own_ray
+from actors.connection import join, own_ray
 from actors.placement import ALONE_ENV, QUIET_ENV
 from cluster import log, ray_token
 from cluster.errors import ConfigError, StageError
@@ -37,6 +42,9 @@ _PATIENCE = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "55",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
 }
+# What Ray Serve raises where it cannot do what it was asked.
+_FAILURES = (RuntimeError, TimeoutError, RayServeException, RayError)
+logger = logging.getLogger(__name__)
 
 
 class PolicyReplica:
@@ -85,32 +93,97 @@ def running(
     run, told = RunDir(settings.home), url_file(settings.home)
     sweep(run)
     try:
-        with _cluster(address):
-            if not is_ours:
-                _check_alone(address)
+        with _cluster(address), _ray_serve(settings, door, address):
             try:
-                _deploy(settings, door, replicas, is_ours=is_ours)
+                with _naming_failures(settings):
+                    at = door if is_ours else None
+                    ray_serve.run(application(settings, replicas, at), name=APP, route_prefix="/")
                 told.parent.mkdir(exist_ok=True)
                 told.write_text(door.url)
                 yield door.url
             finally:
-                if is_ours:
-                    ray_serve.shutdown()
-                else:
-                    ray_serve.delete(APP)
+                if not is_ours:
+                    with _telling_failures(f"removing {APP}"):
+                        ray_serve.delete(APP)
     finally:
         if told.is_file() and told.read_text() == door.url:  # no later endpoint has written it
             told.unlink(missing_ok=True)
         sweep(run)
 
 
-def _check_alone(address: str) -> None:
-    """`ConfigError` when an endpoint runs on the cluster already: a second would replace it."""
-    if APP in ray_serve.status().applications:
+@contextmanager
+def _ray_serve(settings: EndpointSettings, door: Door, address: str) -> Generator[None]:
+    """Ray Serve on the cluster, with its proxies at `door` unless the Ray is ours. What was started
+    here ends here, once no application is left.
+    """
+    is_ours, is_new = address == "local", False
+    key, certificate = (
+        path and str(Path(path).absolute()) for path in (door.tls_key, door.tls_cert)
+    )
+    asked = HTTPOptions(host=door.host, port=door.port, ssl_keyfile=key, ssl_certfile=certificate)
+    try:
+        with _naming_failures(settings):
+            is_new = not is_ours and not _has_place(address, asked)
+            ray_serve.start(
+                proxy_location="Disabled" if is_ours else "HeadOnly", http_options=asked
+            )
+        yield
+    finally:
+        if is_ours:
+            ray_serve.shutdown()
+        elif is_new:
+            with _telling_failures("ending Ray Serve"):
+                if not ray_serve.status().applications:
+                    ray_serve.shutdown()
+
+
+def _has_place(address: str, asked: HTTPOptions) -> bool:
+    """Whether Ray Serve runs on the cluster already, as `asked` and with room for an endpoint;
+    `ConfigError` where it does otherwise: what it holds would win, or be replaced.
+    """
+    client: Any = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return False
+    held, details = client.http_config, client.get_serve_details()
+    routes = {name: about["route_prefix"] for name, about in details["applications"].items()}
+    if APP in routes:
         raise ConfigError(
             f"--address {address}: the Ray cluster runs the application {APP!r} already: stop that "
             f"`hone serve`; when it was killed, `ray.serve.delete({APP!r})` removes what it left"
         )
+    if "/" in routes.values():
+        name = next(name for name, route in routes.items() if route == "/")
+        raise ConfigError(
+            f"--address {address}: the application {name!r} of the Ray cluster answers at '/' "
+            "already: give it another route prefix, or delete it first"
+        )
+    fields = ("host", "port", "ssl_keyfile", "ssl_certfile")
+    if any(getattr(held, field) != getattr(asked, field) for field in fields):
+        tls = f"TLS certificate {held.ssl_certfile}" if held.ssl_certfile else "no TLS"
+        raise ConfigError(
+            f"--address {address}: Ray Serve listens at {held.host}:{held.port} ({tls}) there "
+            "already: ask for that, or end it first (`ray.serve.shutdown()`)"
+        )
+    return True
+
+
+@contextmanager
+def _naming_failures(settings: EndpointSettings) -> Generator[None]:
+    """What Ray Serve raises inside is a `StageError` that names the log."""
+    try:
+        yield
+    except _FAILURES as error:
+        last = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise StageError("endpoint", f"{last} (log: {settings.home}/logs/endpoint.log)") from error
+
+
+@contextmanager
+def _telling_failures(what: str) -> Generator[None]:
+    """What fails at the end is logged: it must not hide why the endpoint ended."""
+    try:
+        yield
+    except _FAILURES as error:
+        logger.warning("%s: %s", what, error)
 
 
 def application(
@@ -143,24 +216,6 @@ def application(
     return deployment.bind(settings, door)
 
 
-def _deploy(settings: EndpointSettings, door: Door, replicas: int, *, is_ours: bool) -> None:
-    ray_serve.start(
-        proxy_location="Disabled" if is_ours else "HeadOnly",
-        http_options=HTTPOptions(
-            host=door.host,
-            port=door.port,
-            ssl_keyfile=door.tls_key,
-            ssl_certfile=door.tls_cert,
-        ),
-    )
-    try:
-        at = door if is_ours else None
-        ray_serve.run(application(settings, replicas, at), name=APP, route_prefix="/")
-    except RuntimeError as error:
-        last = str(error).strip().splitlines()[-1]
-        raise StageError("endpoint", f"{last} (log: {settings.home}/logs/endpoint.log)") from error
-
-
 @contextmanager
 def _cluster(address: str) -> Generator[None]:
     """A Ray of our own on loopback, or the one at `address`."""
@@ -172,7 +227,7 @@ def _cluster(address: str) -> Generator[None]:
         "logging_level": logging.ERROR,
     }
     if address != "local":
-        ray.init(address=address, **common)
+        join(address, **common)
         try:
             yield
         finally:

@@ -90,7 +90,7 @@ def resolve(
         has_run=not is_model,
         policy_dir=engine.policy_dir,
         engine=replace(engine, max_num_seqs=chosen.limits.running),
-        keys=keys or home.parent / "keys.json",
+        keys=(keys or home.parent / "keys.json").absolute(),  # a replica may have another folder
         is_open=is_open,
         limits=chosen.limits,
         guards=chosen.guards,

@@ -69,7 +69,7 @@ class Slot:
 class EnginePool:
     """Up to `max_engines` slots; `using` keeps the file of weights on their way to an engine.
 
-    Example: `slot = await pool.exact(weights, reserved, may_share_stable=True)`.
+    Example: `slot = await pool.exact(weights, control.reserved, may_share_stable=True)`.
     """
 
     def __init__(
@@ -104,11 +104,13 @@ class EnginePool:
         with self._wanting(weights):
             await asyncio.shield(self._own(weights, self._fill(slot, weights)))
 
-    async def exact(self, weights: Weights, reserved: set[int], *, may_share_stable: bool) -> Slot:
+    async def exact(
+        self, weights: Weights, reserved: Callable[[], set[int]], *, may_share_stable: bool
+    ) -> Slot:
         """A slot that holds `weights`, and keeps them for a caller that makes it `busy` at once.
 
-        Takes an idle slot whose version is not `reserved`, or starts an engine; 503 when all are
-        taken. Raises as `move`.
+        Takes an idle slot whose version is not `reserved` when it is taken, or starts an engine;
+        503 when all are taken. Raises as `move`.
         """
         with self._wanting(weights):
             while (slot := self._holding(weights, may_share_stable)) is None:
@@ -153,7 +155,9 @@ class EnginePool:
             self._wanted[weights] -= 1
             self._wanted = +self._wanted
 
-    async def _bring_up(self, weights: Weights, reserved: set[int], may_share_stable: bool) -> None:
+    async def _bring_up(
+        self, weights: Weights, reserved: Callable[[], set[int]], may_share_stable: bool
+    ) -> None:
         try:
             async with self._lock:
                 if self._holding(weights, may_share_stable) is not None:
@@ -169,7 +173,7 @@ class EnginePool:
         finally:
             del self._arriving[weights]
 
-    async def _free_slot(self, weights: Weights, reserved: set[int]) -> Slot:
+    async def _free_slot(self, weights: Weights, reserved: Callable[[], set[int]]) -> Slot:
         """A new engine while there may be more, else the slot that was idle for longest; 503."""
         if len(self.slots) < self._max_engines:
             self.slots.append(Slot(await self._start()))
@@ -178,8 +182,8 @@ class EnginePool:
             slot
             for slot in self.slots[1:]
             if slot.num_running == 0
-            and not slot.is_moving
-            and slot.policy_version not in reserved
+            and not slot.lock.locked()  # a load is under way, or about to be
+            and slot.policy_version not in reserved()
             and slot.weights not in self._wanted
         ]
         if not idle:
@@ -195,13 +199,17 @@ class EnginePool:
         return next((s for s in slots if s.weights == weights and not s.is_moving), None)
 
     async def _fill(self, slot: Slot, weights: Weights) -> None:
-        """Wait for the pinned requests of `slot`, then load."""
+        """Wait for those that were promised what `slot` holds and for its pinned requests, then
+        load. Stable waits for no promise: it has to follow.
+        """
         async with slot.lock:
             if slot.weights == weights:
                 return
+            if slot is not self.stable:
+                await _while(lambda: slot.weights in self._wanted, "its requests did not begin")
             slot.is_moving = True
             try:
-                await self._drain_pinned(slot)
+                await _while(lambda: slot.num_pinned > 0, "pinned requests did not end")
                 await self._load(slot, weights)
             finally:
                 slot.is_moving = False
@@ -245,9 +253,11 @@ class EnginePool:
             "endpoint", f"policy@{weights.policy_version} answers with values not finite"
         )
 
-    async def _drain_pinned(self, slot: Slot) -> None:
-        deadline = time.monotonic() + DRAIN_S
-        while slot.num_pinned:
-            if time.monotonic() > deadline:
-                raise DeadlineError("endpoint", f"pinned requests did not end in {DRAIN_S:.0f} s")
-            await asyncio.sleep(POLL_S)
+
+async def _while(is_so: Callable[[], bool], reason: str) -> None:
+    """Wait until it `is_so` no more; `DeadlineError` says the `reason` why it took too long."""
+    deadline = time.monotonic() + DRAIN_S
+    while is_so():
+        if time.monotonic() > deadline:
+            raise DeadlineError("endpoint", f"{reason} in {DRAIN_S:.0f} s")
+        await asyncio.sleep(POLL_S)

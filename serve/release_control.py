@@ -133,7 +133,7 @@ class ReleaseControl:
             release.follow(seen=state, author=author)
         elif action == "canary":
             weights = await self._fetch(_named(version))
-            await self._pool.exact(weights, self.reserved(), may_share_stable=False)
+            await self._pool.exact(weights, self.reserved, may_share_stable=False)
             release.start_canary(weights.policy_version, share, seen=state, author=author)
         elif action == "promote":
             chosen = version if version is not None else state.canary
@@ -190,7 +190,7 @@ class ReleaseControl:
         canary = self.release.state.canary
         if canary is not None and canary not in {s.policy_version for s in self._pool.slots[1:]}:
             weights = await self._library.get(canary)
-            await self._pool.exact(weights, self.reserved(), may_share_stable=False)
+            await self._pool.exact(weights, self.reserved, may_share_stable=False)
 
     async def _guard(self) -> None:
         """Roll back what the guards complain about, unless someone else decided meanwhile."""

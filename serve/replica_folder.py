@@ -1,8 +1,9 @@
 """The folder of one replica's weight files, and the end of those whose replica has gone.
 
 Invariant: a folder is removed by its own replica, or by anyone once no process holds its lock; the
-kernel gives that back even after kill -9, and in whichever container it was. Endpoints of one run
-therefore share a parent folder and never take files from each other.
+kernel gives that back even after kill -9, and in whichever container it was. A folder that another
+host may hold, on a disk they share, is left to that host: locks need not reach from one to the
+other. Endpoints of one run therefore share a parent folder and never take files from each other.
 """
 
 import fcntl
@@ -16,6 +17,8 @@ from pathlib import Path
 from cluster.run_dir import RunDir
 
 _LOCK = "lock"
+_MEMORY = Path("/dev/shm")
+_NUM_TRIES = 100
 
 
 class ReplicaFolder:
@@ -24,10 +27,12 @@ class ReplicaFolder:
     def __init__(self, run: RunDir) -> None:
         name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.path = _parent(run) / name
-        self.path.mkdir(parents=True)
-        self._descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        _make(self.path)
+        coming = self.path / f"{_LOCK}.new"  # seen by nobody until it is locked
+        self._descriptor = os.open(coming, os.O_RDWR | os.O_CREAT, 0o644)
         with suppress(OSError):  # a file system without locks: only `close` removes the folder
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        coming.rename(self.path / _LOCK)
 
     def close(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -35,9 +40,12 @@ class ReplicaFolder:
 
 
 def sweep(run: RunDir) -> None:
-    """Remove what replicas of `run` left that have gone."""
+    """Remove what replicas of `run` left that have gone; on a disk, those of this host."""
     parent = _parent(run)
     for lock in parent.glob(f"*/{_LOCK}"):
+        host = lock.parent.name.rsplit("-", 2)[0]
+        if host != socket.gethostname() and not parent.is_relative_to(_MEMORY):
+            continue
         with suppress(OSError):  # its replica lives, or someone else removes it
             descriptor = os.open(lock, os.O_RDWR)
             try:
@@ -47,6 +55,15 @@ def sweep(run: RunDir) -> None:
                 os.close(descriptor)
     with suppress(OSError):  # there is none, or it is in use
         parent.rmdir()
+
+
+def _make(folder: Path) -> None:
+    """Make `folder` and its parent, which a `sweep` may remove in between."""
+    for _ in range(_NUM_TRIES - 1):
+        with suppress(FileNotFoundError):
+            folder.mkdir(parents=True)
+            return
+    folder.mkdir(parents=True)
 
 
 def _parent(run: RunDir) -> Path:

@@ -105,6 +105,7 @@ class PolicyService:
             self.home, self.release, self.library, self.pool, settings.guards
         )
         self._latest: Slot | None = None
+        self._finding = asyncio.Lock()
         self._loop: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -173,7 +174,7 @@ class PolicyService:
             is_pinned = True
             weights = await self.library.get(int(wanted))
             slot = await self.pool.exact(
-                weights, self.control.reserved(), may_share_stable=self._may_share_stable(weights)
+                weights, self.control.reserved, may_share_stable=self._may_share_stable(weights)
             )
         stack.enter_context(slot.busy(is_pinned=is_pinned))
         assert slot.weights is not None, "served before it was loaded"
@@ -195,29 +196,42 @@ class PolicyService:
         canary = self.release.state.canary
         if canary is not None and self.release.is_canary_turn():
             for slot in self.pool.slots[1:]:
-                if slot.policy_version == canary:
+                if slot.policy_version == canary and not slot.is_moving:
                     return slot
         return self.pool.stable
 
     async def _newest(self) -> Slot:
-        """The slot of `policy@latest`: stable while it follows or the newest version is refused,
-        else one that moves by itself.
+        """The slot of `policy@latest`: stable, or beside a fixed version one that moves by itself.
+        One request at a time finds it, so that a version published meanwhile is loaded into the
+        engine that is being started, not into another one.
         """
-        newest, state, slot = self.library.newest(), self.release.state, self._latest
+        if self._beside_stable() is None:
+            return self.pool.stable
+        async with self._finding:
+            newest, slot = self._beside_stable(), self._latest
+            if newest is None:
+                return self.pool.stable
+            is_taken = slot is not None and slot.policy_version in self.control.reserved()
+            try:
+                if slot is not None and slot in self.pool.slots and not is_taken:
+                    await self.pool.move(slot, newest)
+                    return slot
+                self._latest = await self.pool.exact(
+                    newest, self.control.reserved, may_share_stable=False
+                )
+                return self._latest
+            except BadWeightsError as error:
+                self.release.refuse(newest.policy_version, stamp=newest.stamp, reason=error.reason)
+                return self.pool.stable
+
+    def _beside_stable(self) -> Weights | None:
+        """The newest weights, unless stable answers for them: it follows, holds them, or they were
+        refused.
+        """
+        newest, state = self.library.newest(), self.release.state
         if state.is_following or newest is None or newest == self.pool.stable.weights:
-            return self.pool.stable
-        if newest.policy_version in state.refused:
-            return self.pool.stable
-        reserved = self.control.reserved()
-        try:
-            if slot is None or slot not in self.pool.slots or slot.policy_version in reserved:
-                slot = await self.pool.exact(newest, reserved, may_share_stable=False)
-                self._latest = slot
-            await self.pool.move(slot, newest)
-        except BadWeightsError as error:
-            self.release.refuse(newest.policy_version, stamp=newest.stamp, reason=error.reason)
-            return self.pool.stable
-        return slot
+            return None
+        return None if newest.policy_version in state.refused else newest
 
     def _note(self, visit: _Visit, status: int) -> None:
         """Tell the guards how a request ended. Time in which its client did not read is not the

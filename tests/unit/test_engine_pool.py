@@ -26,6 +26,7 @@ class Engines:
     def __init__(self, folder: Path, max_engines: int = 2) -> None:
         self.starter = Starter()
         self.in_use: list[int] = []
+        self.reserved = {1}
         self.pool = EnginePool(self.starter.start, max_engines, folder, self.using)
         self._folder = folder
 
@@ -47,7 +48,7 @@ class Engines:
 
     def pin(self, version: int) -> asyncio.Task[Slot]:
         return asyncio.create_task(
-            self.pool.exact(self.weights(version), {1}, may_share_stable=False)
+            self.pool.exact(self.weights(version), lambda: self.reserved, may_share_stable=False)
         )
 
     def engine(self, index: int) -> FakeEngine:
@@ -118,6 +119,43 @@ async def test_an_engine_is_not_taken_from_who_waits_for_it(tmp_path: Path) -> N
         await second
     assert (busy.value.code, busy.value.retry_after_s) == ("engines_busy", 5.0)
     assert (await engines.pin(6)).policy_version == 6
+
+
+async def test_a_move_waits_for_the_pin_whose_load_has_just_ended(tmp_path: Path) -> None:
+    engines = await Engines(tmp_path).open()
+    slot = await engines.pin(2)
+    engine = engines.engine(1)
+
+    async def pin_and_use() -> list[int]:
+        taken = await engines.pool.exact(engines.weights(3), set, may_share_stable=False)
+        with taken.busy(is_pinned=True):
+            before = engine.policy_version
+            await asyncio.sleep(3 * engine_pool.POLL_S)
+            return [before, engine.policy_version]
+
+    engine.goes_on.clear()
+    using = asyncio.create_task(pin_and_use())
+    await until(lambda: engine.is_paused)
+    moving = asyncio.create_task(engines.pool.move(slot, engines.weights(8)))
+    await asyncio.sleep(0)
+    engine.goes_on.set()
+    assert await using == [3, 3]
+    await moving
+    assert (slot.policy_version, engine.loaded) == (8, [2, 3, 8])
+
+
+async def test_a_version_reserved_while_a_pin_waits_keeps_its_engine(tmp_path: Path) -> None:
+    engines = await Engines(tmp_path, max_engines=3).open()
+    await engines.pin(2)
+    engines.starter.goes_on.clear()
+    starting, waiting = engines.pin(5), engines.pin(6)
+    await until(lambda: engines.starter.num_begun == 3)
+    engines.reserved = {1, 2}
+    engines.starter.goes_on.set()
+    assert (await starting).policy_version == 5
+    with pytest.raises(ApiError, match="all 3 engines"):
+        await waiting
+    assert engines.engine(1).loaded == [2]
 
 
 async def test_a_failed_load_reaches_all_who_wait_and_the_next_one_tries_again(

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,38 @@ def test_two_replicas_of_one_process_number_have_two_folders(run: RunDir) -> Non
     one.close()
     assert other.path.is_dir()
     other.close()
+
+
+def test_on_a_disk_what_another_host_left_stays(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two hosts the name of one begins with that of the other."""
+    here = socket.gethostname()
+    monkeypatch.setattr(socket, "gethostname", lambda: f"{here}-2")
+    left = ReplicaFolder(run)
+    os.close(left._descriptor)  # what its end gives back
+    monkeypatch.setattr(socket, "gethostname", lambda: here)
+    sweep(run)
+    assert left.path.is_dir()
+    monkeypatch.setattr(socket, "gethostname", lambda: f"{here}-2")
+    sweep(run)
+    assert not left.path.parent.exists()
+
+
+def test_a_folder_comes_while_others_are_swept(run: RunDir) -> None:
+    is_over = threading.Event()
+
+    def sweep_on() -> None:
+        while not is_over.is_set():
+            sweep(run)
+
+    sweeper = threading.Thread(target=sweep_on)
+    sweeper.start()
+    try:
+        for _ in range(200):
+            folder = ReplicaFolder(run)
+            assert (folder.path / "lock").is_file()
+            folder.close()
+    finally:
+        is_over.set()
+        sweeper.join()

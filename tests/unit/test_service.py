@@ -125,6 +125,24 @@ async def test_an_engine_that_does_not_start_is_not_the_fault_of_the_newest_vers
     assert (refused.value.status, release.state.refused) == (503, [])
 
 
+async def test_what_is_published_while_the_engine_of_the_newest_starts_needs_no_other_one(
+    run: RunDir, service: Service
+) -> None:
+    release = service.inner.release
+    release.promote(1, seen=release.state, author="test")
+    service.starter.goes_on.clear()
+    publish(run, 2)
+    first = asyncio.create_task(service.ask("policy@latest"))
+    await until(lambda: service.starter.num_begun == 2)
+    publish(run, 3)
+    later = [asyncio.create_task(service.ask("policy@latest")) for _ in range(3)]
+    await asyncio.sleep(0)
+    service.starter.goes_on.set()
+    assert (await first)["model"] in ("policy@2", "policy@3")
+    assert [(await task)["model"] for task in later] == ["policy@3"] * 3
+    assert service.starter.num_begun == 2
+
+
 async def test_a_pin_shares_stable_where_nothing_moves_it(run: RunDir, service: Service) -> None:
     def report(phase: str) -> None:
         status.write(run.path, RunStatus(run="demo", phase=phase))
