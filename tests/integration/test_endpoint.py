@@ -18,6 +18,7 @@ import psutil
 import pytest
 import ray
 import torch
+from ray.serve.config import HTTPOptions
 from safetensors.torch import load_file
 
 from cluster.config import Config
@@ -80,7 +81,7 @@ def test_no_port_and_no_route_opens_without_a_key(served: Served, record_propert
 
 def test_a_cluster_that_has_an_endpoint_takes_no_second_one(served: Served) -> None:
     with pytest.raises(ConfigError, match=r"--address 127\.0\.0\.1:1: .* already"):
-        endpoint._check_alone("127.0.0.1:1")
+        endpoint._has_place("127.0.0.1:1", HTTPOptions())
     served.ask()
 
 

@@ -113,7 +113,7 @@ def _config(losses: dict[str, LossConfig], credit: str = "grpo", **learner: Any)
     such that weights can be compared to 1e-5; gradients are compared by their norm.
     """
     section = ObjectiveSection(credit=Plugin(use=credit), losses=losses)
-    return make_config(lr=3e-4, **learner).model_copy(update={"objective": section})
+    return make_config(lr=1e-4, **learner).model_copy(update={"objective": section})
 
 
 def _loss(use: str, **settings: Any) -> LossConfig:
