@@ -1,8 +1,7 @@
 """What the endpoint's engine makes of one request: the reply, and what it cost and who sampled it.
 
 Invariant: a trace is filled while its request runs, and what it counts is charged however that
-ends. Made by
-`actors.openai_engine`, read by the endpoint; nothing here needs vLLM.
+ends. Made by `actors.openai_engine`, read by the endpoint; nothing here needs vLLM.
 """
 
 from collections.abc import AsyncIterator

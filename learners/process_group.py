@@ -13,7 +13,10 @@ from cluster.errors import ConfigError
 
 
 def device_of(accelerator: str, rank: int) -> torch.device:
-    """Of `rank` under `resources.accelerator`, made the current one when it is a GPU."""
+    """Of `rank` under `resources.accelerator`, made the current one when it is a GPU.
+
+    Raises `ConfigError` when that must be a GPU and this process sees none.
+    """
     if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -1,8 +1,8 @@
 """A key before a body: FastAPI reads the body of a route that declares one before our code runs.
 
-Invariant: nothing of a change that its sender may not make is read, and of one that he may make no
-more than `limits.body_bytes`. Around the application of
-`serve.http_api`; the routes under `/v1` read their bodies themselves, after the key.
+Invariant: of a change that its sender may not make nothing is read, of another one no more than
+`limits.body_bytes`. Around the application of `serve.http_api`; the routes under `/v1` read their
+bodies themselves, after the key.
 """
 
 from starlette.requests import Request
