@@ -3,7 +3,8 @@
 Invariant: a folder is removed by its own replica, or by anyone once no process holds its lock; the
 kernel gives that back even after kill -9, and in whichever container it was. A folder that another
 host may hold, on a disk they share, is left to that host: locks need not reach from one to the
-other. Endpoints of one run therefore share a parent folder and never take files from each other.
+other. The folders of one run's endpoints lie side by side, so that none has to be made or removed
+together with another's.
 """
 
 import fcntl
@@ -18,16 +19,15 @@ from cluster.run_dir import RunDir
 
 _LOCK = "lock"
 _MEMORY = Path("/dev/shm")
-_NUM_TRIES = 100
 
 
 class ReplicaFolder:
     """Example: `folder = ReplicaFolder(run)`, files in `folder.path`, then `folder.close()`."""
 
     def __init__(self, run: RunDir) -> None:
-        name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self.path = _parent(run) / name
-        _make(self.path)
+        name = f"{_prefix(run)}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.path = run.weights.with_name(name)
+        self.path.mkdir()
         coming = self.path / f"{_LOCK}.new"  # seen by nobody until it is locked
         self._descriptor = os.open(coming, os.O_RDWR | os.O_CREAT, 0o644)
         with suppress(OSError):  # a file system without locks: only `close` removes the folder
@@ -41,9 +41,9 @@ class ReplicaFolder:
 
 def sweep(run: RunDir) -> None:
     """Remove what replicas of `run` left that have gone; on a disk, those of this host."""
-    parent = _parent(run)
-    for lock in parent.glob(f"*/{_LOCK}"):
-        host = lock.parent.name.rsplit("-", 2)[0]
+    prefix, parent = _prefix(run), run.weights.parent
+    for lock in parent.glob(f"{prefix}*/{_LOCK}"):
+        host = lock.parent.name.removeprefix(prefix).rsplit("-", 2)[0]
         if host != socket.gethostname() and not parent.is_relative_to(_MEMORY):
             continue
         with suppress(OSError):  # its replica lives, or someone else removes it
@@ -53,18 +53,7 @@ def sweep(run: RunDir) -> None:
                 shutil.rmtree(lock.parent, ignore_errors=True)
             finally:
                 os.close(descriptor)
-    with suppress(OSError):  # there is none, or it is in use
-        parent.rmdir()
 
 
-def _make(folder: Path) -> None:
-    """Make `folder` and its parent, which a `sweep` may remove in between."""
-    for _ in range(_NUM_TRIES - 1):
-        with suppress(FileNotFoundError):
-            folder.mkdir(parents=True)
-            return
-    folder.mkdir(parents=True)
-
-
-def _parent(run: RunDir) -> Path:
-    return run.weights.with_name(f"{run.weights.name}-endpoint")
+def _prefix(run: RunDir) -> str:
+    return f"{run.weights.name}-endpoint-"

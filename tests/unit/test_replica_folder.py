@@ -42,7 +42,7 @@ def test_what_a_killed_replica_left_goes_and_what_others_hold_stays(run: RunDir)
     assert (left.exists(), mine.path.is_dir()) == (False, True)
     mine.close()
     sweep(run)
-    assert not mine.path.parent.exists()
+    assert not mine.path.exists()
 
 
 def test_two_replicas_of_one_process_number_have_two_folders(run: RunDir) -> None:
@@ -65,7 +65,7 @@ def test_on_a_disk_what_another_host_left_stays(
     assert left.path.is_dir()
     monkeypatch.setattr(socket, "gethostname", lambda: f"{here}-2")
     sweep(run)
-    assert not left.path.parent.exists()
+    assert not left.path.exists()
 
 
 def test_a_folder_comes_while_others_are_swept(run: RunDir) -> None:
