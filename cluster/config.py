@@ -1,8 +1,7 @@
 """The one configuration of a run: a pydantic model per section, one section per consumer.
 
 Invariant: a `Config` that exists is complete and consistent; no other module repeats a default.
-Values come from a YAML file and `section.key=value` overrides (see `cluster.config_file`).
-Frozen, unknown keys refused.
+From YAML and `section.key=value` overrides (`cluster.config_file`); frozen, no unknown keys.
 """
 
 from typing import Annotated, Any, Literal
@@ -198,6 +197,7 @@ class CriticSection(Section):
 
     lr: PositiveFloat = 1e-5
     pretrain_steps: Annotated[Int, Field(ge=0)] = 0  # first steps, in which the policy stays
+    epochs: Positive = 1  # passes over the rollouts of an update, the policy takes one
     loss: Plugin = Plugin(use="value")
 
 

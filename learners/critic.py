@@ -1,8 +1,9 @@
 """The critic: a value network beside the policy, with an optimizer of its own.
 
 Invariant: values that credit is made of are those from before the step; the critic learns in the
-same updates as the policy, on the same micro-batches of every rank, so both run the same
-collectives everywhere. It exists when the configured credit is `ValueBased`. Owned by the learner.
+same updates as the policy, and then `critic.epochs` - 1 times more, on the same micro-batches of
+every rank, so both run the same collectives everywhere. It exists when the configured credit is
+`ValueBased`. Owned by the learner.
 """
 
 import math
@@ -41,6 +42,7 @@ class Critic:
         self._optimizer = ShardedAdamW(self.module, self.weight_decay)
         self._sums = StepSums(self.device)  # of an update
         self._step_sums = StepSums(self.device)  # of all updates of a step
+        self._again: list[MicroBatch] = []  # those of the update, for further epochs
 
     @property
     def part(self) -> Part:
@@ -65,19 +67,10 @@ class Critic:
         """Add the gradient of one micro-batch, and what its values explained."""
         assert rows.values is not None
         assert rows.returns is not None
-        term = self.loss.loss(rows, self.module(rows))
-        term.total.backward()
+        self._add_gradient(rows)
         is_plain = ~rows.is_guided
         returns = rows.returns[is_plain].double()
         errors = returns - rows.values[is_plain].double()
-        self._sums.add(
-            {
-                "loss": term.total.detach(),
-                "tokens": len(returns),
-                "sequences": len(rows.sequence_ids[is_plain].unique()),
-                **term.metrics,
-            }
-        )
         self._step_sums.add(
             {
                 "tokens": len(returns),
@@ -87,11 +80,36 @@ class Critic:
                 "error_squares": errors.square().sum(),
             }
         )
+        if self.section.epochs > 1:
+            self._again.append(rows)
 
     def apply(self, is_step: bool) -> dict[str, float]:
-        """One optimizer step if its gradient is finite and `is_step`, which is False where that of
-        the policy was unsound; the same metrics on every rank.
+        """`critic.epochs` optimizer steps, each if its gradient is finite, and none unless
+        `is_step`, which is False where the gradient of the policy was unsound. The metrics are of
+        the first one, the same on every rank.
         """
+        metrics = self._take_step(is_step)
+        for _ in range(self.section.epochs - 1 if is_step else 0):
+            for rows in self._again:
+                self._add_gradient(rows)
+            self._take_step(is_step)
+        self._again = []
+        return metrics
+
+    def _add_gradient(self, rows: MicroBatch) -> None:
+        term = self.loss.loss(rows, self.module(rows))
+        term.total.backward()
+        is_plain = ~rows.is_guided
+        self._sums.add(
+            {
+                "loss": term.total.detach(),
+                "tokens": is_plain.sum(),
+                "sequences": len(rows.sequence_ids[is_plain].unique()),
+                **term.metrics,
+            }
+        )
+
+    def _take_step(self, is_step: bool) -> dict[str, float]:
         self._sums.add({"grad_square": self._optimizer.grad_square()})
         totals = self._sums.reduce()
         divisor = max(1.0, totals[self.loss.denominator])
@@ -129,6 +147,7 @@ class Critic:
         """Forget the gradients and sums that had no step yet."""
         self._optimizer.skip()
         self._sums, self._step_sums = StepSums(self.device), StepSums(self.device)
+        self._again = []
 
 
 def open_critic(

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from cluster.config import Config
 from cluster.errors import ConfigError
 from cluster.types import StepResult, TrajectoryGroup
-from learners import checkpoint, weight_source
+from learners import checkpoint, cpu_matmul, weight_source
 from learners.batch import MicroBatch, Row
 from learners.credit import ValueBased, build_credit, check_critic, whitening_of
 from learners.critic import open_critic
@@ -77,6 +77,8 @@ class Learner:
         self._policy_dir = policy_dir
         self._rank, self._world_size = rank, world_size
         self._device = device_of(config.resources.accelerator, rank)
+        if self._device.type == "cpu":
+            cpu_matmul.install()
         self._dtype: torch.dtype = getattr(torch, config.policy.dtype)
         self._credit = build_credit(config.objective.credit)
         self._losses = WeightedLosses(config.objective)
@@ -101,14 +103,9 @@ class Learner:
         )
         self._critic = open_critic(config, load, mesh, self._device)
         self._num_frozen = 0 if config.critic is None else config.critic.pretrain_steps
-        self._update = PolicyUpdate(
-            self._policy,
-            self._optimizer,
-            self._losses,
-            self._device,
-            config.learner.max_grad_norm,
-            self._critic,
-        )
+        parts = self._policy, self._optimizer, self._losses
+        max_grad_norm = config.learner.max_grad_norm
+        self._update = PolicyUpdate(*parts, self._device, max_grad_norm, self._critic)
         self.sender = WeightSender(self._policy.causal_lm, self._dtype, self._device, rank == 0)
         self.share = WeightShare(self._policy.causal_lm, self._dtype, self._device)
         self.view = TokenViewer(

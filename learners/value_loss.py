@@ -55,10 +55,11 @@ class ClippedValue:
         errors = (values - rows.returns).square()
         is_clipped = torch.zeros_like(rows.is_guided)
         if self._clip is not None:
-            near = rows.values + (values - rows.values).clamp(-self._clip, self._clip)
+            change = values - rows.values
+            near = rows.values + change.clamp(-self._clip, self._clip)
             clipped = (near - rows.returns).square()
-            is_clipped = clipped > errors
-            errors = torch.maximum(errors, clipped)
+            is_clipped = (change.abs() > self._clip) & (clipped > errors)
+            errors = torch.where(is_clipped, clipped, errors)
         losses = torch.where(rows.is_guided, 0.0, errors / 2)
         metrics = {"value/clip_fraction": (is_clipped & ~rows.is_guided).sum()}
         return LossTerm(self._aggregation.sum(losses, rows), metrics)

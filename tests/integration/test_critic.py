@@ -157,6 +157,22 @@ def test_explained_variance_is_that_of_the_reference_over_the_whole_step(
     assert abs(expected) > 1e-3, "the case must have something to show"
 
 
+def test_an_epoch_is_a_step_on_the_same_returns(policy_dir: Path) -> None:
+    """Without clipping, and with targets that hold no value, three epochs are three steps."""
+    settings = {"lr": 1e-2, "loss": {"use": "value", "settings": {"clip": None}}}
+    heads: list[torch.Tensor] = []
+    for epochs, num_steps in ((3, 1), (1, 3), (1, 1)):
+        config = make_critic_config({**settings, "epochs": epochs, "pretrain_steps": 3})
+        with open_learner(config, policy_dir) as learner:
+            first, *_ = [train_step(learner, 0).metrics for _ in range(num_steps)]
+            assert learner._critic is not None
+            heads.append(learner._critic.module.head.weight.full_tensor().detach())
+            assert not learner._critic._again
+        assert first["value/explained_variance"] == pytest.approx(0.0, abs=1e-6), "of new rollouts"
+    torch.testing.assert_close(heads[0], heads[1], rtol=1e-5, atol=1e-6)
+    assert (heads[0] - heads[2]).abs().max() > 1e-3, "the case must have something to show"
+
+
 def test_advantages_on_view_are_made_with_the_critic_as_it_is(policy_dir: Path) -> None:
     group = make_groups(0)[0]
     with open_learner(make_critic_config({"lr": 1e-2}), policy_dir) as learner:

@@ -151,7 +151,7 @@ METHODS: dict[str, Config] = {
         lora={"rank": 3, "alpha": 6},
     ),
     "ppo": _config({"policy": _loss("policy_gradient")}, credit="gae", minibatches=2).model_copy(
-        update={"critic": CriticSection(lr=1e-3)}
+        update={"critic": CriticSection(lr=1e-3, epochs=2)}
     ),
 }
 
