@@ -32,6 +32,7 @@ show: setup
 bench: setup
 	@$(PY) -m benchmarks.replay_buffer
 	@$(PY) -m benchmarks.entropy_memory
+	@$(PY) -m benchmarks.cpu_matmul
 
 lock: setup
 	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" .venv/bin/uv pip compile pyproject.toml \

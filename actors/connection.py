@@ -26,6 +26,9 @@ NOT_SENT = [".git", ".venv", "runs", "checkpoints", "**/__pycache__", ".*_cache"
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 NODE_S, TOO_LATE = 30, "timed out during startup"  # Ray's own limit and words (2.60)
 NUM_TRIES = 2
+# Of workers, in a Ray of one's own: below Ray's own processes, and far above what asks for idle cores
+# alone (`actors.standby`), which would get a tenth beside workers of Ray's default, 15.
+NICENESS = 5
 logger = logging.getLogger(__name__)
 
 
@@ -81,6 +84,7 @@ def _is_up(folder: Path, settings: Mapping[str, Any]) -> bool:
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(folder),
+                _system_config={"worker_niceness": NICENESS},
                 **settings,
             )
     except Exception as error:  # of no class of its own

@@ -80,12 +80,14 @@ def _run(num_tokens: int, way: str) -> Cost:
     import torch
     from torch import Tensor
 
+    from learners import cpu_matmul
     from learners.batch import MicroBatch, Row
     from learners.logprobs import TokenOutputs, token_outputs
     from learners.nucleus import Nucleus
     from learners.siren import Siren
 
     torch.set_num_threads(1)
+    cpu_matmul.install()  # as in a learner
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(num_tokens, HIDDEN, generator=generator) / HIDDEN**0.5
     sharpness = torch.empty(num_tokens, 1).uniform_(2, 8, generator=generator)

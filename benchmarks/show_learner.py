@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks import entropy_study, guide_study, ppo_quickstart, staleness_study
+from benchmarks import cpu_matmul, entropy_study, guide_study, ppo_quickstart, staleness_study
 from benchmarks.entropy_memory import judge, measure
 from benchmarks.proofs import ROOT, proven
 from benchmarks.show import Part, Row
@@ -21,7 +21,7 @@ DENSE_BYTES_PER_TOKEN = 2**20  # four arrays of float32 over the vocabulary, and
 UNIT = "tests/unit/test_"
 VECTORS = ("credit", "objectives", "surrogates", "siren", "nucleus", "kl", "entropy_terms",
            "guidance", "guide", "whitening", "segments", "packing", "logprobs", "gae", "value_loss",
-           "published_values", "splits")  # fmt: skip
+           "published_values", "splits", "cpu_matmul")  # fmt: skip
 PROPERTIES = ("tests/integration/test_layouts.py", "tests/integration/test_gym_steps.py")
 METHODS = "tests/integration/test_learner_methods.py"
 
@@ -47,7 +47,7 @@ def rows(quick: bool) -> Iterator[Row | Part]:
     )
     yield _tests(
         "critic: values and gradients equal their slow reference; checkpoint; pre-training",
-        ["tests/integration/test_critic.py"],
+        ["tests/integration/test_critic.py", "tests/integration/test_critic_pretraining.py"],
     )
     yield _tests(
         "hinted rollouts are learned without the hint; a wrong hint costs a dropped group, no more",
@@ -58,6 +58,7 @@ def rows(quick: bool) -> Iterator[Row | Part]:
         ["tests/integration/test_lora.py"],
     )
     yield Part("memory and time of SIREN", lambda: _memory(quick))
+    yield Part("products on a CPU", cpu_matmul.rows)
     with tempfile.TemporaryDirectory(prefix="hone-show-") as folder:
         place = Path(folder)
         yield Part(

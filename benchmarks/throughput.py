@@ -48,7 +48,7 @@ class Case:
     at_least: float  # samples/s of Hone over those of the peer
 
 
-LONG = Case("long", "long-tailed completions (geometric, cut at 256 tokens)", 256, 12, 3, 4.0)
+LONG = Case("long", "long-tailed completions (geometric, cut at 256 tokens)", 256, 12, 5, 4.0)
 SHORT = Case("short", "short completions (at most 16 tokens)", 16, 40, 20, 0.9)
 
 
@@ -93,8 +93,11 @@ class Bench:
     def default_age(self) -> int:
         return self.config([]).rollout.max_policy_age
 
-    def peer(self, case: Case, micro_batch: int, num_steps: int) -> trl_environment.PeerRun:
-        config = self.config([f"rollout.max_new_tokens={case.max_new_tokens}"])
+    def peer(
+        self, case: Case, micro_batch: int, num_steps: int, seed: int
+    ) -> trl_environment.PeerRun:
+        """`seed` draws tasks and completions: runs of few steps should differ in it."""
+        config = self.config([f"rollout.max_new_tokens={case.max_new_tokens}", f"run.seed={seed}"])
         tasks = self._folder / "tasks.jsonl"
         if not tasks.exists():
             write_tasks(config, tasks)
@@ -153,14 +156,14 @@ def against_trl(bench: Bench, case: Case, quick: bool) -> Iterator[Row]:
     except StageError as error:
         yield Row(claim, "not measured", bound, "not shown here", str(error)[-300:])
         return
-    tried = [bench.peer(case, size, CALIBRATION_STEPS) for size in MICRO_BATCHES]
+    tried = [bench.peer(case, size, CALIBRATION_STEPS, seed=0) for size in MICRO_BATCHES]
     micro_batch = min(tried, key=lambda run: run.median_step_s).micro_batch
     ours: list[Turn] = []
     theirs: list[trl_environment.PeerRun] = []
     order = ("hone", "trl") if quick else ("hone", "trl", "trl", "hone")
     for place, system in enumerate(order):
         if system == "trl":
-            theirs.append(bench.peer(case, micro_batch, case.num_peer_steps))
+            theirs.append(bench.peer(case, micro_batch, case.num_peer_steps, seed=place))
         else:
             ours.append(bench.hone(case.max_new_tokens, case.num_steps, age, place))
     our_s = median(s for turn in ours for s in turn.step_s)
