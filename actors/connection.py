@@ -26,8 +26,8 @@ NOT_SENT = [".git", ".venv", "runs", "checkpoints", "**/__pycache__", ".*_cache"
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 NODE_S, TOO_LATE = 30, "timed out during startup"  # Ray's own limit and words (2.60)
 NUM_TRIES = 2
-# Of workers, in a Ray of one's own: below Ray's own processes, and far above what asks for idle cores
-# alone (`actors.standby`), which would get a tenth beside workers of Ray's default, 15.
+# Of workers, in a Ray of one's own: below Ray's own processes, and far above what asks for idle
+# cores alone (`actors.standby`), which would get a tenth beside workers of Ray's default, 15.
 NICENESS = 5
 logger = logging.getLogger(__name__)
 
