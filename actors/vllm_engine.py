@@ -20,6 +20,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateRequest,
 )
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import utils as engine_processes
@@ -74,6 +75,7 @@ class VllmEngine:
             stop_token_ids=sampling.stop_token_ids,
             seed=sampling.seed,
             logprobs=0,
+            flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -86,12 +88,11 @@ class VllmEngine:
         """Log-probs [S-1] fp32 at temperature 1 of tokens 1.. of `token_ids` [S]; no cache is
         read.
         """
-        output = await self._run(
-            token_ids, SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        parameters = SamplingParams(
+            max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
         )
-        assert output.prompt_logprobs is not None
-        pairs = zip(token_ids[1:].tolist(), output.prompt_logprobs[1:], strict=True)
-        return np.array([table[token].logprob for token, table in pairs if table], dtype=np.float32)
+        output = await self._run(token_ids, parameters)
+        return _logprobs(token_ids[1:], output.prompt_logprobs)
 
     async def join_broadcast(self, init_info: dict[str, Any]) -> None:
         """Make its workers members of a group over which weights come; see
@@ -169,9 +170,7 @@ class VllmEngine:
 
     def _completion(self, output: CompletionOutput) -> Completion:
         token_ids = np.array(output.token_ids, dtype=np.int32)
-        assert output.logprobs is not None
-        rows = zip(token_ids.tolist(), output.logprobs, strict=True)
-        logprobs = np.array([row[token].logprob for token, row in rows if row], dtype=np.float32)
+        logprobs = _logprobs(token_ids, output.logprobs)
         spans = [
             VersionSpan(int(span.version), span.start, span.end)
             for span in output.weight_versions or []
@@ -183,6 +182,14 @@ class VllmEngine:
             ),
             status=TrajectoryStatus.COMPLETED if is_completed else TrajectoryStatus.TRUNCATED,
         )
+
+
+def _logprobs(token_ids: np.ndarray, found: object) -> np.ndarray:
+    """Log-probs [L] fp32 of `token_ids` [L], for which alone the engine was asked."""
+    assert isinstance(found, FlatLogprobs)
+    if found.token_ids != token_ids.tolist():
+        raise StageError("rollout", "the engine's log-probs are of other tokens than it returned")
+    return np.array(found.logprobs, dtype=np.float32)
 
 
 def _engine_args(settings: EngineSettings, overrides: dict[str, Any]) -> AsyncEngineArgs:
