@@ -70,7 +70,7 @@ def prepare() -> None:
 
 def import_patiently(names: Sequence[str]) -> None:
     """Import modules while nobody else wants the core; the calling thread stays as it is. The
-    lowest niceness would not do: on a cluster Ray's workers have 15, and 19 gets half as much.
+    highest niceness would not do: on a cluster Ray's workers have 15, and 19 gets half as much.
     """
 
     def work() -> None:

@@ -2,7 +2,7 @@
 
 Rows on a run that trains come first (`benchmarks.show_serve_live`); the others use a run whose
 weights a stand-in publishes. `hone serve` and plain `vllm serve` run side by side on one directory,
-with equal engine arguments and at the priority that Ray gives its workers.
+with equal engine arguments and at the niceness that Hone gives its workers.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ import openai
 import torch
 from safetensors.torch import load_file
 
+from actors.connection import NICENESS
 from benchmarks.endpoint_load import Paired, Side, compare, free_port, until
 from benchmarks.endpoint_traffic import PROMPT
 from benchmarks.proofs import proven, put_on_path
@@ -41,7 +42,6 @@ from tests.endpoint_fuzz import fuzz
 MAX_OVERHEAD = 0.10
 MAX_EXTRA_S = 0.015
 FLOOD_PER_MINUTE = 60
-RAY_NICENESS = 15
 PLAIN = ("--max-model-len", "128", "--max-num-seqs", "256")  # what the endpoint gives its engine
 
 
@@ -110,7 +110,7 @@ def published_rows(quick: bool, missing: str) -> Iterator[Row | Part]:
 
 
 def load_rows(served: Published, policy_dir: Path, quick: bool) -> Iterator[Row]:
-    with vllm_server(policy_dir, *PLAIN, niceness=RAY_NICENESS) as plain:
+    with vllm_server(policy_dir, *PLAIN, niceness=NICENESS) as plain:
         theirs = Side(plain.url, "none", str(policy_dir))
         for clients, paired in compare(Side(served.url, served.query, "policy"), theirs, quick):
             yield from _compare(clients, paired)

@@ -9,6 +9,7 @@ every rank, so both run the same collectives everywhere. It exists when the conf
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import cast
 
 import torch
@@ -24,6 +25,7 @@ from learners.optimizer import ShardedAdamW, clip_factor
 from learners.step_sums import StepSums
 from learners.value_loss import ValueObjective, build_value_loss
 
+CLIPPED = "value/clip_fraction"
 _MIN_VARIANCE = 1e-12
 
 
@@ -86,15 +88,16 @@ class Critic:
     def apply(self, is_step: bool) -> dict[str, float]:
         """`critic.epochs` optimizer steps, each if its gradient is finite, and none unless
         `is_step`, which is False where the gradient of the policy was unsound. The metrics are of
-        the first one, the same on every rank.
+        the first one, but for the clipped share, a mean; the same on every rank.
         """
-        metrics = self._take_step(is_step)
+        steps = [self._take_step(is_step)]
         for _ in range(self.section.epochs - 1 if is_step else 0):
             for rows in self._again:
                 self._add_gradient(rows)
-            self._take_step(is_step)
+            steps.append(self._take_step(is_step))
         self._again = []
-        return metrics
+        clipped = [step[CLIPPED] for step in steps if CLIPPED in step]
+        return steps[0] | ({CLIPPED: fmean(clipped)} if clipped else {})
 
     def _add_gradient(self, rows: MicroBatch) -> None:
         term = self.loss.loss(rows, self.module(rows))

@@ -77,9 +77,9 @@ class Learner:
         self._policy_dir = policy_dir
         self._rank, self._world_size = rank, world_size
         self._device = device_of(config.resources.accelerator, rank)
-        if self._device.type == "cpu":
-            cpu_matmul.install()
         self._dtype: torch.dtype = getattr(torch, config.policy.dtype)
+        if self._device.type == "cpu" and cpu_matmul.is_faster(self._dtype):
+            cpu_matmul.install()
         self._credit = build_credit(config.objective.credit)
         self._losses = WeightedLosses(config.objective)
         check_critic(config.critic, self._credit)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import ray
 
-from actors.connection import NUM_TRIES, own_ray
+from actors.connection import NICENESS, NUM_TRIES, own_ray
 from cluster.errors import StageError
 
 LATE = "The current node timed out during startup. This could happen because ..."
@@ -18,7 +18,8 @@ def test_a_node_that_comes_late_is_tried_for_again(
 ) -> None:
     folders: list[Path] = []
 
-    def init(*, _temp_dir: str, **_settings: Any) -> None:
+    def init(*, _temp_dir: str, _system_config: dict[str, int], **_settings: Any) -> None:
+        assert _system_config == {"worker_niceness": NICENESS}
         folders.append(Path(_temp_dir))
         assert folders[-1].is_dir()
         if len(folders) <= num_late:

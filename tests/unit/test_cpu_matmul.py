@@ -50,11 +50,25 @@ def test_other_types_are_left_to_torch(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.double(), (a.double() @ a.T.double()).to(dtype).double())
 
 
+@pytest.mark.parametrize(
+    ("rows", "dtype", "is_ours"),
+    [(64, torch.float32, True), (8, torch.float32, False), (64, torch.bfloat16, False)],
+)
+def test_large_ones_are_of_onednn(rows: int, dtype: torch.dtype, is_ours: bool) -> None:
+    a, b = torch.randn(rows, 64).to(dtype), torch.randn(64, 64).to(dtype)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        _ = a @ b
+    names = [event.key for event in seen.key_averages()]
+    assert ("mkldnn::_linear_pointwise" in names) == is_ours
+
+
 def test_types_that_differ_and_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(RuntimeError, match="dtype"):
         torch.randn(64, 64) @ torch.randn(64, 64).double()
     with pytest.raises(RuntimeError, match="shapes"):
         torch.randn(64, 64) @ torch.randn(65, 64)
+    with pytest.raises(RuntimeError, match="matrix"):
+        torch.mm(torch.randn(40, 64, 64), torch.randn(64, 64))
 
 
 def test_gradients_of_a_layer() -> None:

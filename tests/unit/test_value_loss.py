@@ -41,6 +41,15 @@ def test_published_values(target: float, expected: float, slope: float) -> None:
     assert num_clipped == (slope == 0)
 
 
+def test_a_value_in_its_range_is_not_clipped_for_rounding() -> None:
+    torch.manual_seed(0)
+    before, values, returns = torch.rand(1000) / 2, torch.rand(1000) / 2, torch.randn(1000)
+    near = before + (values - before)
+    assert ((near - returns).square() > (values - returns).square()).any(), "what to tell apart"
+    rows = replace(rows_of([[0.0] * 1000]), values=before, returns=returns)
+    assert ClippedValue(clip=0.5).loss(rows, values).metrics["value/clip_fraction"] == 0
+
+
 def test_without_clip_it_is_the_squared_error() -> None:
     value, slopes, num_clipped = _loss(ClippedValue(clip=None), [0.9, 0.0], [0.1, 0.0], [1.0, 2.0])
     assert value == pytest.approx((0.01 + 4.0) / 2)
