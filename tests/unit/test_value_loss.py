@@ -43,7 +43,7 @@ def test_published_values(target: float, expected: float, slope: float) -> None:
 
 def test_a_value_in_its_range_is_not_clipped_for_rounding() -> None:
     torch.manual_seed(0)
-    before, values, returns = torch.rand(1000) / 2, torch.rand(1000) / 2, torch.randn(1000)
+    before, values, returns = 0.1 * torch.randn(1000), 0.01 * torch.randn(1000), torch.zeros(1000)
     near = before + (values - before)
     assert ((near - returns).square() > (values - returns).square()).any(), "what to tell apart"
     rows = replace(rows_of([[0.0] * 1000]), values=before, returns=returns)
