@@ -1,9 +1,9 @@
 """Weights from the learner to the engines, in flight, and the probe that proves they arrived.
 
 Invariant: an engine serves only weights under which it and the learner agree on the log-probs of
-a few real sequences; one that drifts past `sync.probe_bound` is loaded once more, then quarantined,
-named and, if another engine agrees, replaced. Called by the controller after each optimizer step
-and by the fleet for a replaced worker.
+the beginnings of a few real sequences; one that drifts past `sync.probe_bound` is loaded once more,
+then quarantined, named and, if another engine agrees, replaced. Called by the controller after each
+optimizer step and by the fleet for a replaced worker.
 """
 
 import asyncio
@@ -28,7 +28,9 @@ from cluster.types import TrajectoryGroup
 from learners.group import LearnerGroup
 from learners.learner import ScoreRequest
 
-PROBE_SEQUENCES = 4
+# Weights that differ show at any few tokens. The mismatch metrics of a step compare
+# engine and learner on all that was sampled.
+PROBE_SEQUENCES, PROBE_TOKENS = 4, 64
 logger = logging.getLogger(__name__)
 
 Outcome = tuple[float, float | None]  # pause_s and probe error of a worker that serves
@@ -83,7 +85,8 @@ class WeightSync:
             self._transfer = WeightBroadcast(config, learner, fleet.engine_size, on_event)
         elif config.transport == "shared":
             self._transfer = WeightSharing(config, learner, on_event)
-        self._max_probe_tokens = context_length - 1  # an engine adds one token to what it scores
+        # An engine adds one token to what it scores.
+        self._max_probe_tokens = min(PROBE_TOKENS, context_length - 1)
         self._probes: list[np.ndarray] = []
         self._expected: list[np.ndarray] = []
         self._probe_s = 0.0  # of the slowest engine in this sync
@@ -93,7 +96,7 @@ class WeightSync:
         fleet.catch_up = self.catch_up
 
     def choose_probes(self, groups: list[TrajectoryGroup]) -> None:
-        """Take sequences of real trajectories as the next probes, in place of those before, which
+        """Take beginnings of real trajectories as the next probes, in place of those before, which
         were `prompts` at first; keeps them if there are none.
         """
         trajectories = [t for group in groups for t in group.trajectories if len(t.token_ids)]
