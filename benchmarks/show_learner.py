@@ -28,7 +28,7 @@ METHODS = "tests/integration/test_learner_methods.py"
 
 def rows(quick: bool) -> Iterator[Row | Part]:
     yield _tests(
-        "published values of every method, and properties of them",
+        "published values of the methods, and properties of them",
         [*(f"{UNIT}{name}.py" for name in VECTORS), *PROPERTIES],
     )
     yield _tests(
