@@ -1,18 +1,19 @@
 """Hours of a small run that never rests, and whether anything in it grows.
 
-Invariant: every series (memory of each actor, of each key in Redis; processes, open files) is
-judged by the straight line through its samples after the first quarter: a leak is a slope, noise is
-none. Run with `python -m benchmarks.soak [--minutes 120] [--folder FOLDER]` on a quiet machine; the
+Invariant: every series (memory of each actor, of each key in Redis; processes, open files, files)
+is judged by the straight line through its samples after the first quarter: a leak is a slope, noise
+is none. Run `python -m benchmarks.soak [--minutes 120] [--folder FOLDER]` on a quiet machine; the
 samples are in `FOLDER/soak.jsonl`. Not in CI.
 """
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean, linear_regression
@@ -52,6 +53,8 @@ def sample(run: LiveRun) -> Sample:
     pids = run.processes()
     found["processes number"] = len(pids)
     found["open files number"] = sum(map(_num_files, pids))
+    folders = [run.run.path, Path("/dev/shm"), *_of_ray(pids)]
+    found["files number"] = sum(len(files) for folder in folders for *_, files in os.walk(folder))
     with suppress(redis.RedisError):  # it may be writing its file anew
         found |= _in_redis(url_in(run.run.redis))
     return found
@@ -68,6 +71,16 @@ def _num_files(pid: int) -> int:
         return psutil.Process(pid).num_fds()
     except psutil.Error:
         return 0
+
+
+def _of_ray(pids: Iterable[int]) -> set[Path]:
+    """Where the Ray of these processes keeps its logs and sockets."""
+    option, found = "--temp_dir=", set[Path]()
+    for pid in pids:
+        with suppress(psutil.Error):
+            words = psutil.Process(pid).cmdline()
+            found |= {Path(w.removeprefix(option)) for w in words if w.startswith(option)}
+    return found
 
 
 def _in_redis(url: str) -> Sample:
