@@ -39,6 +39,7 @@ from cluster.status import ActorStatus
 from cluster.types import Task
 
 MAX_TRIES = 3
+MAX_HANGS = 2  # tries that may end at the deadline of a call
 POOL_STATUS_S = 2.0
 AWAY_PAUSE_S = 5.0  # before a call is made again whose worker found Redis away
 CHECK_TIMEOUT_S = 120.0
@@ -162,7 +163,7 @@ class WorkerSet:
                 self._idle.set()
 
     async def _try(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        started, num_deaths = time.monotonic(), 0
+        started, num_deaths, num_hangs = time.monotonic(), 0, 0
         while True:
             index = next(self._turn)
             worker = self._workers[index]
@@ -176,7 +177,9 @@ class WorkerSet:
                 )
             except DeadlineError:
                 self._replace(index, worker)  # it hangs; its verifiers have their own deadlines
-                raise
+                num_hangs += 1
+                if num_hangs == MAX_HANGS:
+                    raise
             except BufferUnavailableError:
                 if time.monotonic() - started > OUTAGE_S:
                     raise

@@ -25,13 +25,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import preflight
 from actors.connection import join, own_ray
+from actors.keepers import HANG_S, Pulse, RedisKeeper
 from actors.placement import QUIET_ENV, Placement, on_this_machine
 from actors.supervisor import Supervisor
 from cluster import config_file, environment, ray_token, status
 from cluster.config import Config
 from cluster.embedded_redis import EmbeddedRedis
-from cluster.errors import ConfigError, DeadlineError, HoneError, StageError
-from cluster.redis_client import OUTAGE_S, buffer_url, connect
+from cluster.errors import ConfigError, HoneError, StageError
+from cluster.redis_client import buffer_url, connect
 from cluster.resume import refuse_changes, saved_state
 from cluster.run_dir import RunDir
 from cluster.run_lock import sole_launcher
@@ -41,7 +42,6 @@ INTERRUPTED = 130
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 STOP_DEADLINE_S = 12.0
 POLL_S = 0.2
-START_TRY_S = 5.0  # of a server that died
 logger = logging.getLogger(__name__)
 
 
@@ -85,14 +85,14 @@ def _conduct(
     interrupt: list[int],
     server: EmbeddedRedis | None,
 ) -> int:
-    """Create the controller and wait for it; one that dies is followed by another, which goes on
-    from the last durable state. The first interrupt asks it to stop, the second leaves.
+    """Create the controller and wait for it; one that dies or hangs is followed by another, which
+    goes on from the last durable state. The first interrupt asks it to stop, the second leaves.
     """
     from actors.controller import Controller
 
     supervisor = Supervisor()
     deadline: float | None = None
-    away_since: float | None = None  # of the server
+    keeper = None if server is None else RedisKeeper(server)
     for attempt in itertools.count():
         num_steps = _num_steps(run_dir)
         controller: Any = (
@@ -109,9 +109,12 @@ def _conduct(
             .remote(config, str(run_dir.path), url)
         )
         finished = controller.run.remote()
+        pulse = Pulse(controller.__ray_ready__.remote)
         while not ray.wait([finished], timeout=POLL_S)[0]:
-            if server is not None:
-                away_since = _keep_up(server, away_since)
+            if keeper is not None:
+                keeper.keep_up()
+            if pulse.is_gone():
+                ray.kill(controller)
             if interrupt and deadline is None:
                 deadline = time.monotonic() + STOP_DEADLINE_S
                 controller.stop.remote()
@@ -126,28 +129,12 @@ def _conduct(
         except RayError as error:
             if _num_steps(run_dir) > num_steps:
                 supervisor.step_made()
-            lost = StageError("controller", f"died: {error}; see {run_dir.logs}")
-            supervisor.controller_lost(lost)
-            run_dir.append_event("worker_died", actor="controller", cause=str(error)[:300])
+            cause = f"gave no answer for {HANG_S:.0f} s" if pulse.is_gone() else f"died: {error}"
+            supervisor.controller_lost(StageError("controller", f"{cause}; see {run_dir.logs}"))
+            run_dir.append_event("worker_died", actor="controller", cause=cause[:300])
         if interrupt:
             break
     return INTERRUPTED
-
-
-def _keep_up(server: EmbeddedRedis, away_since: float | None) -> float | None:
-    """Bring a server that died back, on the same data and address; since when it is away, or None.
-
-    A try is short, because nobody hears an interrupt meanwhile. Raises `DeadlineError` when it has
-    been away for `OUTAGE_S`, as a run waits for it.
-    """
-    started = time.monotonic() if away_since is None else away_since
-    try:
-        server.start(START_TRY_S)
-    except (ConfigError, DeadlineError) as error:  # refused: a child of the dead one has the lock
-        if time.monotonic() - started > OUTAGE_S:
-            raise DeadlineError("redis", f"away for {OUTAGE_S:.0f} s: {error}") from error
-        return started
-    return None
 
 
 def _remove_weights(run_dir: RunDir) -> None:

@@ -29,8 +29,11 @@ from cluster.replay_reader import BufferReader
 from cluster.run_dir import RunDir
 
 QUICKSTART = ROOT / "deploy" / "configs" / "quickstart.yaml"
-KINDS = ("rollout", "reward", "learner", "redis", "controller", "hang")
-RECOVERY_S = 240.0
+PROCESSES = ("rollout", "reward", "learner", "redis", "controller")
+HANG = "_hang"
+KINDS = (*PROCESSES, *(name + HANG for name in PROCESSES))
+HANG_SHARE = 0.25  # of those that die together
+RECOVERY_S = 480.0
 START_S = 600.0  # on a machine that others use, too
 END_S = 30.0
 POLL_S = 0.05
@@ -49,8 +52,9 @@ def even_length(_prompt: str, completion: str, reference: str) -> float:
 
 
 class Recovery(NamedTuple):
-    """`replaced_s`: until another process had taken the place of the killed one; `working_s`:
-    until an optimizer step that began after the kill was committed.
+    """`kind`: one, or `first+second` at once. `replaced_s`: until another process had taken the
+    place of each killed one; `working_s`: until an optimizer step that began after the kills was
+    committed.
     """
 
     kind: str
@@ -122,7 +126,7 @@ class LiveRun:
 
     def pids(self, kind: str) -> set[int]:
         """Process ids of the healthy actors of a kind."""
-        kind = "rollout" if kind == "hang" else kind
+        kind = kind.removesuffix(HANG)
         if kind == "redis":
             return self._redis_pids()
         state = status.read(self.run.path)
@@ -130,8 +134,8 @@ class LiveRun:
         return {a.pid for a in actors if a.name.split("/")[0] == kind and _is_up(a)}
 
     def kill(self, kind: str) -> int:
-        """Kill -9 one process of a kind; returns its pid. `hang` stops a rollout worker instead."""
-        number = signal.SIGSTOP if kind == "hang" else signal.SIGKILL
+        """Kill -9 one process of a kind, or stop one (`rollout_hang`) for good; returns its pid."""
+        number = signal.SIGSTOP if kind.endswith(HANG) else signal.SIGKILL
         deadline = time.monotonic() + RECOVERY_S
         while not (pids := {pid for pid in self.pids(kind) if _is_alive(pid)}):
             self.check()
@@ -142,21 +146,25 @@ class LiveRun:
         os.kill(pid, number)
         return pid
 
-    def hurt(self, kind: str) -> Recovery:
-        """Kill one process of a kind, and wait until the run works again."""
-        before, pid, started = self._commits(), self.kill(kind), time.monotonic()
+    def hurt(self, *kinds: str) -> Recovery:
+        """Kill one process of each kind at once, and wait until the run works again."""
+        before, started = self._commits(), time.monotonic()
+        pids = {kind: self.kill(kind) for kind in kinds}
         replaced_s = working_s = 0.0
         while not (replaced_s and working_s):
             self.check()
             now_s = time.monotonic() - started
             if now_s > RECOVERY_S:
-                raise TimeoutError(f"no recovery from a killed {kind}: {self.tail()}")
-            if not replaced_s and any(p != pid and _is_alive(p) for p in self.pids(kind)):
+                raise TimeoutError(f"no recovery from a killed {kinds}: {self.tail()}")
+            if not replaced_s and all(map(self._is_replaced, pids, pids.values())):
                 replaced_s = now_s
             if not working_s and self._commits() >= before + 2:
                 working_s = now_s  # the first may have begun before the kill
             time.sleep(POLL_S)
-        return Recovery(kind, replaced_s, working_s)
+        return Recovery("+".join(kinds), replaced_s, working_s)
+
+    def _is_replaced(self, kind: str, pid: int) -> bool:
+        return any(other != pid and _is_alive(other) for other in self.pids(kind))
 
     def fill_disk(self) -> None:
         """Let the disk refuse the learner's next checkpoint, but not its smaller files, until the
@@ -258,6 +266,14 @@ def differing(first: RunDir, second: RunDir) -> list[str]:
     a, b = final_tensors(first), final_tensors(second)
     unequal = [n for n in a.keys() & b.keys() if not torch.equal(a[n], b[n])]
     return sorted([*(a.keys() ^ b.keys()), *unequal])
+
+
+def two_kinds() -> tuple[str, str]:
+    """At random, of different processes."""
+    first, second = (
+        name + HANG * (random.random() < HANG_SHARE) for name in random.sample(PROCESSES, 2)
+    )
+    return first, second
 
 
 def _is_up(actor: status.ActorStatus) -> bool:

@@ -1,8 +1,8 @@
-"""A TCP port in front of another one of this machine, which can be shut and opened again.
+"""A TCP port in front of another one of this machine, which can be slow, or shut and opened again.
 
 Invariant: while it is shut, connections are refused and those that were open are cut; the server
 behind it notices nothing else. Used by `benchmarks.judge_outage`, and by tests for the TLS that a
-server lacks.
+server lacks and for a bad network.
 """
 
 import asyncio
@@ -27,6 +27,7 @@ class Relay:
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
+        self.delay_s = 0.0  # of each piece that passes, one way
         self.port = 0  # any, and the same ever after
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self.open()
@@ -61,14 +62,14 @@ class Relay:
         both = {writer, back}
         self._writers |= both
         try:
-            await asyncio.gather(_pass_on(reader, back), _pass_on(there, writer))
+            await asyncio.gather(self._pass_on(reader, back), self._pass_on(there, writer))
         finally:
             self._writers -= both
 
-
-async def _pass_on(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-    with suppress(OSError):
-        while data := await source.read(CHUNK):
-            sink.write(data)
-            await sink.drain()
-    sink.close()
+    async def _pass_on(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await source.read(CHUNK):
+                await asyncio.sleep(self.delay_s)
+                sink.write(data)
+                await sink.drain()
+        sink.close()

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median, stdev
 
 from benchmarks import replay_buffer, simulation, throughput, time_to_accuracy
-from benchmarks.chaos import KINDS, LiveRun, Recovery, RunEndedError
+from benchmarks.chaos import KINDS, PROCESSES, LiveRun, Recovery, RunEndedError, two_kinds
 from benchmarks.proofs import proven
 from benchmarks.show import Part, Row, judged
 
@@ -18,8 +18,14 @@ STEPS, QUICK_STEPS = 200, 100  # enough for each kind to be killed once
 PAUSE_S = (1.0, 4.0)  # between a recovery and the next kill
 END_S = 3600.0
 NOISE = 3.0  # standard errors
-# Seconds until work goes on, of a tiny policy on CPU (docs/durability.md).
-TARGETS_S = {"rollout": 15, "reward": 5, "learner": 20, "redis": 30, "controller": 30, "hang": 60}
+PAIR_SHARE = 0.3  # of the kills, once each kind had its turn
+# Seconds until work goes on, of a tiny policy on CPU (docs/durability.md). What hangs is noticed
+# when a call of it has had its time.
+TARGETS_S = {
+    "rollout": 15, "reward": 5, "learner": 20, "redis": 30, "controller": 30,
+    "rollout_hang": 60, "reward_hang": 150, "learner_hang": 90, "redis_hang": 90,
+    "controller_hang": 150,
+}  # fmt: skip
 FAULTS = "tests/e2e/test_faults.py"
 BROADCAST = "tests/integration/test_weight_broadcast.py"
 
@@ -32,7 +38,9 @@ def rows(quick: bool) -> Iterator[Row | Part]:
     yield Part("throughput", lambda: compared(quick))
     yield Part("time to the same held-out accuracy", lambda: learnt(quick))
     steps = QUICK_STEPS if quick else STEPS
-    yield Part(f"kill -9 of random processes through {steps} steps", lambda: chaos(steps))
+    yield Part(
+        f"kill -9 and SIGSTOP of random processes through {steps} steps", lambda: chaos(steps)
+    )
     yield from not_shown()
 
 
@@ -143,10 +151,11 @@ def learnt(quick: bool) -> Iterator[Row]:
 
 
 def chaos(steps: int) -> Iterator[Row]:
-    """Kill -9 of a random process again and again, rollouts one step ahead of the learner."""
+    """A random process dies or hangs again and again, rollouts one step ahead of the learner."""
     options = [
         f"run.steps={steps}", "run.checkpoint_every=5", "rollout.max_policy_age=1",
         "buffer.max_deliveries=100", "rollout.timeout_s=30", "sync.timeout_s=30",
+        "learner.timeout_s=60",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="hone-chaos-") as name:
         folder = Path(name)
@@ -167,8 +176,8 @@ def chaos(steps: int) -> Iterator[Row]:
         audit = hurt.reconcile()
         dropped = ", ".join(f"{n} {why}" for why, n in sorted(audit.dropped.items())) or "none"
         yield judged(
-            f"kill -9 of a random process every few seconds through {steps} steps",
-            f"{len(recoveries)} kills, {audit.steps} steps; {audit.num_sampled} groups sampled, "
+            f"a random process is killed or stopped every few seconds through {steps} steps",
+            f"{len(recoveries)} times, {audit.steps} steps; {audit.num_sampled} groups sampled, "
             f"{audit.num_used} used once, {audit.num_waiting} waiting, dropped: {dropped}",
             "finishes; ledger, buffer and checkpoints agree",
             audit.is_sound and audit.steps == steps and len(recoveries) > 0,
@@ -179,15 +188,20 @@ def chaos(steps: int) -> Iterator[Row]:
 
 
 def kill_until_done(hurt: LiveRun, steps: int) -> list[Recovery]:
-    """Every kind once in random order, then at random, until the end is near. A run that comes to
-    its end before its last recovery was seen has none.
+    """Every kind once in random order, then kills at random, some of two at once, until the end is
+    near. A run that comes to its end before its last recovery was seen has none.
     """
     kinds = random.sample(KINDS, len(KINDS))
     recoveries: list[Recovery] = []
     with suppress(RunEndedError):
         while hurt.num_steps < steps - 5:
             time.sleep(random.uniform(*PAUSE_S))
-            recoveries.append(hurt.hurt(kinds.pop() if kinds else random.choice(KINDS)))
+            if kinds:
+                recoveries.append(hurt.hurt(kinds.pop()))
+            elif random.random() < PAIR_SHARE:
+                recoveries.append(hurt.hurt(*two_kinds()))
+            else:
+                recoveries.append(hurt.hurt(random.choice(PROCESSES)))
     return recoveries
 
 
@@ -209,7 +223,9 @@ def within_noise(calm: LiveRun, hurt: LiveRun) -> Row:
 
 
 def recovery_table(recoveries: list[Recovery]) -> Row:
-    """Median seconds by kind: replaced, and working again, which the targets are of."""
+    """Median seconds by kind: replaced, and working again, which the targets are of; of two at once
+    the sum of theirs.
+    """
     by_kind: dict[str, list[Recovery]] = {}
     for recovery in recoveries:
         by_kind.setdefault(recovery.kind, []).append(recovery)
@@ -218,12 +234,12 @@ def recovery_table(recoveries: list[Recovery]) -> Row:
     for kind, found in sorted(by_kind.items()):
         replaced, working = (median(values) for values in zip(*[r[1:] for r in found], strict=True))
         lines.append(f"{kind} x{len(found)}: replaced {replaced:.1f} s, working {working:.1f} s")
-        if working > TARGETS_S[kind]:
+        if working > sum(TARGETS_S[part] for part in kind.split("+")):
             late.append(kind)
     targets = ", ".join(f"{kind} {seconds}" for kind, seconds in TARGETS_S.items())
     unkilled = sorted(set(KINDS) - by_kind.keys())
     return judged(
-        "recovery after kill -9, medians",
+        "recovery, medians",
         "; ".join(lines),
         f"working within (s): {targets}",
         not late and not unkilled,

@@ -98,7 +98,8 @@ class EmbeddedRedis:
 
         Raises `ConfigError` without a server program or with one already on the directory, and
         `DeadlineError` when it does not answer in `deadline_s`, or its port is taken for so long:
-        one that was launched goes on loading then, and the next `start` waits for it.
+        one that was launched goes on loading then, and the next `start` waits for it. The cause of
+        the error is the last answer: `redis.TimeoutError` for none at all.
         """
         deadline = time.monotonic() + deadline_s
         if self._process is not None and self._process.poll() is None:
@@ -129,6 +130,10 @@ class EmbeddedRedis:
             _log.warning("server %d did not end in %.0f s: killed", process.pid, _STOP_DEADLINE_S)
             process.kill()
             process.wait(_STOP_DEADLINE_S)
+
+    def kill(self) -> None:
+        """Kill -9, for one that hangs; `start` brings it back with its data."""
+        self._running().kill()
 
     def __enter__(self) -> Self:
         try:
@@ -218,7 +223,7 @@ class EmbeddedRedis:
             if time.monotonic() > deadline:
                 raise DeadlineError(
                     _STAGE, f"the server must answer in {deadline_s:.0f} s, got: {reason}"
-                )
+                ) from reason
             time.sleep(_POLL_S)
 
     def _refusal(self) -> Exception | None:

@@ -89,6 +89,23 @@ def test_one_rank_goes_on_from_a_checkpoint_of_two(
     assert_same_weights(tmp_path / "weights.safetensors", two_ranks / "weights_3.safetensors", 1e-5)
 
 
+def _go_on(rank: int, world_size: int, port: int, policy_dir: Path, start: Path, out: Path) -> None:
+    with open_learner(make_config(), policy_dir, rank, world_size, port) as learner:
+        learner.load(start)
+        assert (learner.step, learner.policy_version) == (3, 3)
+        train_step(learner, 3, world_size)
+        learner.export_weights(out / "weights.safetensors")
+
+
+@pytest.mark.parametrize("num_ranks", [3, 4])
+def test_more_ranks_go_on_from_a_checkpoint_of_two(
+    policy_dir: Path, two_ranks: Path, tmp_path: Path, num_ranks: int
+) -> None:
+    start = two_ranks / "checkpoint"
+    run_ranks(num_ranks, _go_on, num_ranks, free_port(), policy_dir, start, tmp_path)
+    assert_same_weights(tmp_path / "weights.safetensors", two_ranks / "weights_3.safetensors", 1e-5)
+
+
 def test_microbatches_and_calls_do_not_change_a_step(policy_dir: Path, tmp_path: Path) -> None:
     results: list[StepResult] = []
     for budget in (CONTEXT_LENGTH, 4096):

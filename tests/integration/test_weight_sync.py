@@ -286,6 +286,27 @@ async def test_a_lost_actor_is_replaced_by_the_one_that_stands_by(
     assert child(worker, "forkserver").children(), "the engine is a copy of it"
 
 
+async def test_a_sync_in_which_every_worker_dies_waits_for_a_replacement(
+    parts: Parts, record_property: Callable[[str, float], None]
+) -> None:
+    """One that is stopped first: the weights are on their way to it when it dies."""
+    worker = parts.fleet.workers[0]
+    pid, handle, version = worker.pid, worker.handle, worker.policy_version + 1
+    await move_weights(parts, 5)
+    os.kill(pid, signal.SIGSTOP)
+    syncing = asyncio.create_task(parts.sync.sync(version))
+    await asyncio.sleep(2.0)
+    assert worker.state is WorkerState.STALE, "it is to load them"
+    os.kill(pid, signal.SIGKILL)
+    started = time.monotonic()
+    report = await asyncio.wait_for(syncing, 180)
+    record_property("recovery_s", time.monotonic() - started)
+    assert worker.handle is not handle
+    assert (worker.state, worker.policy_version) == (WorkerState.HEALTHY, version)
+    assert (report.policy_version, report.num_engines) == (version, 1)
+    assert probe_error(await parts.sync.sync(version)) <= 1e-4
+
+
 async def test_the_probe_catches_a_stale_output_head(parts: Parts) -> None:
     """Without the repair vLLM keeps the old prepacked head on CPU: the engine must not serve, even
     where a step has moved weights by no more than Adam's at a learning rate of 1e-4.
