@@ -109,15 +109,37 @@ def held_by_tests() -> Iterator[Row]:
         {"differing_tensors": 0.0},
     )
     yield proven(
-        "sync mode: kill -9 of every kind of process, one after the other, ends in the same bits",
+        "sync mode: every kind of process dies, and hangs, one after the other: the same bits",
         [f"{FAULTS}::test_chaos_of_every_kind_of_process_ends_with_the_same_bits"],
         "0 tensors differ in any bit; the audit is sound",
         {"differing_tensors": 0.0},
     )
     yield proven(
-        "rollouts ahead of the learner: kill -9 of every kind of process, one after the other",
+        "rollouts ahead of the learner: every kind of process dies, and hangs, one after the other",
         [f"{FAULTS}::test_chaos_with_rollouts_ahead_of_the_learner_uses_each_group_once"],
         "each group used once or dropped with a reason, none too old",
+    )
+    yield proven(
+        "all rollout workers die amid a weight sync: the step waits for a replacement",
+        [
+            "tests/integration/test_weight_sync.py"
+            "::test_a_sync_in_which_every_worker_dies_waits_for_a_replacement"
+        ],
+        "the replacement holds the weights and agrees with the learner",
+    )
+    yield proven(
+        "a Redis or an actor that hangs is told from one that is busy, killed, and comes back",
+        ["tests/integration/test_keepers.py"],
+        "all pass",
+    )
+    yield proven(
+        "a network to Redis that is slow, and cut time and again; a clock of Redis that jumps",
+        [
+            f"{FAULTS}::test_a_slow_network_that_is_cut_time_and_again_changes_no_bit",
+            f"{FAULTS}::test_a_clock_of_redis_that_jumps_changes_no_bit",
+        ],
+        "0 tensors differ in any bit; the audit is sound",
+        {"differing_tensors": 0.0},
     )
     yield proven(
         "a Redis of one's own that is away for longer than one call may take",
@@ -248,13 +270,6 @@ def recovery_table(recoveries: list[Recovery]) -> Row:
 
 
 def not_shown() -> Iterator[Row]:
-    yield Row(
-        "all rollout workers die amid a weight sync: the step waits for a replacement",
-        "",
-        "within 180 s",
-        "not shown here",
-        "not tested",
-    )
     yield Row(
         "2-hour soak: memory, keys, processes, files",
         "not run",

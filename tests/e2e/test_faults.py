@@ -201,6 +201,7 @@ def test_a_clock_of_redis_that_jumps_changes_no_bit(
         patch.setenv("LD_PRELOAD", str(fake_time()))
         server = EmbeddedRedis(folder / "jumping")
         server.start()
+    pid = server.pid
     try:
         with shared_run(folder, "clock", server.url) as run:
             for jump_s in (86400, -7200, 0):
@@ -213,6 +214,8 @@ def test_a_clock_of_redis_that_jumps_changes_no_bit(
             assert_same_bits(calm, run, server.url, record_property)
     finally:
         server.stop()
+        for path in Path("/dev/shm").glob(f"*faketime*_{pid}"):
+            path.unlink()
 
 
 def fake_time() -> Path:
