@@ -22,7 +22,7 @@ UNIT = "tests/unit/test_"
 VECTORS = ("credit", "objectives", "surrogates", "siren", "nucleus", "kl", "entropy_terms",
            "guidance", "guide", "whitening", "segments", "packing", "logprobs", "gae", "value_loss",
            "published_values", "splits", "cpu_matmul")  # fmt: skip
-PROPERTIES = ("tests/integration/test_layouts.py", "tests/integration/test_gym_steps.py")
+PROPERTIES = ("tests/integration/test_packed_attention.py", "tests/integration/test_gym_steps.py")
 METHODS = "tests/integration/test_learner_methods.py"
 
 
@@ -32,7 +32,7 @@ def rows(quick: bool) -> Iterator[Row | Part]:
         [*(f"{UNIT}{name}.py" for name in VECTORS), *PROPERTIES],
     )
     yield _tests(
-        "each loss equals its slow reference in float64, packed and padded",
+        "each loss equals its slow reference in float64, with either attention",
         [METHODS, "-k", "float64"],
     )
     yield _tests("two ranks give the update of one, within 1e-5", [METHODS, "-k", "two_ranks"])

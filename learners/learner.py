@@ -30,7 +30,7 @@ from learners.credit import ValueBased, build_credit, check_critic, whitening_of
 from learners.critic import open_critic
 from learners.guidance import annotate
 from learners.lora import Lora
-from learners.model import PolicyModel, layout_on, load_policy, shard
+from learners.model import PolicyModel, attention_on, load_policy, shard
 from learners.objectives import WeightedLosses
 from learners.optimizer import ShardedAdamW, learning_rate
 from learners.packing import PackingPlan, assign
@@ -88,8 +88,9 @@ class Learner:
 
         def load() -> PolicyModel:
             is_checkpointed = "activations" in config.learner.save_memory
-            layout = layout_on(self._device, self._dtype)
-            return load_policy(policy_dir, self._device, is_checkpointed, layout, Lora.of(config))
+            attention = attention_on(self._device, self._dtype)
+            adapters = Lora.of(config)
+            return load_policy(policy_dir, self._device, is_checkpointed, attention, adapters)
 
         def open_policy(part: str) -> PolicyModel:
             policy = load()

@@ -1,8 +1,9 @@
 """The networks: a Hugging Face decoder that answers with log-probs (policy) or values (critic).
 
-Invariant: its answer for a token does not depend on the layout (packed or padded) or on the other
-sequences in the micro-batch. Each model is an FSDP2 root, so its head is whole while `forward` uses
-it. Called by the learner, warm start and the weight probe.
+Invariant: its answer for a token does not depend on the other sequences in the micro-batch, which
+lie end to end: flash attention or `learners.packed_attention` keeps them apart. Each model is an
+FSDP2 root, so its head is whole while `forward` uses it. Called by the learner, warm start and the
+weight probe.
 """
 
 # ruff: noqa: F722 (shapes in annotations)
@@ -11,7 +12,7 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,21 +26,18 @@ from torch.distributed.fsdp import (
 )
 
 from cluster.errors import ConfigError
+from learners import packed_attention
 from learners.batch import MicroBatch
 from learners.logprobs import TokenOutputs, token_outputs
 from learners.lora import Lora
 from learners.nucleus import Nucleus
 
-Layout = Literal["packed", "padded"]
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+_LAYERS = {"layers of full_attention", "layers of sliding_attention"}
 
 
 class DecoderModel(nn.Module, ABC):
-    """`packed` runs one row of [1, T] (variable-length attention); `padded` runs [S, longest]."""
-
-    def __init__(self, layout: Layout) -> None:
-        super().__init__()
-        self.layout: Layout = layout
+    """Runs packed sequences through a decoder as one row of [1, T]."""
 
     @property
     @abstractmethod
@@ -48,38 +46,29 @@ class DecoderModel(nn.Module, ABC):
 
     def hidden(self, rows: MicroBatch) -> Float[Tensor, "N D"]:
         """Hidden state from which each loss token is predicted: it has seen what came before."""
-        return self._packed(rows) if self.layout == "packed" else self._padded(rows)
-
-    def _packed(self, rows: MicroBatch) -> Float[Tensor, "N D"]:
+        if self.decoder.config._attn_implementation == packed_attention.NAME:
+            apart: dict[str, Any] = {"packed_blocks": packed_attention.blocks(rows.cu_seqlens)}
+        else:
+            apart = {
+                "cu_seq_lens_q": rows.cu_seqlens,
+                "cu_seq_lens_k": rows.cu_seqlens,
+                "max_length_q": rows.max_length,
+                "max_length_k": rows.max_length,
+            }
         output = self.decoder(
             input_ids=rows.token_ids[None],
             position_ids=rows.position_ids[None],
-            cu_seq_lens_q=rows.cu_seqlens,
-            cu_seq_lens_k=rows.cu_seqlens,
-            max_length_q=rows.max_length,
-            max_length_k=rows.max_length,
             use_cache=False,
+            **apart,
         )
         return output.last_hidden_state[0, rows.loss_index]
-
-    def _padded(self, rows: MicroBatch) -> Float[Tensor, "N D"]:
-        """Padding stands on the right, where causal attention never looks: no mask is needed."""
-        num_rows = len(rows.cu_seqlens) - 1
-        lengths = rows.cu_seqlens.diff()
-        row_starts = torch.arange(num_rows, device=lengths.device) * rows.max_length
-        places = row_starts.repeat_interleave(lengths, output_size=len(rows.token_ids))
-        places = places + rows.position_ids
-        tokens = rows.token_ids.new_zeros(num_rows * rows.max_length)
-        tokens[places] = rows.token_ids
-        output = self.decoder(input_ids=tokens.view(num_rows, rows.max_length), use_cache=False)
-        return output.last_hidden_state.flatten(0, 1)[places[rows.loss_index]]
 
 
 class PolicyModel(DecoderModel):
     """Decoder and output head."""
 
-    def __init__(self, causal_lm: nn.Module, layout: Layout) -> None:
-        super().__init__(layout)
+    def __init__(self, causal_lm: nn.Module) -> None:
+        super().__init__()
         self.causal_lm: Any = causal_lm
 
     @property
@@ -96,7 +85,7 @@ class ValueModel(DecoderModel):
     """The decoder of a policy and a linear value head, which starts at 0."""
 
     def __init__(self, policy: PolicyModel) -> None:
-        super().__init__(policy.layout)
+        super().__init__()
         self.backbone: Any = policy.decoder
         width = self.backbone.config.get_text_config().hidden_size
         weight = next(self.backbone.parameters())
@@ -117,21 +106,22 @@ class ValueModel(DecoderModel):
         return hidden.to(kind) @ self.head.weight[0].to(kind) + self.head.bias.to(kind)
 
 
-def layout_on(device: torch.device, compute_dtype: torch.dtype) -> Layout:
-    """`packed` where flash attention can run it: on a GPU, in half precision, if installed."""
+def attention_on(device: torch.device, compute_dtype: torch.dtype) -> str:
+    """Flash attention where it can run: on a GPU, in half precision, if installed."""
     is_fit = device.type == "cuda" and compute_dtype in (torch.bfloat16, torch.float16)
-    return "packed" if is_fit and find_spec("flash_attn") is not None else "padded"
+    has_flash = is_fit and find_spec("flash_attn") is not None
+    return "flash_attention_2" if has_flash else packed_attention.NAME
 
 
 def load_policy(
     policy_dir: Path,
     device: torch.device,
     activation_checkpointing: bool,
-    layout: Layout = "padded",
+    attention: str = packed_attention.NAME,
     lora: Lora | None = None,
 ) -> PolicyModel:
-    """The policy with float32 weights: flash attention for `packed`, SDPA for `padded`. With `lora`
-    its adapters learn and its own weights do not.
+    """The policy with float32 weights; `attention` as by `attention_on`. With `lora` its adapters
+    learn and its own weights do not.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -140,7 +130,7 @@ def load_policy(
     causal_lm: Any = AutoModelForCausalLM.from_pretrained(
         policy_dir,
         dtype=torch.float32,
-        attn_implementation="flash_attention_2" if layout == "packed" else "sdpa",
+        attn_implementation=attention,
     )
     causal_lm.to(device)
     _check_head(causal_lm, policy_dir)
@@ -150,7 +140,7 @@ def load_policy(
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     # Dropout would part the learner from the engine; training mode is only checkpointing's switch.
     causal_lm.train(activation_checkpointing)
-    return PolicyModel(causal_lm, layout)
+    return PolicyModel(causal_lm)
 
 
 def shard(
@@ -174,16 +164,22 @@ def shard(
 
 
 def _check_head(causal_lm: Any, policy_dir: Path) -> None:
-    """Log-probs are taken from `hidden @ head.T`, so refuse models that do more than that."""
+    """Log-probs are taken from `hidden @ head.T`, and sequences kept apart by attention alone, so
+    refuse models that do more than that.
+    """
     text_config = causal_lm.config.get_text_config()
     transforms = [
         name for name in _LOGIT_TRANSFORMS if getattr(text_config, name, None) not in (None, 1, 1.0)
     ]
+    kinds: list[str] = getattr(text_config, "layer_types", None) or []
+    transforms += sorted({f"layers of {kind}" for kind in kinds} - _LAYERS)
+    if not (causal_lm._supports_sdpa and causal_lm._supports_attention_backend):
+        transforms.append("an attention of its own kind")
     if getattr(causal_lm.get_output_embeddings(), "bias", None) is not None:
         transforms.append("a bias on the output head")
     if transforms or not hasattr(causal_lm.base_model, "layers"):
         what = ", ".join(transforms) or f"{type(causal_lm.base_model).__name__} without .layers"
         raise ConfigError(
-            f"policy: {policy_dir} must be a decoder with `layers` and a plain linear head, "
-            f"got {what}"
+            f"policy: {policy_dir} must be a decoder with `layers` of plain attention and a plain "
+            f"linear head, got {what}"
         )

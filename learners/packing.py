@@ -65,10 +65,9 @@ def plan_groups(
 def assign(lengths: Sequence[int], world_size: int, max_tokens: int) -> list[Share]:
     """One share per rank: longest first to the least loaded rank, then cut where the budget ends.
 
-    The budget counts a micro-batch as `rows * longest row`, which bounds both the packed and the
-    padded layout; neighbours have similar lengths, so the two are close. A sequence longer than
-    `max_tokens` gets a micro-batch of its own. Lengths [5, 3, 2] on two ranks with budget 6: [[0]]
-    and [[1, 2]].
+    A sequence longer than `max_tokens` gets a micro-batch of its own. Neighbours have similar
+    lengths, which attention that pads them profits from. Lengths [5, 3, 2] on two ranks with budget
+    6: [[0]] and [[1, 2]].
     """
     ranks: list[list[int]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
@@ -84,9 +83,12 @@ def assign(lengths: Sequence[int], world_size: int, max_tokens: int) -> list[Sha
 def _cut(indices: list[int], lengths: Sequence[int], max_tokens: int) -> Share:
     """Consecutive runs of `indices` (longest first) that fit the budget."""
     share: Share = []
+    num_tokens = 0
     for index in indices:
-        if share and (len(share[-1]) + 1) * lengths[share[-1][0]] <= max_tokens:
+        num_tokens += lengths[index]
+        if share and num_tokens <= max_tokens:
             share[-1].append(index)
         else:
             share.append([index])
+            num_tokens = lengths[index]
     return share

@@ -7,7 +7,7 @@ method `ppo` of `test_learner_methods` shows.
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from learners.batch import MicroBatch, Row
 from learners.gae import GeneralizedAdvantage
 from learners.learner import Learner
 from learners.model import PolicyModel, ValueModel
+from learners.packed_attention import NAME
 from learners.value_loss import ClippedValue
 from tests import reference_critic as reference
 from tests.learner_cases import (
@@ -64,12 +65,13 @@ def _valued(
     return reference.valued(decoder, head, head, groups, 1.0, (0.95, 1.0))
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("attention", ["sdpa", NAME])
 def test_values_and_gradients_equal_the_reference_in_float64(
-    policy_dir: Path, layout: Literal["packed", "padded"]
+    policy_dir: Path, attention: str
 ) -> None:
     causal_lm = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float64)
-    critic = ValueModel(PolicyModel(causal_lm, layout))
+    critic = ValueModel(PolicyModel(causal_lm))
+    causal_lm.set_attn_implementation(attention)
     torch.manual_seed(0)
     torch.nn.init.normal_(critic.head.weight, std=0.3)
     heads = [(critic.head.weight.detach()[0].clone(), critic.head.bias.detach()[0].clone())]
@@ -81,7 +83,9 @@ def test_values_and_gradients_equal_the_reference_in_float64(
         packs = [credit.estimate(replace(pack, values=critic(pack))) for pack in packs]
         critic.head.weight += 0.3 * torch.randn_like(critic.head.weight)
     now = critic.head.weight[0], critic.head.bias[0]
+    causal_lm.set_attn_implementation("sdpa")
     slow = reference.valued(critic.decoder, now, heads[0], groups, GAMMA, LAMBDAS)
+    causal_lm.set_attn_implementation(attention)
     advantages = torch.cat([pack.advantages for pack in packs]).tolist()
     expected_advantages = [a for row in slow for a in row.advantages]
     assert advantages == pytest.approx(expected_advantages, abs=1e-6, rel=1e-6)
@@ -107,7 +111,7 @@ def test_values_are_summed_in_float32_whatever_the_decoder(
     policy_dir: Path, dtype: torch.dtype
 ) -> None:
     causal_lm = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=dtype)
-    critic = ValueModel(PolicyModel(causal_lm, "padded"))
+    critic = ValueModel(PolicyModel(causal_lm))
     torch.manual_seed(0)
     torch.nn.init.normal_(critic.head.weight, std=0.3)
     rows = MicroBatch.pack(_rows(make_groups(0), GeneralizedAdvantage()))

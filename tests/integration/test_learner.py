@@ -16,6 +16,7 @@ from learners.credit import build_credit
 from learners.model import PolicyModel
 from learners.objectives import WeightedLosses
 from learners.optimizer import learning_rate
+from learners.packed_attention import NAME
 from learners.packing import plan_groups
 from tests.learner_cases import (
     CONTEXT_LENGTH,
@@ -120,6 +121,18 @@ def test_microbatches_and_calls_do_not_change_a_step(policy_dir: Path, tmp_path:
         assert results[0].metrics[name] == pytest.approx(results[1].metrics[name], abs=1e-6), name
 
 
+def test_recomputed_activations_change_no_gradient(policy_dir: Path, tmp_path: Path) -> None:
+    norms: list[float] = []
+    for name, savings in (("kept", []), ("recomputed", ["activations"])):
+        with open_learner(make_config(save_memory=savings), policy_dir) as learner:
+            assert learner._policy.causal_lm.is_gradient_checkpointing is bool(savings)
+            steps = [train_step(learner, step) for step in range(2)]
+            norms += [step.metrics["grad/norm"] for step in steps]
+            learner.export_weights(tmp_path / name)
+    assert norms[:2] == norms[2:]
+    assert_same_weights(tmp_path / "kept", tmp_path / "recomputed", 0.0)
+
+
 def test_a_step_reports_the_reference_loss_and_gradient(policy_dir: Path) -> None:
     causal_lm = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float64)
     loss = grpo_loss(causal_lm, make_groups(0), ReferenceSettings())
@@ -155,7 +168,7 @@ def test_a_step_reports_the_reference_loss_and_gradient(policy_dir: Path) -> Non
     )
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("attention", ["sdpa", NAME])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -166,7 +179,7 @@ def test_a_step_reports_the_reference_loss_and_gradient(policy_dir: Path) -> Non
 )
 def test_value_and_gradients_equal_the_reference_in_float64(
     policy_dir: Path,
-    layout: Literal["packed", "padded"],
+    attention: str,
     settings: dict[str, Any],
     record_property: Recorder,
 ) -> None:
@@ -192,7 +205,8 @@ def test_value_and_gradients_equal_the_reference_in_float64(
         for trajectory, advantages in zip(group.trajectories, credit.assign(group), strict=True)
         if advantages is not None
     ]
-    policy = PolicyModel(causal_lm, layout)
+    causal_lm.set_attn_implementation(attention)
+    policy = PolicyModel(causal_lm)
     total, count = torch.zeros((), dtype=torch.float64), 0
     for part in (rows[:3], rows[3:], []):
         pack = MicroBatch.pack(part)

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from learners.guidance import annotate
 from learners.logprobs import TokenOutputs
 from learners.model import PolicyModel
 from learners.objectives import WeightedLosses
+from learners.packed_attention import NAME
 from tests import reference_losses as reference
 from tests.learner_cases import (
     CONTEXT_LENGTH,
@@ -82,10 +83,10 @@ def _split_loss(
     return total, reported
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("attention", ["sdpa", NAME])
 @pytest.mark.parametrize("case", list(CASES))
 def test_values_and_gradients_equal_the_reference_in_float64(
-    policy_dir: Path, case: str, layout: Literal["packed", "padded"]
+    policy_dir: Path, case: str, attention: str
 ) -> None:
     use, settings, slow = CASES[case]
     causal_lm = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float64)
@@ -101,7 +102,8 @@ def test_values_and_gradients_equal_the_reference_in_float64(
         for trajectory, advantages in zip(group.trajectories, credit.assign(group), strict=True)
         if advantages is not None
     ]
-    loss, reported = _split_loss(WeightedLosses(section), PolicyModel(causal_lm, layout), rows)
+    causal_lm.set_attn_implementation(attention)
+    loss, reported = _split_loss(WeightedLosses(section), PolicyModel(causal_lm), rows)
     assert reported.item() == pytest.approx(expected.item(), abs=1e-6)
     assert expected.item() != pytest.approx(0.0, abs=1e-5), "the case must have something to show"
     for ours, theirs in zip(torch.autograd.grad(loss, parameters), gradients, strict=True):

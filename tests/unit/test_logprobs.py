@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from learners.logprobs import token_outputs
-from learners.model import layout_on
+from learners.model import attention_on
+from learners.packed_attention import NAME
 
 # Three rows, five words; values worked out by hand elsewhere (TV-G1 of the algorithms sheet).
 HIDDEN = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
@@ -72,18 +73,18 @@ def test_no_rows_still_reach_the_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "layout"),
+    ("device", "dtype", "attention"),
     [
-        ("cuda", torch.bfloat16, "packed"),
-        ("cuda", torch.float16, "packed"),
-        ("cuda", torch.float32, "padded"),
-        ("cpu", torch.bfloat16, "padded"),
+        ("cuda", torch.bfloat16, "flash_attention_2"),
+        ("cuda", torch.float16, "flash_attention_2"),
+        ("cuda", torch.float32, NAME),
+        ("cpu", torch.bfloat16, NAME),
     ],
 )
 def test_flash_attention_is_for_half_precision_on_a_gpu(
-    device: str, dtype: torch.dtype, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: str, dtype: torch.dtype, attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert layout_on(torch.device("cuda"), torch.bfloat16) == "padded", "it is not installed here"
+    assert attention_on(torch.device("cuda"), torch.bfloat16) == NAME, "it is not installed here"
     (tmp_path / "flash_attn.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    assert layout_on(torch.device(device), dtype) == layout
+    assert attention_on(torch.device(device), dtype) == attention
