@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from getpass import getuser
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ NUM_TRIES = 2
 # Of workers, in a Ray of one's own: below Ray's own processes, and far above what asks for idle
 # cores alone (`actors.standby`), which would get a tenth beside workers of Ray's default, 15.
 NICENESS = 5
+COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # kept from run to run, where PyTorch would have it
 logger = logging.getLogger(__name__)
 
 
@@ -51,14 +53,21 @@ def own_ray(
 ) -> Iterator[None]:
     """A Ray of one's own on loopback, which leaves nothing behind. `variables` are the workers'
     environment, beside what lets them import what the driver can; `at_end` sees Ray's folder when
-    its processes have ended, before it is removed.
+    its processes have ended, before it is removed. The workers' temporary files are in it, too:
+    those that are killed cannot remove their own.
 
     Raises `StageError` where Ray's node does not come up: a machine is busy beyond measure.
     """
     folder = Path(tempfile.mkdtemp(prefix="hone-", dir="/tmp"))  # short: it holds unix sockets
     paths = [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]
-    path = {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    settings |= {"num_cpus": num_cpus, "runtime_env": {"env_vars": {**variables, **path}}}
+    scratch = folder / "tmp"
+    scratch.mkdir()
+    ours = {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "TMPDIR": str(scratch),
+        COMPILED: os.environ.get(COMPILED, f"{tempfile.gettempdir()}/torchinductor_{getuser()}"),
+    }
+    settings |= {"num_cpus": num_cpus, "runtime_env": {"env_vars": {**variables, **ours}}}
     try:
         for trial in range(1, NUM_TRIES + 1):
             if _is_up(folder, settings):

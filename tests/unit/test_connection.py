@@ -1,10 +1,14 @@
 """A Ray of one's own on a busy machine: the node that comes up too late is tried for once more."""
 
+import os
+import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import WorkerCrashedError
 
 from actors.connection import NICENESS, NUM_TRIES, own_ray
 from cluster.errors import StageError
@@ -50,3 +54,24 @@ def test_the_folder_is_seen_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     with own_ray(1, {}, lambda folder: seen.append(folder.is_dir())):
         assert not seen
     assert seen == [True]
+
+
+def test_temporary_files_of_workers_are_in_the_folder_and_go_with_it() -> None:
+    """Of one that is killed, too: nobody else would remove them."""
+
+    @ray.remote(max_retries=0)
+    def leave_a_file() -> None:
+        tempfile.mkstemp()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    @ray.remote
+    def place() -> str:
+        return tempfile.gettempdir()
+
+    with own_ray(1, {}):
+        with pytest.raises(WorkerCrashedError):
+            ray.get(leave_a_file.remote(), timeout=60)
+        scratch = Path(ray.get(place.remote(), timeout=60))
+        assert len([path for path in scratch.iterdir() if path.is_file()]) == 1
+        assert scratch.parent.name.startswith("hone-")
+    assert not scratch.parent.exists()
