@@ -11,7 +11,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from getpass import getuser
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ NUM_TRIES = 2
 # Of workers, in a Ray of one's own: below Ray's own processes, and far above what asks for idle
 # cores alone (`actors.standby`), which would get a tenth beside workers of Ray's default, 15.
 NICENESS = 5
-COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # kept from run to run, where PyTorch would have it
+COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # kept from run to run
 logger = logging.getLogger(__name__)
 
 
@@ -53,19 +52,18 @@ def own_ray(
 ) -> Iterator[None]:
     """A Ray of one's own on loopback, which leaves nothing behind. `variables` are the workers'
     environment, beside what lets them import what the driver can; `at_end` sees Ray's folder when
-    its processes have ended, before it is removed. The workers' temporary files are in it, too:
+    its processes have ended, before it is removed. So are the workers' temporary files, of which
     those that are killed cannot remove their own.
 
     Raises `StageError` where Ray's node does not come up: a machine is busy beyond measure.
     """
     folder = Path(tempfile.mkdtemp(prefix="hone-", dir="/tmp"))  # short: it holds unix sockets
     paths = [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]
-    scratch = folder / "tmp"
-    scratch.mkdir()
+    scratch = tempfile.mkdtemp(prefix="hone-")
     ours = {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "TMPDIR": str(scratch),
-        COMPILED: os.environ.get(COMPILED, f"{tempfile.gettempdir()}/torchinductor_{getuser()}"),
+        "TMPDIR": scratch,
+        COMPILED: os.environ.get(COMPILED, f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"),
     }
     settings |= {"num_cpus": num_cpus, "runtime_env": {"env_vars": {**variables, **ours}}}
     try:
@@ -81,7 +79,8 @@ def own_ray(
         ray.shutdown(wait_for_processes=True)
         if at_end is not None:
             at_end(folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        for path in (folder, scratch):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_up(folder: Path, settings: Mapping[str, Any]) -> bool:

@@ -7,13 +7,14 @@ launcher is without an end; whoever is killed for silence has had longer than an
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
 import redis
 
 from cluster.embedded_redis import EmbeddedRedis
-from cluster.errors import ConfigError, DeadlineError
+from cluster.errors import ConfigError, DeadlineError, StageError
 from cluster.redis_client import CALL_S, OUTAGE_S
 
 HANG_S = 120.0  # without an answer
@@ -31,14 +32,19 @@ class Pulse:
         self._ping = ping
         self._asked_at = time.monotonic()
         self._answer = ping()
+        self._limit_s = OUTAGE_S + HANG_S  # to come up, for which it may have to wait for Redis
+        self._is_gone = False
 
     def is_gone(self) -> bool:
-        """No answer for `HANG_S`; returns at once."""
+        """No answer for `HANG_S`, now or ever before; returns at once."""
         silent_s = time.monotonic() - self._asked_at
-        if silent_s > PING_EVERY_S and ray.wait([self._answer], timeout=0)[0]:
-            self._asked_at, silent_s = time.monotonic(), 0.0
-            self._answer = self._ping()
-        return silent_s > HANG_S
+        if self._is_gone or silent_s < PING_EVERY_S:
+            return self._is_gone
+        if ray.wait([self._answer], timeout=0)[0]:
+            self._asked_at, self._answer, self._limit_s = time.monotonic(), self._ping(), HANG_S
+        else:
+            self._is_gone = silent_s > self._limit_s
+        return self._is_gone
 
 
 class RedisKeeper:
@@ -72,4 +78,5 @@ class RedisKeeper:
         if self._silent_since is not None and time.monotonic() - self._silent_since > CALL_S:
             logger.warning("Redis gave no answer for %.0f s: killed", CALL_S)
             self._silent_since = None
-            self._server.kill()
+            with suppress(StageError):  # it has ended meanwhile
+                self._server.kill()

@@ -256,7 +256,7 @@ class WorkerSet:
     async def until_idle(self) -> None:
         """Wait for the calls in flight, each of which has a deadline."""
         try:
-            async with asyncio.timeout(self._call_s):
+            async with asyncio.timeout(MAX_HANGS * self._call_s):
                 await self._idle.wait()
         except TimeoutError:
             log.warning("rubric %s: %d calls left", self.version.label, self._in_flight)

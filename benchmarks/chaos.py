@@ -133,23 +133,24 @@ class LiveRun:
         actors = state.actors if state else []
         return {a.pid for a in actors if a.name.split("/")[0] == kind and _is_up(a)}
 
-    def kill(self, kind: str) -> int:
-        """Kill -9 one process of a kind, or stop one (`rollout_hang`) for good; returns its pid."""
-        number = signal.SIGSTOP if kind.endswith(HANG) else signal.SIGKILL
+    def _victim(self, kind: str) -> int:
+        """A living process of a kind, as soon as there is one."""
         deadline = time.monotonic() + RECOVERY_S
         while not (pids := {pid for pid in self.pids(kind) if _is_alive(pid)}):
             self.check()
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no {kind} to kill: {self.tail()}")
             time.sleep(POLL_S)
-        pid = random.choice(sorted(pids))
-        os.kill(pid, number)
-        return pid
+        return random.choice(sorted(pids))
 
     def hurt(self, *kinds: str) -> Recovery:
-        """Kill one process of each kind at once, and wait until the run works again."""
+        """Kill -9 one process of each kind at once, or stop it for good (`rollout_hang`), and wait
+        until the run works again.
+        """
+        pids = {kind: self._victim(kind) for kind in kinds}
+        for kind, pid in pids.items():
+            os.kill(pid, signal.SIGSTOP if kind.endswith(HANG) else signal.SIGKILL)
         before, started = self._commits(), time.monotonic()
-        pids = {kind: self.kill(kind) for kind in kinds}
         replaced_s = working_s = 0.0
         while not (replaced_s and working_s):
             self.check()

@@ -32,6 +32,7 @@ from cluster.errors import ConfigError, DeadlineError, StageError
 
 _STAGE = "embedded redis"
 _POLL_S = 0.02
+_ANSWER_S = 3.0  # of one that runs
 _START_S = 60.0  # with the data of a long run to load
 _LOCK_DEADLINE_S = 10.0  # for a server that is about to end
 _STOP_DEADLINE_S = 5.0
@@ -232,7 +233,7 @@ class EmbeddedRedis:
             host="127.0.0.1",
             port=self._port,
             password=self._password,
-            socket_timeout=1.0,
+            socket_timeout=_ANSWER_S,
             retry=Retry(NoBackoff(), 0),
         )
         try:

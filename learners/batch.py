@@ -102,7 +102,7 @@ class MicroBatch:
     token_ids: Int[Tensor, " T"]
     position_ids: Int[Tensor, " T"]
     cu_seqlens: Int[Tensor, " S+1"]
-    max_length: int
+    lengths: Sequence[int]  # S, where they can be read without waiting for the device
     loss_index: Int[Tensor, " N"]
     labels: Int[Tensor, " N"]
     sequence_ids: Int[Tensor, " N"]
@@ -153,7 +153,7 @@ class MicroBatch:
             ),
             position_ids=put(np.concatenate([np.arange(length) for length in lengths])),
             cu_seqlens=put(starts, torch.int32),
-            max_length=max(lengths),
+            lengths=lengths,
             loss_index=put(
                 np.concatenate(
                     [

@@ -27,13 +27,15 @@ from torch.distributed.fsdp import (
 
 from cluster.errors import ConfigError
 from learners import packed_attention
-from learners.batch import MicroBatch
+from learners.batch import MicroBatch, Row
 from learners.logprobs import TokenOutputs, token_outputs
 from learners.lora import Lora
 from learners.nucleus import Nucleus
 
-_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-_LAYERS = {"layers of full_attention", "layers of sliding_attention"}
+_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap")
+_SOFTCAP = "attn_logit_softcapping"
+PROBE_TOKENS, MAX_WINDOW = 12, 4096
+SAME = 1e-3  # of the largest hidden state, for float32 in another order of summation
 
 
 class DecoderModel(nn.Module, ABC):
@@ -47,13 +49,14 @@ class DecoderModel(nn.Module, ABC):
     def hidden(self, rows: MicroBatch) -> Float[Tensor, "N D"]:
         """Hidden state from which each loss token is predicted: it has seen what came before."""
         if self.decoder.config._attn_implementation == packed_attention.NAME:
-            apart: dict[str, Any] = {"packed_blocks": packed_attention.blocks(rows.cu_seqlens)}
+            blocks = packed_attention.blocks(rows.lengths, rows.token_ids.device)
+            apart: dict[str, Any] = {"packed_blocks": blocks}
         else:
             apart = {
                 "cu_seq_lens_q": rows.cu_seqlens,
                 "cu_seq_lens_k": rows.cu_seqlens,
-                "max_length_q": rows.max_length,
-                "max_length_k": rows.max_length,
+                "max_length_q": max(rows.lengths),
+                "max_length_k": max(rows.lengths),
             }
         output = self.decoder(
             input_ids=rows.token_ids[None],
@@ -134,6 +137,8 @@ def load_policy(
     )
     causal_lm.to(device)
     _check_head(causal_lm, policy_dir)
+    if attention == packed_attention.NAME:
+        _check_packing(causal_lm, policy_dir)
     if lora is not None:
         lora.add_to(causal_lm)
     if activation_checkpointing:
@@ -164,22 +169,49 @@ def shard(
 
 
 def _check_head(causal_lm: Any, policy_dir: Path) -> None:
-    """Log-probs are taken from `hidden @ head.T`, and sequences kept apart by attention alone, so
-    refuse models that do more than that.
-    """
+    """Log-probs are taken from `hidden @ head.T`, so refuse models that do more than that."""
     text_config = causal_lm.config.get_text_config()
     transforms = [
         name for name in _LOGIT_TRANSFORMS if getattr(text_config, name, None) not in (None, 1, 1.0)
     ]
-    kinds: list[str] = getattr(text_config, "layer_types", None) or []
-    transforms += sorted({f"layers of {kind}" for kind in kinds} - _LAYERS)
-    if not (causal_lm._supports_sdpa and causal_lm._supports_attention_backend):
-        transforms.append("an attention of its own kind")
     if getattr(causal_lm.get_output_embeddings(), "bias", None) is not None:
         transforms.append("a bias on the output head")
     if transforms or not hasattr(causal_lm.base_model, "layers"):
         what = ", ".join(transforms) or f"{type(causal_lm.base_model).__name__} without .layers"
         raise ConfigError(
-            f"policy: {policy_dir} must be a decoder with `layers` of plain attention and a plain "
-            f"linear head, got {what}"
+            f"policy: {policy_dir} must be a decoder with `layers` and a plain linear head, "
+            f"got {what}"
         )
+
+
+@torch.no_grad()
+def _check_packing(causal_lm: Any, policy_dir: Path) -> None:
+    """Sequences of a pack are kept apart by attention alone, so refuse decoders that mix them in
+    another way or whose attention is more than that: what they make of two sequences, the first
+    longer than a window, must be what `transformers` makes of each by itself.
+    """
+    text_config = causal_lm.config.get_text_config()
+    window: int | None = getattr(text_config, "sliding_window", None)
+    length = PROBE_TOKENS if window is None or window > MAX_WINDOW else window + PROBE_TOKENS
+    tokens = torch.arange(length + PROBE_TOKENS) * 7919 % text_config.vocab_size
+    parts = tokens.split([length, PROBE_TOKENS])
+    rows = [Row.plain(part[:1].numpy(), part[1:].numpy()) for part in parts]
+    device = next(causal_lm.parameters()).device
+    causal_lm.eval()
+    reason = _SOFTCAP if getattr(text_config, _SOFTCAP, None) else ""
+    try:
+        found = PolicyModel(causal_lm).hidden(MicroBatch.pack(rows, device))
+        causal_lm.set_attn_implementation("eager")
+        outputs = [causal_lm.base_model(part[None].to(device), use_cache=False) for part in parts]
+        expected = torch.cat([output.last_hidden_state[0, :-1] for output in outputs])
+        error = ((found - expected).abs().max() / expected.abs().max()).item()
+        reason = reason or ("" if error < SAME else f"its hidden states are {error:.1%} away")
+    except (KeyError, TypeError, ValueError) as refusal:
+        reason = str(refusal)
+    if reason:
+        raise ConfigError(
+            f"policy: {policy_dir} must be a decoder that keeps packed sequences apart by causal "
+            f"attention (of a window, if it has one) and nothing else, which "
+            f"{text_config.model_type} is not: {reason}"
+        )
+    causal_lm.set_attn_implementation(packed_attention.NAME)

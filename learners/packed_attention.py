@@ -10,6 +10,7 @@ padded together only while the longest is at most twice the shortest. Chosen by 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,9 +35,8 @@ class Block:
     places: Int[Tensor, " n"] | None
 
 
-def blocks(cu_seqlens: Int[Tensor, " S+1"]) -> list[Block]:
-    """Lengths [8, 5, 4, 1] make two blocks: [8, 5, 4] and [1]."""
-    lengths: list[int] = cu_seqlens.diff().tolist()
+def blocks(lengths: Sequence[int], device: torch.device) -> list[Block]:
+    """Sequences of these lengths, end to end: [8, 5, 4, 1] makes two blocks, [8, 5, 4] and [1]."""
     found: list[Block] = []
     start = 0
     for part in _alike(lengths):
@@ -46,7 +46,7 @@ def blocks(cu_seqlens: Int[Tensor, " S+1"]) -> list[Block]:
             counts = torch.tensor(part)
             padding = (longest - counts).cumsum(0) - (longest - counts)  # before each row
             places = torch.arange(stop - start) + padding.repeat_interleave(counts)
-            places = places.to(cu_seqlens.device)
+            places = places.to(device)
         found.append(Block(start, stop, len(part), longest, places))
         start = stop
     return found
@@ -68,7 +68,7 @@ def packed_attention(
     query: Float[Tensor, "1 H T D"],
     key: Float[Tensor, "1 G T D"],
     value: Float[Tensor, "1 G T V"],
-    _mask: None,
+    attention_mask: None,
     *,
     packed_blocks: Sequence[Block],
     sliding_window: int | None = None,
@@ -76,8 +76,11 @@ def packed_attention(
 ) -> tuple[Float[Tensor, "1 T H V"], None]:
     """As `transformers` calls it; `packed_blocks`, `blocks` of the pack, were given to the decoder.
 
-    H heads for queries, G for keys and values.
+    H heads for queries, G for keys and values. Raises `ValueError` for a mask: it says something of
+    the decoder that is not known here.
     """
+    if attention_mask is not None:
+        raise ValueError("a mask of the decoder's own")
     outputs: list[Tensor] = []
     for block in packed_blocks:
         q, k, v = (_rows(states[0].transpose(0, 1), block) for states in (query, key, value))
@@ -96,6 +99,7 @@ def _rows(states: Float[Tensor, "T H D"], block: Block) -> Float[Tensor, "S H L 
     return tokens.unflatten(0, (block.num_rows, block.longest)).transpose(1, 2)
 
 
+@lru_cache(maxsize=8)
 def _window(length: int, size: int | None, device: torch.device) -> Tensor | None:
     """Which of `length` tokens each may see, itself included; None where it is all before it."""
     if size is None or length <= size:

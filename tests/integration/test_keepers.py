@@ -129,3 +129,26 @@ def test_an_actor_that_answers_nothing_is_gone_and_a_busy_one_is_not(
     ray.kill(actor)
     assert ray.wait([work], timeout=SOON_S)[0]
     assert pulse.is_gone(), "the launcher says why"
+
+
+class Late:
+    """Waits in its constructor, as a controller does for Redis."""
+
+    def __init__(self) -> None:
+        time.sleep(4.0)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_an_actor_that_comes_up_is_given_the_time_of_an_outage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(keepers, "PING_EVERY_S", 0.1)
+    monkeypatch.setattr(keepers, "HANG_S", 0.5)
+    actor: Any = ray.remote(Late).options(num_cpus=0).remote()
+    pulse = Pulse(actor.__ray_ready__.remote)
+    until = time.monotonic() + SOON_S
+    while pulse._limit_s > keepers.HANG_S:
+        assert not pulse.is_gone()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    ray.kill(actor)

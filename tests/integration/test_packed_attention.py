@@ -13,16 +13,24 @@ from torch import Tensor
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
 
 from cluster.errors import ConfigError
@@ -122,7 +130,7 @@ def test_a_neighbour_in_the_pack_changes_nothing(causal_lm: Any) -> None:
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=20))
 def test_blocks_hold_each_token_once_and_are_at_most_half_padding(lengths: list[int]) -> None:
-    found = blocks(torch.tensor([0, *np.cumsum(lengths)]))
+    found = blocks(lengths, torch.device("cpu"))
     rows = iter(lengths)
     stop = 0
     for block in found:
@@ -142,7 +150,7 @@ def test_blocks_hold_each_token_once_and_are_at_most_half_padding(lengths: list[
 
 
 def test_the_documented_example() -> None:
-    first, second = blocks(torch.tensor([0, 8, 13, 17, 18]))
+    first, second = blocks([8, 5, 4, 1], torch.device("cpu"))
     assert (first.start, first.stop, first.num_rows, first.longest) == (0, 17, 3, 8)
     assert (second.start, second.stop, second.places) == (17, 18, None)
 
@@ -162,13 +170,39 @@ def test_models_with_more_than_a_linear_head_are_refused(tmp_path: Path) -> None
         load_policy(tmp_path, torch.device("cpu"), activation_checkpointing=False)
 
 
-def test_models_that_mix_a_pack_other_than_by_attention_are_refused(tmp_path: Path) -> None:
-    kinds = ["linear_attention", "full_attention"]
-    config = Qwen3NextConfig(
-        **SIZES, layer_types=kinds, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8,
-        shared_expert_intermediate_size=8, linear_num_key_heads=1, linear_num_value_heads=2,
-        linear_key_head_dim=8, linear_value_head_dim=8,
-    )  # fmt: skip
-    Qwen3NextForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="layers of linear_attention"):
+REFUSED: dict[str, Callable[[], Any]] = {
+    "linear layers": lambda: Qwen3NextForCausalLM(
+        Qwen3NextConfig(
+            **SIZES, layer_types=["linear_attention", "full_attention"], num_experts=2,
+            num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8,
+            linear_num_key_heads=1, linear_num_value_heads=2, linear_key_head_dim=8,
+            linear_value_head_dim=8,
+        )
+    ),
+    "a window that attention is not told of": lambda: PhimoeForCausalLM(
+        PhimoeConfig(**SIZES, sliding_window=3, num_local_experts=2)
+    ),
+    "arguments that get lost on the way": lambda: NemotronForCausalLM(NemotronConfig(**SIZES)),
+    "attention of its own": lambda: StableLmForCausalLM(
+        StableLmConfig(**(SIZES | {"head_dim": None}))
+    ),
+    "soft caps": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=None)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(REFUSED))
+def test_models_that_mix_a_pack_other_than_by_attention_are_refused(
+    kind: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    REFUSED[kind]().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="keeps packed sequences apart by causal attention"):
         load_policy(tmp_path, torch.device("cpu"), activation_checkpointing=False)
+
+
+def test_models_whose_attention_is_causal_or_of_a_window_are_taken(
+    causal_lm: Any, tmp_path: Path
+) -> None:
+    causal_lm.save_pretrained(tmp_path)
+    policy = load_policy(tmp_path, torch.device("cpu"), activation_checkpointing=False)
+    assert policy.decoder.config._attn_implementation == packed_attention.NAME
