@@ -56,7 +56,10 @@ class RolloutFleet:
         self.workers = [Worker(i, None) for i in range(self._config.rollout.workers)]
 
     async def start(self) -> None:
-        """Load all engines; they end STALE, waiting for the first weight sync."""
+        """Load all engines; they end STALE, waiting for the first weight sync. One of them may be
+        what a controller that died had prepared.
+        """
+        await asyncio.to_thread(self.actors.take_over)
         await asyncio.gather(*[self._launch(worker) for worker in self.workers])
         self.is_started = True
 
@@ -241,7 +244,8 @@ class RolloutFleet:
         if worker.handle is not None:
             ray.kill(worker.handle)  # what is left of the one it replaces
         await self.may_load.wait()
-        is_first_try = worker.num_in_vain == 1  # to replace it, since it last finished a group
+        # To start or to replace it, since it last finished a group.
+        is_first_try = worker.num_in_vain == 1 or not self.is_started
         make = self.actors.replacement if is_first_try else self.actors.make
         worker.handle = make(worker)
         worker.state = WorkerState.STARTING

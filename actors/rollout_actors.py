@@ -2,8 +2,8 @@
 
 Invariant: an actor is handed out once; the one that stands by belongs to no worker before, and is
 handed out only when it is prepared: until then a new one is sooner up. None is handed out where
-engines have places on several nodes: it would move a worker to another one. Owned by
-`actors.fleet`.
+engines have places on several nodes: it would move a worker to another one. On a Ray of one's own,
+which ends with its launcher, it outlives a controller that dies. Owned by `actors.fleet`.
 """
 
 import os
@@ -11,12 +11,15 @@ from concurrent.futures import Future
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from actors.fleet_worker import Worker
 from actors.placement import Placement
 from actors.rollout_worker import RolloutWorker
+from cluster.run_dir import RunDir
 
 MAX_CALLS = 4096  # concurrent calls of one worker's event loop
+ANSWER_S = 5.0  # of what another controller has left
 
 
 class RolloutActors:
@@ -27,6 +30,7 @@ class RolloutActors:
         self._placement = placement
         self._run_dir = run_dir
         self._num_standbys = 0
+        self._is_own_ray = RunDir(run_dir).models is None
         self.standby: Any = None
         self.prepared: Future[None] | None = None  # fails where its node has no room for it
 
@@ -56,9 +60,29 @@ class RolloutActors:
         if self._placement.is_gpu or self.standby is not None or self._num_nodes() > 1:
             return
         options = self._placement.rollout_options() | {"num_cpus": 0}
+        if self._is_own_ray:  # a reserved place would go with the controller
+            options |= {"lifetime": "detached", "scheduling_strategy": "DEFAULT"}
         self.standby = self._make("standby", self._num_standbys, options)
         self._num_standbys += 1
         self.prepared = self.standby.prepare.remote().future()
+
+    def take_over(self) -> None:
+        """From a controller that died: the one that stands by. Those that it had handed out end.
+        Blocks for as long as they do not answer, at most `ANSWER_S` each.
+        """
+        names: list[str] = ray.util.list_named_actors()
+        for name in names:
+            if name.startswith(self._name("standby")):
+                actor: Any = ray.get_actor(name)
+                if self.standby is None and _is_prepared(actor):
+                    self.standby = actor
+                    self.prepared = Future()
+                    self.prepared.set_result(None)
+                else:
+                    ray.kill(actor)
+
+    def _name(self, name: str) -> str:
+        return f"hone/{self._run_id}/rollout/{name}/"
 
     def _num_nodes(self) -> int:
         """Nodes on which engines have reserved places, those of added ones included."""
@@ -75,8 +99,16 @@ class RolloutActors:
     def _make(self, name: str, generation: int, options: dict[str, Any]) -> Any:
         """The process id tells it from what the last controller may have left."""
         named = ray.remote(RolloutWorker).options(
-            name=f"hone/{self._run_id}/rollout/{name}/{os.getpid()}.{generation}",
+            name=f"{self._name(name)}{os.getpid()}.{generation}",
             max_concurrency=MAX_CALLS,
             **options,
         )
         return named.remote(self._placement.config.rollout.program, self._run_dir)
+
+
+def _is_prepared(actor: Any) -> bool:
+    """Whether it has not been handed out, and could be."""
+    try:
+        return bool(ray.get(actor.is_prepared.remote(), timeout=ANSWER_S))
+    except RayError:
+        return False

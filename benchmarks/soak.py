@@ -38,6 +38,7 @@ MIB, KIB = 2**20, 2**10
 OPTIONS = [
     "run.steps=100000000", "run.checkpoint_every=100", "rollout.max_policy_age=1",
     "buffer.capacity_groups=128",  # its memory of groups that left is full before the judged part
+    "learner.lr=1.0e-6", "tasks.skip_uniform=false",  # what is learnt to the end ends the run
 ]  # fmt: skip
 Sample = dict[str, float]  # series, its unit the last word -> value
 REDIS_KEYS = "Redis keys number"
@@ -53,7 +54,7 @@ def sample(run: LiveRun) -> Sample:
     pids = run.processes()
     found["processes number"] = len(pids)
     found["open files number"] = sum(map(_num_files, pids))
-    folders = [run.run.path, Path("/dev/shm"), *_of_ray(pids)]
+    folders = {run.run.path, run.run.weights, *_temporary(pids)}
     found["files number"] = sum(len(files) for folder in folders for *_, files in os.walk(folder))
     with suppress(redis.RedisError):  # it may be writing its file anew
         found |= _in_redis(url_in(run.run.redis))
@@ -73,13 +74,15 @@ def _num_files(pid: int) -> int:
         return 0
 
 
-def _of_ray(pids: Iterable[int]) -> set[Path]:
-    """Where the Ray of these processes keeps its logs and sockets."""
+def _temporary(pids: Iterable[int]) -> set[Path]:
+    """Where the Ray of these processes keeps its logs and sockets, and they their own files."""
     option, found = "--temp_dir=", set[Path]()
     for pid in pids:
         with suppress(psutil.Error):
-            words = psutil.Process(pid).cmdline()
-            found |= {Path(w.removeprefix(option)) for w in words if w.startswith(option)}
+            process = psutil.Process(pid)
+            words = [w.removeprefix(option) for w in process.cmdline() if w.startswith(option)]
+            words.append(process.environ().get("TMPDIR", ""))
+            found |= {path for path in map(Path, words) if path.name.startswith("hone-")}
     return found
 
 

@@ -41,6 +41,39 @@ async def test_who_is_not_prepared_is_not_handed_out(tiny_config: Config, tmp_pa
     assert actors.standby is actors.prepared is None
 
 
+@pytest.mark.usefixtures("local_ray")
+async def test_a_stand_by_outlives_its_controller_and_those_handed_out_do_not(
+    tiny_config: Config, tmp_path: Path
+) -> None:
+    """As far as their handles go: the end-to-end test of a killed controller has real owners."""
+    placement = Placement.of(tiny_config)
+    first = RolloutActors("heir", placement, str(tmp_path))
+    first.stand_by()
+    assert first.prepared is not None
+    await asyncio.wait_for(asyncio.wrap_future(first.prepared), PREPARE_S)
+    handed_out = first.replacement(Worker(0, None))
+    await handed_out.__ray_call__.remote(_as_if_started)
+    assert first.prepared is not None
+    await asyncio.wait_for(asyncio.wrap_future(first.prepared), PREPARE_S)
+    left = first.standby
+
+    other = RolloutActors("another run", placement, str(tmp_path))
+    await asyncio.to_thread(other.take_over)
+    assert other.standby is None
+    heir = RolloutActors("heir", placement, str(tmp_path))
+    await asyncio.to_thread(heir.take_over)
+    assert heir.standby == left
+    with pytest.raises(RayActorError):
+        await asyncio.wait_for(handed_out.is_prepared.remote(), PREPARE_S)
+    assert heir.replacement(Worker(0, None)) == left
+    for actor in (left, heir.standby):
+        ray.kill(actor)
+
+
+def _as_if_started(worker: Any) -> None:
+    worker._is_prepared = False
+
+
 class PlacesOn(Gang):
     """Reserves nothing; its places are on these nodes."""
 
