@@ -124,7 +124,8 @@ def load_policy(
     lora: Lora | None = None,
 ) -> PolicyModel:
     """The policy with float32 weights; `attention` as by `attention_on`. With `lora` its adapters
-    learn and its own weights do not.
+    learn and its own weights do not. Raises `ConfigError` for a decoder that does more than the
+    learner knows of: to its logits, or to the sequences of a pack.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar

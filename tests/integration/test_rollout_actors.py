@@ -1,6 +1,7 @@
 """Which actor takes the place of a lost worker: the one that stands by, or a new one."""
 
 import asyncio
+import time
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from actors.rollout_actors import RolloutActors
 from cluster.config import Config
 
 PREPARE_S = 120.0
+OWNED_S = 5.0  # until Ray has ended what a dead actor owned
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -41,30 +43,46 @@ async def test_who_is_not_prepared_is_not_handed_out(tiny_config: Config, tmp_pa
     assert actors.standby is actors.prepared is None
 
 
+class Owner:
+    """Has a stand-by prepared and one handed out, as a controller has."""
+
+    def __init__(self, config: Config, run_dir: str) -> None:
+        self._actors = RolloutActors("heir", Placement.of(config), run_dir)
+
+    def stand_by(self) -> Any:
+        self._actors.stand_by()
+        return self._prepared()
+
+    def hand_out(self) -> Any:
+        self._actors.replacement(Worker(0, None))
+        return self._prepared()
+
+    def _prepared(self) -> Any:
+        assert self._actors.prepared is not None
+        self._actors.prepared.result(PREPARE_S)
+        return self._actors.standby
+
+
 @pytest.mark.usefixtures("local_ray")
-async def test_a_stand_by_outlives_its_controller_and_those_handed_out_do_not(
+def test_a_stand_by_outlives_its_controller_and_those_handed_out_do_not(
     tiny_config: Config, tmp_path: Path
 ) -> None:
-    """As far as their handles go: the end-to-end test of a killed controller has real owners."""
     placement = Placement.of(tiny_config)
-    first = RolloutActors("heir", placement, str(tmp_path))
-    first.stand_by()
-    assert first.prepared is not None
-    await asyncio.wait_for(asyncio.wrap_future(first.prepared), PREPARE_S)
-    handed_out = first.replacement(Worker(0, None))
-    await handed_out.__ray_call__.remote(_as_if_started)
-    assert first.prepared is not None
-    await asyncio.wait_for(asyncio.wrap_future(first.prepared), PREPARE_S)
-    left = first.standby
+    owner: Any = ray.remote(Owner).options(num_cpus=0).remote(tiny_config, str(tmp_path))
+    handed_out = ray.get(owner.stand_by.remote(), timeout=PREPARE_S)
+    left = ray.get(owner.hand_out.remote(), timeout=PREPARE_S)
+    ray.get(handed_out.__ray_call__.remote(_as_if_started), timeout=PREPARE_S)
+    ray.kill(owner)
+    time.sleep(OWNED_S)
 
     other = RolloutActors("another run", placement, str(tmp_path))
-    await asyncio.to_thread(other.take_over)
+    other.take_over()
     assert other.standby is None
     heir = RolloutActors("heir", placement, str(tmp_path))
-    await asyncio.to_thread(heir.take_over)
+    heir.take_over()
     assert heir.standby == left
     with pytest.raises(RayActorError):
-        await asyncio.wait_for(handed_out.is_prepared.remote(), PREPARE_S)
+        ray.get(handed_out.is_prepared.remote(), timeout=PREPARE_S)
     assert heir.replacement(Worker(0, None)) == left
     for actor in (left, heir.standby):
         ray.kill(actor)
