@@ -6,37 +6,32 @@ Called by the controller.
 """
 
 import asyncio
-import random
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors import devices
+from actors import devices, prepared_policy
 from actors.capacity import away_from_gpus, cluster_nodes
 from actors.curriculum import Curriculum
 from actors.fleet import RolloutFleet
 from actors.gang import Gang
 from actors.observer import Observer
-from actors.placement import QUIET_ENV, Placement
+from actors.placement import Placement
 from actors.reward_admin import RewardAdmin
 from actors.reward_buffered import BufferedGroups
 from actors.reward_pool import RewardPool
 from actors.reward_set import RewardHome
 from actors.rollout import Sampling
 from actors.scaling import FleetScaling
-from actors.stages import within
 from actors.turns import Turns
-from actors.weight_sync import PROBE_SEQUENCES, WeightSync
+from actors.weight_sync import WeightSync
 from cluster.config import Config
-from cluster.errors import ConfigError, StageError
+from cluster.errors import ConfigError
 from cluster.run_dir import RunDir
 from cluster.status import ActorStatus
 from cluster.types import Task
 from learners.group import LearnerGroup
-from learners.warm_start import Example
 from rewards.tasksets import load_splits
 
 ENGINE_START_S = 45.0  # on two CPU cores; shown to the user as an estimate
@@ -134,7 +129,7 @@ async def _start_parts(
     observer.phase("starting", "reading tasks", 5.0)
     train_tasks, eval_tasks = await asyncio.to_thread(load_splits, config.tasks)
     observer.phase("starting", "preparing the policy", 10.0)
-    policy = await _prepare(config, train_tasks, run, has_checkpoint)
+    policy = await prepared_policy.of(config, train_tasks, run, has_checkpoint)
     sampling = Sampling(
         config.rollout.max_new_tokens, config.rollout.temperature, [policy.stop_token_id]
     )
@@ -201,66 +196,3 @@ async def _start_parts(
         eval_tasks=eval_tasks,
         warm_start=warm_metrics,
     )
-
-
-@dataclass(frozen=True)
-class PreparedPolicy:
-    """A loadable policy directory, the token that ends a completion, a few prompts as token ids,
-    and what to warm it up on.
-    """
-
-    directory: Path
-    stop_token_id: int
-    prompts: list[list[int]]
-    examples: list[Example]
-
-
-async def _prepare(
-    config: Config, tasks: list[Task], run: RunDir, has_checkpoint: bool
-) -> PreparedPolicy:
-    """Made in a process of its own, which ends and gives its memory back; on this node, which may
-    be the only one with a way to a model hub.
-    """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    prepare = ray.remote(max_calls=1, max_retries=0)(prepare_policy).options(
-        num_cpus=0, runtime_env={"env_vars": QUIET_ENV}, scheduling_strategy=here
-    )
-    return await within(
-        prepare.remote(config, tasks, run.policy, has_checkpoint, run.models),
-        stage="policy",
-        what="the policy directory",
-        deadline_s=config.resources.start_timeout_s,
-        knob="resources.start_timeout_s",
-    )
-
-
-def prepare_policy(
-    config: Config,
-    tasks: list[Task],
-    out_dir: Path,
-    has_checkpoint: bool,
-    models: Path | None,
-) -> PreparedPolicy:
-    """Also what a warm start learns from `tasks`, unless a checkpoint holds what came of it."""
-    from learners.policy_dir import CACHE_DIR, prepare
-    from learners.tokenizer import encode_completion, load_tokenizer, render
-
-    texts = [m.content for t in tasks for m in t.messages]
-    texts += [t.solution or t.reference for t in tasks]
-    policy_dir = prepare(config.policy, texts, CACHE_DIR, out_dir, config.run.seed, models)
-    tokenizer = load_tokenizer(policy_dir)
-    stop = tokenizer.eos_token_id
-    if not isinstance(stop, int):
-        raise StageError("policy", f"the tokenizer in {policy_dir} names no end-of-sequence token")
-    examples: list[Example] = []
-    if config.warm_start is not None and not has_checkpoint:
-        rng = random.Random(config.run.seed)
-        for task in tasks[: config.warm_start.examples]:
-            is_direct = rng.random() < config.warm_start.direct_fraction
-            text = task.reference if is_direct or not task.solution else task.solution
-            if text:
-                examples.append(
-                    (render(tokenizer, task.messages), encode_completion(tokenizer, text))
-                )
-    prompts = [render(tokenizer, task.messages) for task in tasks[:PROBE_SEQUENCES]]
-    return PreparedPolicy(policy_dir, stop, prompts, examples)

@@ -5,9 +5,10 @@ more in the process that vLLM starts for the engine. A stand-by has both behind 
 the actor, and a fork server with those of the engine, of which that process is then a copy.
 
 Invariant: nothing here touches weights, caches or a device, so a stand-by can take the place of any
-worker on CPU; and its imports get only the time that nobody else wants, which a thread cannot be
-freed from again without rights: so only one that is prepared is handed out. Called by
-`actors.rollout_worker`; `actors.engine_preload` is its part of the fork server.
+worker on CPU; and its imports, which are much work, are in nobody's way: they get about a quarter of
+a core that others want, which a thread cannot be freed from again without rights, so only one that
+is prepared is handed out. Called by `actors.rollout_worker`; `actors.engine_preload` is its part of
+the fork server.
 """
 
 import importlib
@@ -20,6 +21,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 import psutil
 
 ROOM_BYTES = 4 * 2**30  # of free memory
+PATIENCE = 5  # steps of niceness, each about a fifth less time than who wants the same core
 OF_ACTOR = ("actors.vllm_engine", "learners.tokenizer")
 OF_ENGINE = ("ray", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "actors.weight_transfer")
 
@@ -69,12 +71,13 @@ def prepare() -> None:
 
 
 def import_patiently(names: Sequence[str]) -> None:
-    """Import modules while nobody else wants the core; the calling thread stays as it is. The
-    highest niceness would not do: on a cluster Ray's workers have 15, and 19 gets half as much.
+    """Import modules at a lower priority than the run's; the calling thread stays as it is. Taking
+    turns only when a core is idle (SCHED_IDLE) would not do: on two busy cores it took minutes, in
+    which a lost worker had to start from nothing.
     """
 
     def work() -> None:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # of this thread
+        os.nice(PATIENCE)  # of this thread
         for name in names:
             importlib.import_module(name)
 

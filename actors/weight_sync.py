@@ -26,7 +26,7 @@ from cluster.config import SyncSection
 from cluster.errors import DeadlineError, StageError
 from cluster.types import TrajectoryGroup
 from learners.group import LearnerGroup
-from learners.learner import ScoreRequest
+from learners.records import ScoreRequest
 
 # Weights that differ show at any few tokens. The mismatch metrics of a step compare
 # engine and learner on all that was sampled.

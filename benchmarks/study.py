@@ -122,7 +122,7 @@ def training_tasks(config: Config) -> list[Task]:
 
 def _warm_up(config: Config, place: Path, tasks: list[Task]) -> None:
     os.environ.update(QUIET_ENV)  # before torch, which not every study needs here, reads it
-    from actors.bring_up import prepare_policy
+    from actors.prepared_policy import prepare_policy
     from learners.learner import Learner
 
     making = place.with_name(f"{place.name}.making")

@@ -83,6 +83,7 @@ class RunDir:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.policy = self.path / "policy"
+        self.prepared = self.path / "policy.json"
         self.redis = self.path / "redis"
 
     def __fspath__(self) -> str:

@@ -5,13 +5,12 @@ and ranks. Gradients start as groups arrive where the configured credit and loss
 otherwise the packs wait for `optim_step`, and nothing but their tokens is held. The learner knows
 no algorithm: those live in `learners.credit` and `learners.objectives`. Every public method is
 collective: all ranks call it with the same arguments. A plain class; Ray lives in
-`learners.group`.
+`learners.rank`.
 """
 
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -35,22 +34,15 @@ from learners.objectives import WeightedLosses
 from learners.optimizer import ShardedAdamW, learning_rate
 from learners.packing import PackingPlan, assign
 from learners.process_group import device_of, meet
+from learners.records import Example, ScoreRequest, WarmStartProgress
 from learners.reference import Reference, open_reference
 from learners.step_sums import StepSums
 from learners.token_view import TokenViewer
 from learners.update import PolicyUpdate, UpdateResult
-from learners.warm_start import Example, WarmStartProgress, warm_start
+from learners.warm_start import warm_start
 from learners.weight_sender import WeightSender
 from learners.weight_share import WeightShare
 from learners.whitening import whiten
-
-
-@dataclass(frozen=True)
-class ScoreRequest:
-    """`token_ids` [C + L], of which the first `num_context` = C >= 1 are given."""
-
-    token_ids: Sequence[int]
-    num_context: int
 
 
 class Learner:

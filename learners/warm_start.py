@@ -7,7 +7,6 @@ starts fresh afterwards.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,17 +18,10 @@ from learners.batch import MicroBatch, Row
 from learners.model import PolicyModel
 from learners.optimizer import ShardedAdamW, clip_factor, learning_rate
 from learners.packing import assign
+from learners.records import Example, WarmStartProgress
 from learners.step_sums import StepSums
 
-Example = tuple[Sequence[int], Sequence[int]]  # (context tokens, completion tokens)
 _WARMUP_FRACTION = 0.05
-
-
-@dataclass(frozen=True)
-class WarmStartProgress:
-    step: int  # steps done
-    steps: int
-    loss: float  # nats per completion token
 
 
 def warm_start(

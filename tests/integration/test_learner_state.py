@@ -17,11 +17,11 @@ from cluster.errors import ConfigError, StageError
 from cluster.types import Message
 from learners import model
 from learners.batch import MicroBatch, Row
-from learners.learner import ScoreRequest
 from learners.logprobs import token_outputs
 from learners.model import load_policy
 from learners.packing import plan_groups
 from learners.policy_dir import prepare
+from learners.records import ScoreRequest
 from learners.tokenizer import encode_completion, load_tokenizer, render
 from tests.learner_cases import (
     VOCAB,

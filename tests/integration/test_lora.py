@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from cluster.config import LossConfig, ObjectiveSection, WarmStartSection
 from cluster.errors import ConfigError
 from learners.batch import MicroBatch, Row
-from learners.learner import ScoreRequest
 from learners.lora import Lora
 from learners.model import load_policy
+from learners.records import ScoreRequest
 from serve import export
 from tests.learner_cases import (
     VOCAB,

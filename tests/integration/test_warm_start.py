@@ -10,10 +10,10 @@ from cluster.config import Config
 from cluster.config_file import parse
 from cluster.errors import ConfigError
 from cluster.types import Message
-from learners.learner import Learner, ScoreRequest
+from learners.learner import Learner
 from learners.policy_dir import prepare
+from learners.records import Example, ScoreRequest, WarmStartProgress
 from learners.tokenizer import encode_completion, load_tokenizer, render
-from learners.warm_start import Example, WarmStartProgress
 
 PAIRS = [(a, b) for a in range(10) for b in range(10)]
 

@@ -24,7 +24,7 @@ from actors.fleet_worker import Worker
 from actors.rollout import RolloutRequest, Sampling
 from actors.weight_sharing import WeightSharing
 from cluster.config import Config
-from learners.learner import ScoreRequest
+from learners.records import ScoreRequest
 from tests.engine_cases import (
     TASK,
     Parts,

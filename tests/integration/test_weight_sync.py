@@ -25,7 +25,7 @@ from actors.vllm_engine import MIN_BATCH_TOKENS
 from cluster.config import Config, LossConfig, ObjectiveSection, Plugin
 from cluster.errors import LearnerLostError, StageError
 from cluster.types import Message, Task
-from learners.learner import ScoreRequest
+from learners.records import ScoreRequest
 from tests.engine_cases import (
     TASK,
     Parts,

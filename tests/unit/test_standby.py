@@ -9,22 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from actors.standby import EngineContext, import_patiently
+from actors.standby import PATIENCE, EngineContext, import_patiently
 
 VARIABLE = "HONE_TEST_EXIT_CODE"
 
 
-def test_only_the_imports_wait_for_an_idle_core(
+def test_only_the_imports_step_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = "import os\nPOLICY = os.sched_getscheduler(0)\n"  # of the calling thread
+    lines = "import os\nNICENESS = os.getpriority(os.PRIO_PROCESS, 0)\n"  # of the calling thread
     (tmp_path / "imported_patiently.py").write_text(lines)
     monkeypatch.syspath_prepend(tmp_path)
-    before = os.sched_getscheduler(0)
+    before = os.getpriority(os.PRIO_PROCESS, 0)
     import_patiently(["imported_patiently"])
     imported = sys.modules.pop("imported_patiently")
-    assert imported.POLICY == os.SCHED_IDLE != before
-    assert os.sched_getscheduler(0) == before
+    assert imported.NICENESS == before + PATIENCE
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
 
 def test_an_engine_has_the_environment_of_the_process_that_starts_it(

@@ -1,0 +1,111 @@
+"""What all parts of a run must know of its policy before any of them can load it.
+
+Invariant: the libraries that make a policy directory and read a tokenizer are imported by a process
+that ends, never by the controller, and once per run: a run that goes on from a checkpoint finds
+what was known in `policy.json`, so nobody who is waiting for it to work again waits for that.
+Called by `actors.bring_up`.
+"""
+
+import random
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.placement import QUIET_ENV
+from actors.stages import within
+from actors.weight_sync import PROBE_SEQUENCES
+from cluster.config import Config
+from cluster.errors import StageError
+from cluster.run_dir import RunDir
+from cluster.types import Task
+from learners.records import Example
+
+
+@dataclass(frozen=True)
+class PreparedPolicy:
+    """A loadable policy directory, the token that ends a completion, a few prompts as token ids,
+    and what to warm it up on.
+    """
+
+    directory: Path
+    stop_token_id: int
+    prompts: list[list[int]]
+    examples: list[Example]
+
+
+async def of(
+    config: Config, tasks: list[Task], run: RunDir, has_checkpoint: bool
+) -> PreparedPolicy:
+    """Made on this node, which may be the only one with a way to a model hub; examples only where
+    no checkpoint holds what came of them.
+    """
+    if has_checkpoint and (policy := known(run)) is not None:
+        return policy
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    prepare = ray.remote(max_calls=1, max_retries=0)(prepare_policy).options(
+        num_cpus=0, runtime_env={"env_vars": QUIET_ENV}, scheduling_strategy=here
+    )
+    policy = await within(
+        prepare.remote(config, tasks, run.policy, has_checkpoint, run.models),
+        stage="policy",
+        what="the policy directory",
+        deadline_s=config.resources.start_timeout_s,
+        knob="resources.start_timeout_s",
+    )
+    with suppress(OSError):  # a full disk: it is made again
+        keep(run, policy)
+    return policy
+
+
+def keep(run: RunDir, policy: PreparedPolicy) -> None:
+    """Without its examples: no later start needs them."""
+    file = run.prepared.with_suffix(".tmp")
+    file.write_bytes(msgspec.json.encode(replace(policy, examples=[]), enc_hook=str))
+    file.replace(run.prepared)
+
+
+def known(run: RunDir) -> PreparedPolicy | None:
+    """What an earlier start of this run prepared, where its directory is still there."""
+    try:
+        policy = msgspec.json.decode(
+            run.prepared.read_bytes(), type=PreparedPolicy, dec_hook=lambda kind, text: kind(text)
+        )
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return policy if (policy.directory / "config.json").is_file() else None
+
+
+def prepare_policy(
+    config: Config,
+    tasks: list[Task],
+    out_dir: Path,
+    has_checkpoint: bool,
+    models: Path | None,
+) -> PreparedPolicy:
+    """Also what a warm start learns from `tasks`, unless a checkpoint holds what came of it."""
+    from learners.policy_dir import CACHE_DIR, prepare
+    from learners.tokenizer import encode_completion, load_tokenizer, render
+
+    texts = [m.content for t in tasks for m in t.messages]
+    texts += [t.solution or t.reference for t in tasks]
+    policy_dir = prepare(config.policy, texts, CACHE_DIR, out_dir, config.run.seed, models)
+    tokenizer = load_tokenizer(policy_dir)
+    stop = tokenizer.eos_token_id
+    if not isinstance(stop, int):
+        raise StageError("policy", f"the tokenizer in {policy_dir} names no end-of-sequence token")
+    examples: list[Example] = []
+    if config.warm_start is not None and not has_checkpoint:
+        rng = random.Random(config.run.seed)
+        for task in tasks[: config.warm_start.examples]:
+            is_direct = rng.random() < config.warm_start.direct_fraction
+            text = task.reference if is_direct or not task.solution else task.solution
+            if text:
+                examples.append(
+                    (render(tokenizer, task.messages), encode_completion(tokenizer, text))
+                )
+    prompts = [render(tokenizer, task.messages) for task in tasks[:PROBE_SEQUENCES]]
+    return PreparedPolicy(policy_dir, stop, prompts, examples)
