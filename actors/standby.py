@@ -5,9 +5,9 @@ more in the process that vLLM starts for the engine. A stand-by has both behind 
 the actor, and a fork server with those of the engine, of which that process is then a copy.
 
 Invariant: nothing here touches weights, caches or a device, so a stand-by can take the place of any
-worker on CPU; and its imports, which are much work, are in nobody's way: they get about a quarter of
-a core that others want, which a thread cannot be freed from again without rights, so only one that
-is prepared is handed out. Called by `actors.rollout_worker`; `actors.engine_preload` is its part of
+worker on CPU; and its imports, which are much work, step back: they get about a quarter of a core
+that others want, which a thread cannot be freed from again without rights, so only one that is
+prepared is handed out. Called by `actors.rollout_worker`; `actors.engine_preload` is its part of
 the fork server.
 """
 

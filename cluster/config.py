@@ -173,6 +173,7 @@ class LearnerSection(Section):
     max_grad_norm: PositiveFloat = 1.0
     microbatch_tokens: Positive = 4096
     minibatches: Positive = 1  # optimizer updates per step, each on its share of the groups
+    epochs: Positive = 1  # passes of a step over its groups, all their updates in each
     lora: dict[str, Any] | None = None  # rank, alpha, targets of adapters; see learners.lora
     # Activations are computed again where they are needed, the others wait in host memory.
     save_memory: list[Literal["activations", "policy", "reference", "critic"]] = []

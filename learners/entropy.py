@@ -86,7 +86,7 @@ class CovarianceKL:
     covariance of advantage and log-prob, r against the proximal policy.
 
     It holds tokens back once the learner has left the proximal policy, so it needs
-    learner.minibatches above 1. Four tokens, fraction .25, log-ratios .1: .1 / 4.
+    learner.minibatches or learner.epochs above 1. Four tokens, fraction .25, log-ratios .1: .1 / 4.
     """
 
     denominator: Denominator = "tokens"

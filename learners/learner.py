@@ -8,6 +8,7 @@ collective: all ranks call it with the same arguments. A plain class; Ray lives 
 `learners.rank`.
 """
 
+import itertools
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -115,7 +116,7 @@ class Learner:
         return (
             self._losses.common_denominator is not None
             and not self._losses.needs_survey
-            and self._config.learner.minibatches == 1
+            and self._config.learner.minibatches == self._config.learner.epochs == 1
             and whitening_of(self._credit) == "none"
         )
 
@@ -161,7 +162,8 @@ class Learner:
         return pack
 
     def optim_step(self) -> StepResult:
-        """One update per mini-batch, each normalised by its global counts; same on every rank.
+        """One update per mini-batch and epoch, each normalised by its global counts; the same on
+        every rank.
 
         A non-finite loss or gradient skips its update; when all are skipped, weights and
         `policy_version` stay. The metric `grad/skipped` is the share of skipped updates. A step
@@ -178,6 +180,7 @@ class Learner:
         self._busy_s = 0.0
         num_tokens = sum(result.num_tokens for result in results)
         metrics = self._update.step_metrics(results) | ({} if rate is None else {"lr": rate})
+        metrics["learner/num_loss_tokens"] /= self._config.learner.epochs
         metrics["learner/tokens_per_s"] = num_tokens / busy_s
         return StepResult(step=self.step, policy_version=self.policy_version, metrics=metrics)
 
@@ -185,17 +188,18 @@ class Learner:
         """The updates of a step whose groups are all in."""
         order = sorted(self._pending)
         packs = [pack for minibatch in order for pack in self._pending[minibatch]]
-        sizes = [len(self._pending[minibatch]) for minibatch in order]
+        ends = list(itertools.accumulate(len(self._pending[minibatch]) for minibatch in order))
+        num_epochs = self._config.learner.epochs
         self._pending = {}
         if (kind := whitening_of(self._credit)) != "none":
             packs = whiten(packs, kind)
         if rate is None:
             self._update.anchor(packs)
-        elif len(order) > 1:
+        elif len(order) * num_epochs > 1:
             packs = self._update.with_proximal(packs)
+        shares = [packs[start:end] for start, end in itertools.pairwise([0, *ends])]
         results: list[UpdateResult] = []
-        for size in sizes:
-            share, packs = packs[:size], packs[size:]
+        for share in shares * num_epochs:
             if rate is not None:
                 self._update.survey(share)
             for pack in share:

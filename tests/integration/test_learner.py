@@ -121,6 +121,19 @@ def test_microbatches_and_calls_do_not_change_a_step(policy_dir: Path, tmp_path:
         assert results[0].metrics[name] == pytest.approx(results[1].metrics[name], abs=1e-6), name
 
 
+def test_two_epochs_are_two_updates_on_the_same_groups(policy_dir: Path, tmp_path: Path) -> None:
+    """Ratios to the rollout policy see no difference; the version counts steps."""
+    metrics: list[dict[str, float]] = []
+    for epochs in (1, 2):
+        with open_learner(make_config(lr=3e-4, epochs=epochs), policy_dir) as learner:
+            steps = [train_step(learner, 0) for _ in range(2 // epochs)]
+            assert learner.policy_version == learner.step == 2 // epochs
+            metrics.append(steps[-1].metrics)
+            learner.export_weights(tmp_path / f"{epochs}.safetensors")
+    assert metrics[0]["learner/num_loss_tokens"] == metrics[1]["learner/num_loss_tokens"]
+    assert_same_weights(tmp_path / "1.safetensors", tmp_path / "2.safetensors", 1e-5)
+
+
 def test_recomputed_activations_change_no_gradient(policy_dir: Path, tmp_path: Path) -> None:
     norms: list[float] = []
     for name, savings in (("kept", []), ("recomputed", ["activations"])):

@@ -137,6 +137,14 @@ METHODS: dict[str, Config] = {
         },
         minibatches=2,
     ),
+    "epochs": _config(
+        {
+            "policy": _loss("policy_gradient", ratio_to="proximal"),
+            "siren": LossConfig(use="siren", settings={"beta": 1.0}),
+        },
+        minibatches=2,
+        epochs=2,
+    ),
     "kl": _config({"policy": _loss("gspo"), "kl": _loss("kl", coefficient=0.5)}),
     "guide": _config(
         {
@@ -221,7 +229,7 @@ def test_one_rank_goes_on_from_a_checkpoint_of_two(
         assert result.metrics[key] != 0.0
 
 
-@pytest.mark.parametrize("name", ["siren", "guide", "filtered", "lora", "ppo"])
+@pytest.mark.parametrize("name", ["siren", "guide", "filtered", "lora", "ppo", "epochs"])
 def test_microbatches_do_not_change_an_update(name: str, policy_dir: Path, tmp_path: Path) -> None:
     for budget in (CONTEXT_LENGTH, 4096):
         with open_learner(METHODS[name], policy_dir) as learner:

@@ -14,16 +14,14 @@ from actors.standby import PATIENCE, EngineContext, import_patiently
 VARIABLE = "HONE_TEST_EXIT_CODE"
 
 
-def test_only_the_imports_step_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_imports_step_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = "import os\nNICENESS = os.getpriority(os.PRIO_PROCESS, 0)\n"  # of the calling thread
     (tmp_path / "imported_patiently.py").write_text(lines)
     monkeypatch.syspath_prepend(tmp_path)
     before = os.getpriority(os.PRIO_PROCESS, 0)
     import_patiently(["imported_patiently"])
     imported = sys.modules.pop("imported_patiently")
-    assert imported.NICENESS == before + PATIENCE
+    assert before + PATIENCE == imported.NICENESS
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
 
