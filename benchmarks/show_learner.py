@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks import cpu_matmul, entropy_study, guide_study, ppo_quickstart, staleness_study
+from benchmarks import cpu_matmul, entropy_study, guide_study, ppo_study, staleness_study
 from benchmarks.entropy_memory import judge, measure
 from benchmarks.proofs import ROOT, proven
 from benchmarks.show import Part, Row
@@ -70,7 +70,7 @@ def rows(quick: bool) -> Iterator[Row | Part]:
             "SIREN in kind",
             lambda: drawn(entropy_study.rows(quick, place), place / "entropy_study.svg"),
         )
-        yield Part("PPO on the quickstart", lambda: ppo_quickstart.rows(quick, place))
+        yield Part("PPO with a critic", lambda: ppo_study.rows(quick, place))
 
 
 def drawn(rows: Iterable[Row], figure: Path) -> Iterator[Row]:

@@ -25,9 +25,12 @@ WAY = "d"  # the rarest in the warm start
 STEPS, LAST_STEPS = 60, 10
 OLDEST, LEAST_AGE, AGED_STEPS = 8, 6.0, 40  # the mean age of the last steps, once slots are full
 WITHIN = 0.1  # of the on-policy run's final reward
-TASK = [
+RARE_WAY = [
     f"tasks.train.settings={{size: 20000, seed: 1, way: {WAY}}}",
     f"tasks.eval.settings={{size: 240, seed: 1000000, way: {WAY}}}",
+]
+TASK = [
+    *RARE_WAY,
     f"run.steps={STEPS}",
     f"eval.every={STEPS}",
     "learner.minibatches=4",

@@ -12,7 +12,7 @@ from benchmarks import (
     entropy_memory,
     entropy_study,
     guide_study,
-    ppo_quickstart,
+    ppo_study,
     show_learner,
     staleness_study,
     study,
@@ -25,6 +25,7 @@ from cluster.run_dir import RunDir
 from cluster.types import Task
 
 Metrics = Mapping[str, float]
+QUICKSTART = ppo_study.CASES[0]
 
 
 def _finish(folder: Path, name: str, rows: Sequence[Metrics], outcome: str = "done") -> None:
@@ -132,7 +133,7 @@ def _accuracies(values: Mapping[int, float]) -> list[Metrics]:
 
 def _explained(value: float, until: int, num_steps: int) -> list[Metrics]:
     """`value` after pre-training until the step at which the mark is reached, 0 outside of it."""
-    window = range(ppo_quickstart.PRETRAIN_STEPS + 1, until + 1)
+    window = range(QUICKSTART.pretrain_steps + 1, until + 1)
     return [
         {"value/explained_variance": value if step in window else 0.0} for step in range(num_steps)
     ]
@@ -156,11 +157,11 @@ def test_ppo_must_reach_a_mark_that_had_to_be_learned(
     explained: tuple[float, int],
     expected: list[str],
 ):
-    _warm(tmp_path / "quickstart-0", ppo_quickstart.QUICKSTART)
+    _warm(tmp_path / "quickstart-0", QUICKSTART.config)
     left["quickstart-grpo-0"] = _accuracies(grpo)
     rows = zip(_accuracies(ppo), _explained(*explained, max(ppo) + 1), strict=True)
     left["quickstart-ppo-0"] = [{**accuracy, **more} for accuracy, more in rows]
-    found = list(ppo_quickstart.rows(True, tmp_path))
+    found = list(ppo_study.judge(QUICKSTART, [ppo_study.compare(QUICKSTART, tmp_path, 0)], ""))
     assert [row.verdict for row in found] == expected
     is_reached_at_once = ppo[0] >= grpo[30]
     assert found[1].measured == ("nan" if is_reached_at_once else f"{explained[0]:.2f}")
@@ -213,7 +214,7 @@ def test_a_warm_start_of_another_config_is_made_anew(
         made.append(config.run.seed)
 
     monkeypatch.setattr(study, "_warm_up", warm_up)
-    text = ppo_quickstart.QUICKSTART.read_text()
+    text = QUICKSTART.config.read_text()
     (tmp_path / "policy").mkdir()  # nothing says what it was made from
     for more, seed, num_made in (("", 0, 1), ("", 0, 1), ("", 1, 2), ("\n", 1, 3)):
         config.write_text(text + more)
