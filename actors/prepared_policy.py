@@ -16,6 +16,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.placement import QUIET_ENV
+from actors.programs import strips_hints
 from actors.stages import within
 from actors.weight_sync import PROBE_SEQUENCES
 from cluster.config import Config
@@ -35,6 +36,14 @@ class PreparedPolicy:
     stop_token_id: int
     prompts: list[list[int]]
     examples: list[Example]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """`places`: where that start was to put what it made, and what all nodes see."""
+
+    policy: PreparedPolicy
+    places: list[str]
 
 
 async def of(
@@ -64,19 +73,27 @@ async def of(
 def keep(run: RunDir, policy: PreparedPolicy) -> None:
     """Without its examples: no later start needs them."""
     file = run.prepared.with_suffix(".tmp")
-    file.write_bytes(msgspec.json.encode(replace(policy, examples=[]), enc_hook=str))
+    kept = Kept(replace(policy, examples=[]), _places(run))
+    file.write_bytes(msgspec.json.encode(kept, enc_hook=str))
     file.replace(run.prepared)
 
 
 def known(run: RunDir) -> PreparedPolicy | None:
-    """What an earlier start of this run prepared, where its directory is still there."""
+    """What an earlier start of this run prepared, where its directory is still there, and the run
+    has not moved, nor from one machine to a cluster.
+    """
     try:
-        policy = msgspec.json.decode(
-            run.prepared.read_bytes(), type=PreparedPolicy, dec_hook=lambda kind, text: kind(text)
+        kept = msgspec.json.decode(
+            run.prepared.read_bytes(), type=Kept, dec_hook=lambda kind, text: kind(text)
         )
     except (OSError, msgspec.MsgspecError):
         return None
-    return policy if (policy.directory / "config.json").is_file() else None
+    is_there = (kept.policy.directory / "config.json").is_file()
+    return kept.policy if is_there and kept.places == _places(run) else None
+
+
+def _places(run: RunDir) -> list[str]:
+    return [str(run.policy), str(run.models)]
 
 
 def prepare_policy(
@@ -86,10 +103,15 @@ def prepare_policy(
     has_checkpoint: bool,
     models: Path | None,
 ) -> PreparedPolicy:
-    """Also what a warm start learns from `tasks`, unless a checkpoint holds what came of it."""
+    """Also what a warm start learns from `tasks`, unless a checkpoint holds what came of it. Raises
+    `ConfigError` where a loss is wrong for the hints of the program: not every start was checked.
+    """
+    from learners.objectives import WeightedLosses
     from learners.policy_dir import CACHE_DIR, prepare
     from learners.tokenizer import encode_completion, load_tokenizer, render
 
+    if strips_hints(config):
+        WeightedLosses(config.objective).require_guided()
     texts = [m.content for t in tasks for m in t.messages]
     texts += [t.solution or t.reference for t in tasks]
     policy_dir = prepare(config.policy, texts, CACHE_DIR, out_dir, config.run.seed, models)

@@ -6,10 +6,19 @@ Selected by `rollout.program.use`, run inside a rollout worker.
 
 import time
 
-from actors.rollout import RolloutIO, RolloutRequest, build_trajectory
+from actors.rollout import Guiding, RolloutIO, RolloutRequest, build_trajectory
+from cluster import plugins
+from cluster.config import Config
 from cluster.types import TrajectoryGroup
 
 PROGRAMS = {"single_turn": "actors.programs:SingleTurn", "guide": "actors.guide:Guide"}
+
+
+def strips_hints(config: Config) -> bool:
+    """Whether training does not see the hints that the configured program gives."""
+    program = config.rollout.program
+    built = plugins.build(program.use, program.settings, PROGRAMS, "rollout.program")
+    return isinstance(built, Guiding) and getattr(built, "strips_hint", True)
 
 
 class SingleTurn:

@@ -42,6 +42,19 @@ BOOKKEEPING: dict[str, Any] = {
     "sync": {"timeout_s", "transport"},
 }
 _OVERRIDE = re.compile(r"^[A-Za-z_][\w.]*=")
+_FLOAT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as the number that people mean, as YAML 1.2 does; PyYAML's is 1.1: text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader` would take for a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    cast(Any, _kind).add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, [*"-+.0123456789"])
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -53,7 +66,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     if not file.is_file():
         raise ConfigError(f"{file}: no such config file")
     try:
-        loaded: object = yaml.safe_load(file.read_text()) or {}
+        loaded: object = yaml.load(file.read_text(), _Loader) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict):
@@ -75,14 +88,14 @@ def parse(values: dict[str, Any], source: str) -> Config:
 
 def dump(config: Config) -> str:
     """The resolved configuration as YAML, as written to `runs/<name>/config.yaml`."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 def config_hash(config: Config) -> str:
     """Hash of everything that shapes learning; name, length and bookkeeping of the run are left
-    out.
+    out, and so is what has its default: a key that a later release adds changes no run before it.
     """
-    values = config.model_dump(mode="json", exclude=BOOKKEEPING)
+    values = config.model_dump(mode="json", exclude=BOOKKEEPING, exclude_defaults=True)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -92,7 +105,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: must look like section.key=value")
     key, _, text = override.partition("=")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {key}: value {text!r} is not valid YAML") from error
     *parents, leaf = key.split(".")

@@ -13,6 +13,8 @@ from typing import Any
 
 from cluster.errors import ConfigError
 
+_NUMBERS = ("int", "float", "int | None", "float | None")  # annotations of settings
+
 
 def resolve(path: str, aliases: Mapping[str, str], knob: str) -> Callable[..., Any]:
     """The class or function that `path` names; `knob` is the config key to blame.
@@ -42,8 +44,14 @@ def resolve(path: str, aliases: Mapping[str, str], knob: str) -> Callable[..., A
 
 
 def check_settings(target: Callable[..., Any], settings: Mapping[str, Any], knob: str) -> None:
-    """Refuse settings that `target` does not take, naming the nearest one it does."""
+    """Refuse settings that `target` does not take, naming the nearest one it does, and text where
+    it takes a number.
+    """
     parameters = inspect.signature(target).parameters
+    for name, value in settings.items():
+        kinds = str(getattr(parameters.get(name), "annotation", "")).replace("<class ", "")
+        if isinstance(value, str) and kinds.strip("'>") in _NUMBERS:
+            raise ConfigError(f"{knob}.{name}: must be a number, got {value!r}")
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
     for name in settings:

@@ -163,6 +163,11 @@ def check_critic(section: CriticSection | None, credit: Credit) -> None:
         raise ConfigError("critic: objective.credit needs no values; use gae, or leave critic out")
 
 
+def is_per_token(credit: Credit) -> bool:
+    """Whether tokens of one sequence may get different advantages; a plug-in declares that."""
+    return isinstance(credit, ValueBased) or getattr(credit, "is_per_token", False)
+
+
 def whitening_of(credit: Credit) -> Whitening:
     """What `credit` declares; a plug-in that says nothing wants none."""
     return getattr(credit, "whitening", "none")

@@ -95,6 +95,8 @@ class CovarianceKL:
     def __init__(self, coefficient: float = 1.0, fraction: float = 2e-3) -> None:
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction must be in (0, 1], got {fraction}")
+        if coefficient < 0:
+            raise ValueError(f"coefficient must be >= 0, got {coefficient}")
         self._coefficient = coefficient
         self._fraction = fraction
         self._covariance = Covariance()

@@ -49,6 +49,8 @@ class KLPenalty:
             raise ValueError(
                 "estimator=k1 in the loss has zero expected gradient: use k1_reward, k2 or k3_plus"
             )
+        if coefficient < 0:
+            raise ValueError(f"coefficient must be >= 0, got {coefficient}")
         self._estimator = estimator
         self._coefficient = coefficient
         self._off_policy = off_policy

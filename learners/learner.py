@@ -26,7 +26,7 @@ from cluster.errors import ConfigError
 from cluster.types import StepResult, TrajectoryGroup
 from learners import checkpoint, cpu_matmul, weight_source
 from learners.batch import MicroBatch, Row
-from learners.credit import ValueBased, build_credit, check_critic, whitening_of
+from learners.credit import ValueBased, build_credit, check_critic, is_per_token, whitening_of
 from learners.critic import open_critic
 from learners.guidance import annotate
 from learners.lora import Lora
@@ -76,6 +76,8 @@ class Learner:
         self._credit = build_credit(config.objective.credit)
         self._losses = WeightedLosses(config.objective)
         check_critic(config.critic, self._credit)
+        if is_per_token(self._credit):
+            self._losses.refuse_token_credit()
         meet(self._device, rank, world_size, master, config.learner.timeout_s)
         mesh = init_device_mesh(self._device.type, (world_size,))
 

@@ -134,17 +134,19 @@ def load_policy(
     causal_lm: Any = AutoModelForCausalLM.from_pretrained(
         policy_dir,
         dtype=torch.float32,
-        attn_implementation=attention,
+        attn_implementation=packed_attention.NAME,
     )
     causal_lm.to(device)
     _check_head(causal_lm, policy_dir)
-    if attention == packed_attention.NAME:
+    if attention == packed_attention.NAME or not _has_softcap(causal_lm):  # which flash can do
         _check_packing(causal_lm, policy_dir)
+    causal_lm.set_attn_implementation(attention)
+    _drop_nothing(causal_lm)
     if lora is not None:
         lora.add_to(causal_lm)
     if activation_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-    # Dropout would part the learner from the engine; training mode is only checkpointing's switch.
+    # Training mode is only checkpointing's switch.
     causal_lm.train(activation_checkpointing)
     return PolicyModel(causal_lm)
 
@@ -185,6 +187,20 @@ def _check_head(causal_lm: Any, policy_dir: Path) -> None:
         )
 
 
+def _drop_nothing(causal_lm: Any) -> None:
+    """Dropout would part the learner from the engine."""
+    for module in causal_lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if name.endswith(("dropout", "_pdrop")) and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def _has_softcap(causal_lm: Any) -> bool:
+    return bool(getattr(causal_lm.config.get_text_config(), _SOFTCAP, None))
+
+
 @torch.no_grad()
 def _check_packing(causal_lm: Any, policy_dir: Path) -> None:
     """Sequences of a pack are kept apart by attention alone, so refuse decoders that mix them in
@@ -199,7 +215,7 @@ def _check_packing(causal_lm: Any, policy_dir: Path) -> None:
     rows = [Row.plain(part[:1].numpy(), part[1:].numpy()) for part in parts]
     device = next(causal_lm.parameters()).device
     causal_lm.eval()
-    reason = _SOFTCAP if getattr(text_config, _SOFTCAP, None) else ""
+    reason = _SOFTCAP if _has_softcap(causal_lm) else ""
     try:
         found = PolicyModel(causal_lm).hidden(MicroBatch.pack(rows, device))
         causal_lm.set_attn_implementation("eager")

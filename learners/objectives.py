@@ -164,6 +164,15 @@ class WeightedLosses:
         if wrong:
             raise ConfigError("\n".join(wrong))
 
+    def refuse_token_credit(self) -> None:
+        """Raise `ConfigError` naming a loss that would average what credit says of tokens."""
+        for name, objective in self._objectives.items():
+            if getattr(objective, "needs_outcome_credit", False):
+                raise ConfigError(
+                    f"objective.losses.{name}: {self._uses[name]} has one advantage per sequence, "
+                    "and objective.credit gives one per token: use grpo, rloo or reinforce_pp"
+                )
+
     @property
     def common_denominator(self) -> Denominator | None:
         """The count that divides every loss; None when they differ, so that counts must be known

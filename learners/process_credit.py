@@ -20,6 +20,8 @@ class ProcessNormalized:
     token 4 of a lone trajectory give [0, 0, -.707, -.707].
     """
 
+    is_per_token = True
+
     def __init__(self, signal: str, outcome_weight: float = 0.0, epsilon: float = 1e-6) -> None:
         self._signal = signal
         self._outcome_weight = outcome_weight

@@ -50,6 +50,8 @@ class Siren:
             raise ValueError(f"peak_quantile must be in [0, 1), got {peak_quantile}")
         if anchor is not None and not (math.isfinite(anchor) and anchor >= 0):
             raise ValueError(f"anchor must be an entropy >= 0 in nats, got {anchor}")
+        if beta < 0:
+            raise ValueError(f"beta must be >= 0, got {beta}")
         self.nucleus = Nucleus(nucleus_mass, nucleus_rule)
         self._beta = beta
         self._peak_quantile = peak_quantile

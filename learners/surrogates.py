@@ -9,7 +9,7 @@ taken against the rollout policy or, decoupled from it, against the proximal one
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -202,6 +202,7 @@ class GeometricMean(Surrogate):
     and 1.221403 at A = -1.
     """
 
+    needs_outcome_credit: ClassVar[bool] = True
     clip_low: float = 0.4
     clip_high: float = 0.4
     aggregation: Name = field(default="seq_mean_token_mean", init=False)

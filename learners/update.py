@@ -103,7 +103,7 @@ class PolicyUpdate:
         if not is_frozen:
             outputs = self._policy(rows, self._losses.nucleus)
             total, sums = self._losses.sums(rows, outputs, self._counts)
-            total.backward()
+            (total * self._magnitude).backward()
             self._sums.add(sums)
         self._sums.add(
             {
@@ -181,10 +181,19 @@ class PolicyUpdate:
         if self._critic is not None:
             self._critic.drop()
 
-    def _divisor(self, totals: dict[str, float]) -> float:
-        """What still divides the sums: nothing when each loss was divided by its own count."""
-        if self._counts is not None:
+    @property
+    def _magnitude(self) -> float:
+        """Keeps gradients of losses that are divided by their counts already near 1, as those of
+        sums are, so that half precision can hold them. A power of two, which rounds nothing.
+        """
+        if self._counts is None:
             return 1.0
+        return 2.0 ** round(math.log2(max(1.0, self._counts["tokens"])))
+
+    def _divisor(self, totals: dict[str, float]) -> float:
+        """What still divides the gradients."""
+        if self._counts is not None:
+            return self._magnitude
         is_by_token = self._losses.common_denominator == "tokens"
         return max(1.0, totals["num_loss_tokens" if is_by_token else "num_sequences"])
 

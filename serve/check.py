@@ -94,7 +94,7 @@ def build(config: Config, *, address: str, announce: Announce) -> CheckReport:
 
 def _build_plugins(config: Config, report: CheckReport) -> None:
     from actors.programs import PROGRAMS
-    from learners.credit import build_credit, check_critic
+    from learners.credit import build_credit, check_critic, is_per_token
     from learners.lora import Lora
     from learners.objectives import WeightedLosses
     from learners.value_loss import build_value_loss
@@ -114,7 +114,15 @@ def _build_plugins(config: Config, report: CheckReport) -> None:
                 "tasks.skip_uniform: a critic must also see groups that agree: set it to false"
             )
     with report.collect("objective.losses"):
-        WeightedLosses(config.objective)
+        losses = WeightedLosses(config.objective)
+        if is_per_token(build_credit(config.objective.credit)):
+            losses.refuse_token_credit()
+        has_one_update = config.learner.minibatches == config.learner.epochs == 1
+        if has_one_update and "kl_cov" in {loss.use for loss in config.objective.losses.values()}:
+            report.warnings.append(
+                "learner.minibatches, learner.epochs: kl_cov is 0 as long as a step has only one "
+                "update: set either above 1"
+            )
         _check_guided(config, report)
     with report.collect("learner.lora"):
         Lora.of(config)
@@ -161,14 +169,11 @@ def _check_hints(config: Config, tasks: list[Task]) -> None:
 
 def _check_guided(config: Config, report: CheckReport) -> None:
     """What a hint that training does not see asks of losses and credit."""
-    from actors.programs import PROGRAMS
-    from actors.rollout import Guiding
+    from actors.programs import strips_hints
     from learners.credit import ValueBased, build_credit, whitening_of
     from learners.objectives import WeightedLosses
 
-    program = config.rollout.program
-    built = plugins.build(program.use, program.settings, PROGRAMS, "rollout.program")
-    if not isinstance(built, Guiding) or not getattr(built, "strips_hint", True):
+    if not strips_hints(config):
         return
     WeightedLosses(config.objective).require_guided()
     credit = build_credit(config.objective.credit)
