@@ -27,7 +27,7 @@ from actors.scaling import FleetScaling
 from actors.turns import Turns
 from actors.weight_sync import WeightSync
 from cluster.config import Config
-from cluster.errors import ConfigError
+from cluster.errors import ActorLostError, ConfigError, LearnerLostError, StartLostError
 from cluster.run_dir import RunDir
 from cluster.status import ActorStatus
 from cluster.types import Task
@@ -80,12 +80,16 @@ async def bring_up(
     has_checkpoint: bool,
     observer: Observer,
 ) -> Parts:
-    """Start all parts of `run`. The policy is warm-started unless a checkpoint holds it trained."""
+    """Start all parts of `run`. The policy is warm-started unless a checkpoint holds it trained.
+    Raises `StartLostError` when a part is lost meanwhile that the checkpoint can do without.
+    """
     placement = await _reserve(config, run, observer)
     try:
         return await _start_parts(config, run, buffer_url, has_checkpoint, observer, placement)
-    except BaseException:
+    except BaseException as error:
         _release(placement)
+        if has_checkpoint and isinstance(error, LearnerLostError | ActorLostError):
+            raise StartLostError(error.stage, error.reason) from error
         raise
 
 

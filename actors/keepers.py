@@ -13,13 +13,14 @@ from typing import Any
 import ray
 import redis
 
-from cluster.embedded_redis import EmbeddedRedis
+from cluster.embedded_redis import EmbeddedRedis, EndedError
 from cluster.errors import ConfigError, DeadlineError, StageError
 from cluster.redis_client import CALL_S, OUTAGE_S
 
 HANG_S = 120.0  # without an answer
 PING_EVERY_S = 5.0
 START_TRY_S = 5.0  # of a server that died
+MAX_ENDED = 5  # starts in a row that the server did not survive: its data or its memory is at fault
 logger = logging.getLogger(__name__)
 
 
@@ -54,16 +55,23 @@ class RedisKeeper:
         self._server = server
         self._away_since: float | None = None
         self._silent_since: float | None = None  # running, but without any answer
+        self._num_ended = 0
 
     def keep_up(self) -> None:
         """One short try, because nobody hears an interrupt meanwhile.
 
-        Raises `DeadlineError` when the server has been away for `OUTAGE_S`, as a run waits for it.
+        Raises `DeadlineError` when the server has been away for `OUTAGE_S`, as a run waits for it,
+        and `StageError` with the end of its log when it ends at every start.
         """
         started = time.monotonic()
         try:
             self._server.start(START_TRY_S)
-        except (ConfigError, DeadlineError) as error:  # refused: a child of the dead one has it
+        except EndedError:
+            self._num_ended += 1
+            if self._num_ended == MAX_ENDED:
+                raise
+        except (ConfigError, DeadlineError, OSError) as error:  # a child of the dead one has it, or
+            # the disk is full
             self._away_since = self._away_since or started
             if time.monotonic() - self._away_since > OUTAGE_S:
                 raise DeadlineError("redis", f"away for {OUTAGE_S:.0f} s: {error}") from error
@@ -72,6 +80,7 @@ class RedisKeeper:
             self._end_silence()
         else:
             self._away_since = self._silent_since = None
+            self._num_ended = 0
 
     def _end_silence(self) -> None:
         """One that loads its data says so; one that says nothing for `CALL_S` hangs."""

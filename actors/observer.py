@@ -16,6 +16,7 @@ from actors.live_gauges import LiveGauges
 from actors.stages import Stages
 from cluster import log, redis_client, stacks, status, traces
 from cluster.config import Config
+from cluster.errors import StartLostError
 from cluster.metrics import Metrics
 from cluster.run_dir import RunDir, Sample, TokenColumns
 from cluster.status import ActorStatus, RunStatus
@@ -73,7 +74,11 @@ class Observer:
         self._drops[reason] += 1
 
     def fail(self, error: Exception) -> None:
-        """The run ends with `error`; it is in the status, the events and the log."""
+        """The run ends with `error`; it is in the status, the events and the log. But not with one
+        after which the launcher starts all parts anew.
+        """
+        if isinstance(error, StartLostError):
+            return
         self._error = str(error)
         self.phase("failed", "", 0.0)
         self.event("run_failed", error=self._error)

@@ -54,6 +54,7 @@ async def of(
     """
     if has_checkpoint and (policy := known(run)) is not None:
         return policy
+    run.prepared.unlink(missing_ok=True)  # of a start with another config, perhaps
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     prepare = ray.remote(max_calls=1, max_retries=0)(prepare_policy).options(
         num_cpus=0, runtime_env={"env_vars": QUIET_ENV}, scheduling_strategy=here

@@ -30,7 +30,7 @@ class RolloutActors:
         self._placement = placement
         self._run_dir = run_dir
         self._num_standbys = 0
-        self._is_own_ray = RunDir(run_dir).models is None
+        self._is_own_ray = not RunDir(run_dir).is_shared
         self.standby: Any = None
         self.prepared: Future[None] | None = None  # fails where its node has no room for it
 

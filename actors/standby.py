@@ -13,8 +13,9 @@ the fork server.
 
 import importlib
 import os
-import threading
+import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 
@@ -63,11 +64,16 @@ def prepare() -> None:
     from actors.vllm_engine import start_processes_in
 
     start_processes_in(EngineContext)
-    first = EngineContext().Process(target=os.getpid)
+    first = EngineContext().Process(target=_prove_imports)
     first.start()
     first.join()
     if first.exitcode != 0:
         raise RuntimeError(f"the first process of the fork server ended with {first.exitcode}")
+
+
+def _prove_imports() -> None:
+    """A fork server says nothing of a preload that failed."""
+    os._exit(int(any(name not in sys.modules for name in OF_ENGINE)))
 
 
 def import_patiently(names: Sequence[str]) -> None:
@@ -81,6 +87,5 @@ def import_patiently(names: Sequence[str]) -> None:
         for name in names:
             importlib.import_module(name)
 
-    thread = threading.Thread(target=work, name="imports", daemon=True)
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor(1, thread_name_prefix="imports") as thread:
+        thread.submit(work).result()

@@ -31,7 +31,7 @@ from actors.supervisor import Supervisor
 from cluster import config_file, environment, ray_token, status
 from cluster.config import Config
 from cluster.embedded_redis import EmbeddedRedis
-from cluster.errors import ConfigError, HoneError, StageError
+from cluster.errors import ConfigError, HoneError, StageError, StartLostError
 from cluster.redis_client import buffer_url, connect
 from cluster.resume import refuse_changes, saved_state
 from cluster.run_dir import RunDir
@@ -85,8 +85,9 @@ def _conduct(
     interrupt: list[int],
     server: EmbeddedRedis | None,
 ) -> int:
-    """Create the controller and wait for it; one that dies or hangs is followed by another, which
-    goes on from the last durable state. The first interrupt asks it to stop, the second leaves.
+    """Create the controller and wait for it; one that dies or hangs, or loses a part while they
+    come up, is followed by another, which goes on from the last durable state. The first interrupt
+    asks it to stop, the second leaves.
     """
     from actors.controller import Controller
 
@@ -124,9 +125,12 @@ def _conduct(
         try:
             ray.get(finished, timeout=POLL_S)
             return INTERRUPTED if interrupt else 0
-        except RayTaskError as error:
-            raise _cause(error) from None
         except RayError as error:
+            if isinstance(error, RayTaskError):
+                if not isinstance(failure := _cause(error), StartLostError):
+                    raise failure from None
+                ray.kill(controller)  # and with it the parts that came up
+                error = failure
             if _num_steps(run_dir) > num_steps:
                 supervisor.step_made()
             cause = f"gave no answer for {HANG_S:.0f} s" if pulse.is_gone() else f"died: {error}"

@@ -87,8 +87,11 @@ class WeightSync:
             self._transfer = WeightSharing(config, learner, on_event)
         # An engine adds one token to what it scores.
         self._max_probe_tokens = min(PROBE_TOKENS, context_length - 1)
+        # In force, and the learner's log-probs of them; `_next_probes` take their place in a sync,
+        # so that whoever catches up meanwhile is not measured by those of others.
         self._probes: list[np.ndarray] = []
         self._expected: list[np.ndarray] = []
+        self._next_probes: list[np.ndarray] = []
         self._probe_s = 0.0  # of the slowest engine in this sync
         self._published: tuple[Path, int] | None = None
         self._lock = asyncio.Lock()
@@ -106,7 +109,7 @@ class WeightSync:
         step = max(1, len(sequences) // PROBE_SEQUENCES)
         chosen = sequences[::step][:PROBE_SEQUENCES]
         if chosen:
-            self._probes = [tokens[: self._max_probe_tokens] for tokens in chosen]
+            self._next_probes = [tokens[: self._max_probe_tokens] for tokens in chosen]
 
     async def sync(self, policy_version: int) -> SyncReport:
         """Bring every serving engine to `policy_version`; `StageError` when none is left that
@@ -120,9 +123,10 @@ class WeightSync:
             workers = [(w, w.handle) for w in self._fleet.serving]
             sent = await self._send([w for w, _ in workers], policy_version)
             self._probe_s, began = 0.0, time.monotonic()
-            if self._probes:
-                requests = [ScoreRequest(probe.tolist(), num_context=1) for probe in self._probes]
+            if probes := self._next_probes:
+                requests = [ScoreRequest(probe.tolist(), num_context=1) for probe in probes]
                 self._expected = await self._learner.score(requests)
+                self._probes = probes
             scoring_s = time.monotonic() - began
             proven = await asyncio.gather(
                 *[self._take(w, s, policy_version) for (w, _), s in zip(workers, sent, strict=True)]

@@ -33,6 +33,8 @@ PROCESSES = ("rollout", "reward", "learner", "redis", "controller")
 HANG = "_hang"
 KINDS = (*PROCESSES, *(name + HANG for name in PROCESSES))
 HANG_SHARE = 0.25  # of those that die together
+TITLES = {"learner": "ray::LearnerRank", "rollout": "ray::RolloutWorker"}  # of processes
+COMING_UP_S = 5.0  # at most, until one that comes up is killed, too
 RECOVERY_S = 480.0
 START_S = 600.0  # on a machine that others use, too
 END_S = 30.0
@@ -52,7 +54,8 @@ def even_length(_prompt: str, completion: str, reference: str) -> float:
 
 
 class Recovery(NamedTuple):
-    """`kind`: one, or `first+second` at once. `replaced_s`: until another process had taken the
+    """`kind`: one, `first+second` at once, or `first>second` where the second is killed while it
+    comes up again after the first. `replaced_s`: until another process had taken the
     place of each killed one; `working_s`: until an optimizer step that began after the kills was
     committed.
     """
@@ -143,14 +146,18 @@ class LiveRun:
             time.sleep(POLL_S)
         return random.choice(sorted(pids))
 
-    def hurt(self, *kinds: str) -> Recovery:
+    def hurt(self, *kinds: str, then: str = "") -> Recovery:
         """Kill -9 one process of each kind at once, or stop it for good (`rollout_hang`), and wait
-        until the run works again.
+        until the run works again; a process of kind `then` is killed while it comes up.
         """
         pids = {kind: self._victim(kind) for kind in kinds}
+        known = self._titled(then)
         for kind, pid in pids.items():
             os.kill(pid, signal.SIGSTOP if kind.endswith(HANG) else signal.SIGKILL)
-        before, started = self._commits(), time.monotonic()
+        started = time.monotonic()
+        if then:
+            self._kill_newcomer(then, known)
+        before = self._commits()
         replaced_s = working_s = 0.0
         while not (replaced_s and working_s):
             self.check()
@@ -162,7 +169,27 @@ class LiveRun:
             if not working_s and self._commits() >= before + 2:
                 working_s = now_s  # the first may have begun before the kill
             time.sleep(POLL_S)
-        return Recovery("+".join(kinds), replaced_s, working_s)
+        return Recovery("+".join(kinds) + (f">{then}" if then else ""), replaced_s, working_s)
+
+    def _titled(self, kind: str) -> set[int]:
+        """All its processes, those that are coming up included."""
+        found: set[int] = set()
+        for pid in self.processes() if kind else []:
+            with suppress(OSError):
+                if Path(f"/proc/{pid}/cmdline").read_text().startswith(TITLES[kind]):
+                    found.add(pid)
+        return found
+
+    def _kill_newcomer(self, kind: str, known: set[int]) -> None:
+        deadline = time.monotonic() + RECOVERY_S
+        while not (new := self._titled(kind) - known):
+            self.check()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no new {kind} to kill: {self.tail()}")
+            time.sleep(POLL_S)
+        time.sleep(random.uniform(0.0, COMING_UP_S))
+        with suppress(ProcessLookupError):
+            os.kill(max(new), signal.SIGKILL)
 
     def _is_replaced(self, kind: str, pid: int) -> bool:
         return any(other != pid and _is_alive(other) for other in self.pids(kind))
@@ -236,37 +263,6 @@ class LiveRun:
         except (redis.RedisError, ConfigError):
             return set()
         return {int(facts["process_id"])}
-
-
-def final_tensors(run: RunDir) -> dict[str, Any]:
-    """Every tensor of the newest checkpoint: weights, optimizer, counters, RNG."""
-    import torch
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    newest = sorted(run.checkpoints.glob("step_*/COMPLETE"))[-1].parent
-    target = run.path / "whole.pt"
-    dcp_to_torch_save(newest, target)
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: object) -> None:
-        if isinstance(value, dict):
-            for key, child in value.items():  # pyright: ignore[reportUnknownVariableType]
-                walk(f"{prefix}.{key}", child)  # pyright: ignore[reportUnknownArgumentType]
-        elif isinstance(value, torch.Tensor):
-            flat[prefix] = value
-
-    walk("", torch.load(target))
-    target.unlink()
-    return flat
-
-
-def differing(first: RunDir, second: RunDir) -> list[str]:
-    """Names of the tensors whose bits differ between the ends of two runs."""
-    import torch
-
-    a, b = final_tensors(first), final_tensors(second)
-    unequal = [n for n in a.keys() & b.keys() if not torch.equal(a[n], b[n])]
-    return sorted([*(a.keys() ^ b.keys()), *unequal])
 
 
 def two_kinds() -> tuple[str, str]:

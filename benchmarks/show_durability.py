@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,7 +19,13 @@ STEPS, QUICK_STEPS = 200, 100  # enough for each kind to be killed once
 PAUSE_S = (1.0, 4.0)  # between a recovery and the next kill
 END_S = 3600.0
 NOISE = 3.0  # standard errors
-PAIR_SHARE = 0.3  # of the kills, once each kind had its turn
+PAIR_SHARE, AGAIN_SHARE = 0.3, 0.2  # of the kills, once each kind had its turn
+AGAIN = [
+    ("controller", "learner"),
+    ("controller", "rollout"),
+    ("learner", "learner"),
+    ("rollout", "rollout"),
+]  # the second dies while it comes up after the first
 # Seconds until work goes on, of a tiny policy on CPU (docs/durability.md). What hangs is noticed
 # when a call of it has had its time.
 TARGETS_S = {
@@ -198,7 +205,8 @@ def chaos(steps: int) -> Iterator[Row]:
         audit = hurt.reconcile()
         dropped = ", ".join(f"{n} {why}" for why, n in sorted(audit.dropped.items())) or "none"
         yield judged(
-            f"a random process is killed or stopped every few seconds through {steps} steps",
+            "a random process is killed or stopped, some while it is being replaced, a few seconds "
+            f"after the run works again, through {steps} steps",
             f"{len(recoveries)} times, {audit.steps} steps; {audit.num_sampled} groups sampled, "
             f"{audit.num_used} used once, {audit.num_waiting} waiting, dropped: {dropped}",
             "finishes; ledger, buffer and checkpoints agree",
@@ -210,8 +218,9 @@ def chaos(steps: int) -> Iterator[Row]:
 
 
 def kill_until_done(hurt: LiveRun, steps: int) -> list[Recovery]:
-    """Every kind once in random order, then kills at random, some of two at once, until the end is
-    near. A run that comes to its end before its last recovery was seen has none.
+    """Every kind once in random order, then kills at random, some of two at once, some of one that
+    comes up, until the end is near. A run that comes to its end before its last recovery was seen
+    has none.
     """
     kinds = random.sample(KINDS, len(KINDS))
     recoveries: list[Recovery] = []
@@ -220,8 +229,11 @@ def kill_until_done(hurt: LiveRun, steps: int) -> list[Recovery]:
             time.sleep(random.uniform(*PAUSE_S))
             if kinds:
                 recoveries.append(hurt.hurt(kinds.pop()))
-            elif random.random() < PAIR_SHARE:
+            elif (share := random.random()) < PAIR_SHARE:
                 recoveries.append(hurt.hurt(*two_kinds()))
+            elif share < PAIR_SHARE + AGAIN_SHARE:
+                first, second = random.choice(AGAIN)
+                recoveries.append(hurt.hurt(first, then=second))
             else:
                 recoveries.append(hurt.hurt(random.choice(PROCESSES)))
     return recoveries
@@ -245,8 +257,8 @@ def within_noise(calm: LiveRun, hurt: LiveRun) -> Row:
 
 
 def recovery_table(recoveries: list[Recovery]) -> Row:
-    """Median seconds by kind: replaced, and working again, which the targets are of; of two at once
-    the sum of theirs.
+    """Median seconds by kind: replaced, and working again, which the targets are of; of two the sum
+    of theirs.
     """
     by_kind: dict[str, list[Recovery]] = {}
     for recovery in recoveries:
@@ -256,7 +268,7 @@ def recovery_table(recoveries: list[Recovery]) -> Row:
     for kind, found in sorted(by_kind.items()):
         replaced, working = (median(values) for values in zip(*[r[1:] for r in found], strict=True))
         lines.append(f"{kind} x{len(found)}: replaced {replaced:.1f} s, working {working:.1f} s")
-        if working > sum(TARGETS_S[part] for part in kind.split("+")):
+        if working > sum(TARGETS_S[part] for part in re.split("[+>]", kind)):
             late.append(kind)
     targets = ", ".join(f"{kind} {seconds}" for kind, seconds in TARGETS_S.items())
     unkilled = sorted(set(KINDS) - by_kind.keys())

@@ -297,5 +297,4 @@ class Config(Section):
         return (self.rollout.max_policy_age + 1) * self.rollout.groups_per_step
 
 
-ObjectiveSection.model_rebuild()
 Config.model_rebuild()

@@ -96,7 +96,8 @@ def config_hash(config: Config) -> str:
     out, and so is what has its default: a key that a later release adds changes no run before it.
     """
     values = config.model_dump(mode="json", exclude=BOOKKEEPING, exclude_defaults=True)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    changed = {section: value for section, value in values.items() if value != {}}
+    return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

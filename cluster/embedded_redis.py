@@ -21,7 +21,6 @@ import time
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import redis
@@ -66,7 +65,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 _log = logging.getLogger(__name__)
 
 
-class _EndedError(StageError):
+class EndedError(StageError):
     """The server process is gone."""
 
 
@@ -104,7 +103,7 @@ class EmbeddedRedis:
         """
         deadline = time.monotonic() + deadline_s
         if self._process is not None and self._process.poll() is None:
-            with suppress(_EndedError):  # a killed one may take a moment to be gone
+            with suppress(EndedError):  # a killed one may take a moment to be gone
                 self._wait_until_ready(deadline, deadline_s)  # slow is not dead
                 return self.url
         program = server_program()
@@ -144,12 +143,7 @@ class EmbeddedRedis:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def _running(self) -> subprocess.Popen[bytes]:
@@ -220,7 +214,7 @@ class EmbeddedRedis:
     def _wait_until_ready(self, deadline: float, deadline_s: float) -> None:
         while (reason := self._refusal()) is not None:
             if self._process is None or self._process.poll() is not None:
-                raise _EndedError(_STAGE, f"the server ended at start:\n{self._log_tail()}")
+                raise EndedError(_STAGE, f"the server ended at start:\n{self._log_tail()}")
             if time.monotonic() > deadline:
                 raise DeadlineError(
                     _STAGE, f"the server must answer in {deadline_s:.0f} s, got: {reason}"
@@ -240,6 +234,8 @@ class EmbeddedRedis:
             client.ping()
         except (redis.ConnectionError, redis.TimeoutError) as error:
             return error
+        except redis.ResponseError:
+            return None  # it answers: with a full disk it refuses even this
         finally:
             client.close()
         return None

@@ -52,6 +52,10 @@ class LearnerLostError(StageError):
     """A learner rank died, hung or failed: the group must be started again from durable state."""
 
 
+class StartLostError(StageError):
+    """A part of a run was lost while it came up, and a checkpoint to come up from is there."""
+
+
 class BufferFullError(HoneError):
     """The replay buffer holds `buffer.capacity_groups` groups: the producer must wait (back-
     pressure).

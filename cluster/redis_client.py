@@ -150,8 +150,9 @@ def translated_errors(action: str) -> Generator[None]:
         yield
     except redis.OutOfMemoryError as error:
         raise BufferFullError(
-            f"{action}: Redis must have memory left, raise its maxmemory or lower "
-            f"buffer.capacity_groups: {error}"
+            f"{action}: Redis must have memory left, raise its maxmemory, or lower "
+            "buffer.capacity_groups, and run.checkpoint_every, because the groups of steps that no "
+            f"checkpoint holds stay: {error}"
         ) from error
     except (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError) as error:
         raise BufferUnavailableError(

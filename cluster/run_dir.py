@@ -112,8 +112,12 @@ class RunDir:
         """Where a cluster's runs keep models that were fetched or converted, beside themselves;
         None before `share_weights`: one machine has caches of its own.
         """
-        place = self.path.parent / ".models"
-        return place if place.is_dir() else None
+        return self.path.parent / ".models" if self.is_shared else None
+
+    @property
+    def is_shared(self) -> bool:
+        """`share_weights` was called."""
+        return (self.path / "weights").is_dir()
 
     @property
     def buffer_id(self) -> str:

@@ -14,9 +14,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from benchmarks.chaos import KINDS, LiveRun, differing
+from benchmarks.chaos import KINDS, LiveRun
 from benchmarks.proofs import ROOT
 from benchmarks.relay import Relay
+from benchmarks.same_bits import differing
 from cluster.embedded_redis import EmbeddedRedis
 from cluster.reconcile import reconcile
 from cluster.redis_client import CALL_S, URL_VARIABLE, connect

@@ -144,6 +144,20 @@ def test_whitened_advantages_of_hinted_groups_are_a_warning(config_file_path: Pa
         assert bool(found) == (whitening == "true")
 
 
+def test_a_loss_that_averages_credit_per_token_is_refused(config_file_path: Path):
+    ppo = ("objective.credit.use=gae", "critic={lr: 1.0e-5}", "tasks.skip_uniform=false")
+    [problem] = examine(config_file_path, *ppo, "objective.losses={p: {use: gmpo}}").problems
+    assert problem.startswith("objective.losses.p: gmpo has one advantage per sequence")
+
+
+def test_a_loss_without_a_second_update_is_a_warning(config_file_path: Path):
+    losses = "objective.losses={policy: {use: policy_gradient}, cov: {use: kl_cov}}"
+    for epochs in (1, 2):
+        report = examine(config_file_path, losses, f"learner.epochs={epochs}")
+        assert report.problems == []
+        assert any("kl_cov is 0" in line for line in report.warnings) == (epochs == 1)
+
+
 def test_a_critic_that_sees_no_uniform_groups_is_a_warning(config_file_path: Path):
     warning = "tasks.skip_uniform: a critic must also see groups that agree: set it to false"
     ppo = ("objective.credit.use=gae", "critic={lr: 1.0e-5}")

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import ray
+import redis
 
 from actors import keepers
 from actors.keepers import Pulse, RedisKeeper
@@ -78,6 +80,36 @@ def test_an_outage_without_an_end_ends_the_run(
     with pytest.raises(DeadlineError, match="redis: away for 0 s: embedded redis: the server must"):
         RedisKeeper(server).keep_up()
     server.kill()
+
+
+def test_a_full_disk_is_waited_for(server: EmbeddedRedis) -> None:
+    """The server refuses even a ping then; when there is room again it goes on by itself."""
+    keeper, pid, client = RedisKeeper(server), server.pid, connect(server.url, retry_s=0.0)
+    before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, before[1]))
+    client.set("more", "x" * 4096)
+    deadline = time.monotonic() + SOON_S
+
+    def ping_until_refused() -> None:
+        while time.monotonic() < deadline:
+            client.ping()
+            time.sleep(0.05)
+
+    with pytest.raises(redis.ResponseError, match="MISCONF"):
+        ping_until_refused()
+    keeper.keep_up()
+    assert (server.pid, keeper._away_since) == (pid, None)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+    while time.monotonic() < deadline:
+        try:
+            assert client.get("more") == b"x" * 4096
+            client.set("more", "less")
+            break
+        except redis.ResponseError:
+            time.sleep(0.05)
+    keeper.keep_up()
+    assert server.pid == pid
+    assert client.get("more") == b"less"
 
 
 def test_a_server_that_cannot_load_its_data_is_not_tried_for_ever(

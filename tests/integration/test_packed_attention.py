@@ -31,6 +31,8 @@ from transformers import (
     Qwen3NextForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
 
 from cluster.errors import ConfigError
@@ -198,6 +200,16 @@ def test_models_that_mix_a_pack_other_than_by_attention_are_refused(
     REFUSED[kind]().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="keeps packed sequences apart by causal attention"):
         load_policy(tmp_path, torch.device("cpu"), activation_checkpointing=False)
+
+
+def test_recomputed_activations_switch_no_dropout_on(tmp_path: Path) -> None:
+    dropouts = {"attention_dropout": 0.5, "residual_dropout": 0.5, "embedding_dropout": 0.5}
+    torch.manual_seed(0)
+    Starcoder2ForCausalLM(Starcoder2Config(**SIZES, **dropouts)).save_pretrained(tmp_path)
+    policy = load_policy(tmp_path, torch.device("cpu"), activation_checkpointing=True)
+    pack = MicroBatch.pack([Row.plain(np.arange(3, dtype=np.int32), np.arange(9, dtype=np.int32))])
+    with torch.no_grad():
+        assert torch.equal(policy(pack).logprobs, policy(pack).logprobs)
 
 
 def test_models_whose_attention_is_causal_or_of_a_window_are_taken(

@@ -307,6 +307,17 @@ async def test_a_sync_in_which_every_worker_dies_waits_for_a_replacement(
     assert probe_error(await parts.sync.sync(version)) <= 1e-4
 
 
+async def test_who_catches_up_is_not_measured_by_the_probes_of_the_next_sync(parts: Parts) -> None:
+    worker = parts.fleet.workers[0]
+    asked = RolloutRequest("probes", TASK, 4, Sampling(24, 1.0, [], 3))
+    parts.sync.choose_probes([await rollout(parts, asked)])
+    await parts.sync.catch_up(worker)
+    assert worker.state is WorkerState.HEALTHY
+    before = parts.sync._probes
+    assert probe_error(await parts.sync.sync(worker.policy_version)) <= 1e-4
+    assert parts.sync._probes is not before
+
+
 async def test_the_probe_catches_a_stale_output_head(parts: Parts) -> None:
     """Without the repair vLLM keeps the old prepacked head on CPU: the engine must not serve, even
     where a step has moved weights by no more than Adam's at a learning rate of 1e-4.

@@ -63,6 +63,17 @@ def test_overrides_are_yaml_values(config_path: Path):
     assert config.buffer.url is None
 
 
+def test_numbers_are_those_that_people_mean(config_path: Path):
+    """PyYAML reads 1e-3 as text; settings of plug-ins have no types of their own."""
+    credit = "objective.credit={use: grpo, settings: {epsilon: 1e-6}}"
+    config = config_file.load(config_path, [credit, "run.name='1e3'"])
+    assert config.objective.credit.settings == {"epsilon": 1e-6}
+    config_path.write_text(config_file.dump(config))
+    again = config_file.load(config_path)
+    assert again == config
+    assert again.run.name == "1e3"
+
+
 def test_the_last_override_wins(config_path: Path):
     config = config_file.load(config_path, ["run.steps=1", "run.steps=2"])
     assert config.run.steps == 2

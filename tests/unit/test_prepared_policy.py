@@ -1,5 +1,6 @@
 """A run that goes on waits for no library that it needs no more."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,5 +32,11 @@ def test_what_was_prepared_is_known_while_its_directory_is_there(tmp_path: Path)
     policy.directory.mkdir()
     (policy.directory / "config.json").touch()
     assert prepared_policy.known(run) == PreparedPolicy(policy.directory, 2, [[1, 5], [7]], [])
+    moved = RunDir(shutil.copytree(run.path, tmp_path / "copied"))
+    assert prepared_policy.known(moved) is None, "the other one may go"
+    run.share_weights()
+    assert prepared_policy.known(run) is None, "other nodes do not see it"
+    prepared_policy.keep(run, policy)
+    assert prepared_policy.known(run) is not None
     run.prepared.write_text('{"directory": "')
     assert prepared_policy.known(run) is None

@@ -25,6 +25,11 @@ def test_only_the_imports_step_back(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
 
+def test_an_import_that_fails_is_not_kept_quiet() -> None:
+    with pytest.raises(ModuleNotFoundError, match="there_is_none"):
+        import_patiently(["there_is_none"])
+
+
 def test_an_engine_has_the_environment_of_the_process_that_starts_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

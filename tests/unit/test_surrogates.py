@@ -188,6 +188,8 @@ def test_old_tokens_count_less() -> None:
         ("siren", {"nucleus_rule": "both"}, "nucleus rule must be"),
         ("policy_gradient", {"token_filter": {"use": "forking"}}, "did you mean 'forking_tokens'"),
         ("guide", {"shaping": "none"}, "shaping must be"),
+        ("kl", {"coefficient": "much"}, "settings.coefficient: must be a number, got 'much'"),
+        ("siren", {"beta": -0.1}, "beta must be >= 0"),
     ],
 )  # fmt: skip
 def test_wrong_settings_name_the_knob(use: str, settings: dict, message: str) -> None:
