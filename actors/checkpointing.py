@@ -8,6 +8,7 @@ steps.
 
 import asyncio
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from actors.fleet import EventSink
@@ -18,7 +19,8 @@ from cluster.replay_buffer import ReplayBuffer
 from cluster.types import RunState
 from learners.group import LearnerGroup
 
-SAVE_S = 900.0  # from the copy of the tensors to the last file
+SAVE_S = 900.0  # from the copy of the tensors until they are published
+DROP_S = 60.0  # for a publication when the learner is lost
 POLL_S = 0.05
 LAST_TRIES = 2
 LAST_PAUSE_S = 3.0  # between them
@@ -41,6 +43,7 @@ class Checkpointing:
         self._state: RunState | None = None  # of the save in flight
         self._began_at = 0.0
         self._commit: asyncio.Task[Path] | None = None
+        self._late: asyncio.Task[Path] | None = None  # one that was given up; nobody can stop it
 
     async def begin(self, learner: LearnerGroup, state: RunState) -> None:
         """Start to save the present step; returns when its tensors are staged."""
@@ -50,6 +53,8 @@ class Checkpointing:
         try:
             if not await learner.is_saved():
                 raise StageError("checkpoint", "the save that was given up is still being written")
+            if self._late is not None and not self._late.done():
+                raise StageError("checkpoint", "the save that was given up is being published")
             target = await asyncio.to_thread(self._store.begin, state.step)
             await learner.begin_save(target)
         except LearnerLostError:
@@ -80,7 +85,8 @@ class Checkpointing:
                 self._commit = asyncio.create_task(commit)
             if not should_wait and not self._commit.done():
                 return
-            path = await self._commit
+            left_s = max(0.0, self._began_at + SAVE_S - time.monotonic())
+            path = await self._end_of(self._commit, left_s)
         except LearnerLostError:
             raise
         except HoneError as error:
@@ -121,8 +127,17 @@ class Checkpointing:
     async def drop(self) -> None:
         """The learner is lost: a save that it had not finished is void, a finished one is not."""
         if self._commit is not None:
-            await asyncio.wait([self._commit])
+            with suppress(HoneError):
+                await self._end_of(self._commit, DROP_S)
         self._state, self._commit = None, None
+
+    async def _end_of(self, commit: asyncio.Task[Path], deadline_s: float) -> Path:
+        await asyncio.wait([commit], timeout=deadline_s)
+        if not commit.done():
+            self._late = commit
+            commit.add_done_callback(lambda task: task.cancelled() or task.exception())
+            raise DeadlineError("checkpoint", f"not published in {SAVE_S:.0f} s")
+        return commit.result()
 
     def _fail(self, step: int, error: HoneError) -> None:
         self._store.abandon(step)

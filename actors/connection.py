@@ -7,7 +7,7 @@ endpoint, by `hone check --address` and by `hone submit`, which sends the same d
 
 import logging
 import os
-import shutil
+import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,14 +20,15 @@ from ray._private import ray_constants
 from ray.exceptions import RayError
 
 from cluster.errors import ConfigError, StageError
+from cluster.owned_folder import PREFIX, owned
 
 NOT_SENT = [".git", ".venv", "runs", "checkpoints", "**/__pycache__", ".*_cache"]
 # Set by Ray in the entry point of a job, whose directory was sent with the submission.
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 NODE_S, TOO_LATE = 30, "timed out during startup"  # Ray's own limit and words (2.60)
 NUM_TRIES = 2
-# Of workers, in a Ray of one's own: below Ray's own processes, and far above what asks for idle
-# cores alone (`actors.standby`), which would get a tenth beside workers of Ray's default, 15.
+# Of workers, in a Ray of one's own: below Ray's own processes, and with room for what steps back
+# from them (`actors.standby`), of which Ray's default, 15, leaves little.
 NICENESS = 5
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # kept from run to run
 logger = logging.getLogger(__name__)
@@ -57,30 +58,30 @@ def own_ray(
 
     Raises `StageError` where Ray's node does not come up: a machine is busy beyond measure.
     """
-    folder = Path(tempfile.mkdtemp(prefix="hone-", dir="/tmp"))  # short: it holds unix sockets
+    key = secrets.token_hex(4)
+    folder = Path("/tmp", f"{PREFIX}{key}")  # short: it holds unix sockets
+    scratch = Path(tempfile.gettempdir(), f"{PREFIX}{key}-scratch")
     paths = [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]
-    scratch = tempfile.mkdtemp(prefix="hone-")
     ours = {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "TMPDIR": scratch,
+        "TMPDIR": str(scratch),
         COMPILED: os.environ.get(COMPILED, f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"),
     }
     settings |= {"num_cpus": num_cpus, "runtime_env": {"env_vars": {**variables, **ours}}}
-    try:
-        for trial in range(1, NUM_TRIES + 1):
-            if _is_up(folder, settings):
-                break
-            if trial == NUM_TRIES:
-                raise StageError("ray", f"no node within {NODE_S} s, {NUM_TRIES} times: is this "
-                                 "machine too busy? (`hone doctor` looks at it)")  # fmt: skip
-            logger.warning("Ray's node did not come up within %d s: trying once more", NODE_S)
-        yield
-    finally:
-        ray.shutdown(wait_for_processes=True)
-        if at_end is not None:
-            at_end(folder)
-        for path in (folder, scratch):
-            shutil.rmtree(path, ignore_errors=True)
+    with owned(folder), owned(scratch):
+        try:
+            for trial in range(1, NUM_TRIES + 1):
+                if _is_up(folder, settings):
+                    break
+                if trial == NUM_TRIES:
+                    raise StageError("ray", f"no node within {NODE_S} s, {NUM_TRIES} times: is "
+                                     "this machine too busy? (`hone doctor` looks)")  # fmt: skip
+                logger.warning("Ray's node did not come up within %d s: trying once more", NODE_S)
+            yield
+        finally:
+            ray.shutdown(wait_for_processes=True)
+            if at_end is not None:
+                at_end(folder)
 
 
 def _is_up(folder: Path, settings: Mapping[str, Any]) -> bool:

@@ -32,6 +32,7 @@ from cluster import config_file, environment, ray_token, status
 from cluster.config import Config
 from cluster.embedded_redis import EmbeddedRedis
 from cluster.errors import ConfigError, HoneError, StageError, StartLostError
+from cluster.owned_folder import PREFIX, owned
 from cluster.redis_client import buffer_url, connect
 from cluster.resume import refuse_changes, saved_state
 from cluster.run_dir import RunDir
@@ -65,6 +66,8 @@ def run(config: Config, *, run_dir: RunDir, address: str) -> int:
         interrupt = stack.enter_context(_interrupts())
         _announce(config, run_dir, "starting Redis", 0.5)
         server = None if url else stack.enter_context(EmbeddedRedis(run_dir.redis))
+        if run_dir.weights.name.startswith(PREFIX):  # in memory
+            stack.enter_context(owned(run_dir.weights))
         stack.callback(_remove_weights, run_dir)
         url = url or (server.url if server else "")
         _announce(config, run_dir, "starting Ray", 6.0)

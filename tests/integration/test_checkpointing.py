@@ -88,6 +88,38 @@ async def test_a_slow_save_has_failed_and_the_learner_is_not_lost(
 
 
 @pytest.mark.timeout(200)
+async def test_a_slow_publication_has_failed_and_holds_nobody_up(
+    learner: LearnerGroup, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep=3)
+    reasons: list[str] = []
+
+    def note(kind: str, **fields: Any) -> None:
+        reasons.append(f"{kind}: {fields.get('reason', '')}")
+
+    saves = Checkpointing(store, make_buffer(connect(redis_url), "slow"), Supervisor(), note)
+    monkeypatch.setattr("actors.checkpointing.DROP_S", 0.2)
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", os.fsync)  # put back at the end
+        _slow_disk(None, FSYNC_S)  # of this process, which publishes
+        await saves.begin(learner, STATE)
+        while saves._commit is None:
+            await saves.settle(learner)
+            await asyncio.sleep(0.05)
+        started = time.monotonic()
+        await saves.drop()  # the learner is lost meanwhile
+        assert time.monotonic() - started < FSYNC_S
+        await saves.begin(learner, STATE)
+    assert len(reasons) == 1
+    assert "being published" in reasons[0]
+    assert saves._late is not None
+    await asyncio.wait([saves._late], timeout=60.0)
+    await saves.begin(learner, STATE)
+    await saves.settle(learner, should_wait=True)
+    assert store.steps() == [1]
+
+
+@pytest.mark.timeout(200)
 async def test_the_last_save_has_a_second_try_and_then_ends_the_run(
     learner: LearnerGroup, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,55 @@
+"""What a killed process leaves outside of its run goes with the next one; what lives stays."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from cluster.owned_folder import owned
+
+OWNER = """
+import sys
+from pathlib import Path
+from cluster.owned_folder import owned
+with owned(Path(sys.argv[1])):
+    (Path(sys.argv[1]) / "weights").touch()
+    print("here", flush=True)
+    sys.stdin.read()
+"""
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNER, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"here\n"
+    return process
+
+
+def test_a_folder_goes_with_its_owner_or_with_the_next_one(tmp_path: Path) -> None:
+    killed, alive = tmp_path / "hone-killed", tmp_path / "hone-alive"
+    for name in ("hone-soak", "other-killed"):
+        (tmp_path / name).mkdir()
+    processes = [start(killed), start(alive)]
+    processes[0].kill()
+    processes[0].communicate(timeout=10)
+    assert (killed / "weights").exists()
+    with owned(tmp_path / "hone-next"):
+        assert not killed.exists()
+        assert (alive / "weights").exists()
+        assert (tmp_path / "hone-soak").is_dir(), "nobody's"
+        assert (tmp_path / "other-killed").is_dir()
+    assert not (tmp_path / "hone-next").exists()
+    processes[1].communicate(timeout=10)
+    assert not alive.exists()
+
+
+def test_what_a_killed_owner_left_is_taken_by_the_next_of_the_same_name(tmp_path: Path) -> None:
+    folder = tmp_path / "hone-weights"
+    process = start(folder)
+    process.kill()
+    process.communicate(timeout=10)
+    with owned(folder):
+        assert folder.is_dir()
+        assert not (folder / "weights").exists()
+    assert not folder.exists()
