@@ -40,7 +40,10 @@ OBJECTIVES = {
     "entropy_advantage": "learners.entropy:EntropyShapedGradient",
 }
 
-COMPARED = ("ratio/mismatch_kl", "ratio/mismatch_abs_mean", "ratio/mismatch_abs_max")
+COMPARED = (
+    "ratio/mismatch_kl", "ratio/mismatch_k1", "ratio/mismatch_abs_mean", "ratio/mismatch_abs_max",
+    "ratio/mismatch_probability_error",
+)  # fmt: skip
 _MAX_LOG_RATIO = 20.0
 
 
@@ -220,14 +223,20 @@ class WeightedLosses:
 
         With the global `counts` each loss is divided by its own, without them by none (their
         common one divides later). `ratio/mismatch_kl` is the k3 estimate of KL(rollout ||
-        proximal), from tokens of the rollout. `mismatch_weights` and their squares are sums of w =
-        proximal / rollout over the `num_compared_tokens`, for their effective sample size.
+        proximal), from tokens of the rollout, `ratio/mismatch_k1` the k1 estimate, whose exp is the
+        perplexity ratio, and `..._probability_error` the mean of exp |log w|. `mismatch_weights` and
+        their squares are sums of w = proximal / rollout over the `num_compared_tokens`, for their
+        effective sample size.
         """
         gap, is_compared = _mismatch(rows, outputs)
         weights = gap.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp() * is_compared
         sums = {
             "ratio/mismatch_kl": (gap.clamp(max=_MAX_LOG_RATIO).exp() - 1 - gap).sum(),
+            "ratio/mismatch_k1": -gap.sum(),
             "ratio/mismatch_abs_mean": gap.abs().sum(),
+            "ratio/mismatch_probability_error": torch.where(
+                is_compared, gap.abs().clamp(max=_MAX_LOG_RATIO).exp(), 0.0
+            ).sum(),
             "ratio/mismatch_abs_max": torch.cat([gap.abs(), gap.new_zeros(1)]).max(),
             "mismatch_weights": weights.sum(),
             "mismatch_weight_squares": weights.square().sum(),

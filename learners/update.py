@@ -147,6 +147,7 @@ class PolicyUpdate:
                 metrics[name] = value if name.endswith(LARGEST) else value / count
         if squares := totals["mismatch_weight_squares"]:
             metrics["ratio/mismatch_ess"] = totals["mismatch_weights"] ** 2 / num_compared / squares
+            metrics["ratio/mismatch_chi2"] = squares / num_compared - 1.0
         metrics |= self._surveyed | {
             "grad/norm": grad_norm,
             "grad/skipped": float(not is_step),

@@ -1,5 +1,7 @@
 """Objectives: published values, aggregation, and the loss that does not depend on micro-batches."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -133,6 +135,20 @@ def test_losses_add_up_with_weights_and_mismatch_is_measured() -> None:
     assert sums["ratio/mismatch_kl"].item() == pytest.approx((np.exp(gaps) - 1 - gaps).sum())
     assert sums["policy/entropy"].item() == pytest.approx(1.0)
     assert not any(value.requires_grad for value in sums.values())
+
+
+def test_mismatch_of_three_tokens() -> None:
+    """TV-D5: log-ratios .1, -.2, .05 of proximal to rollout."""
+    logprobs = _at_ratios([math.exp(gap) for gap in (0.1, -0.2, 0.05)])
+    _, sums = WeightedLosses(ObjectiveSection()).sums(_rows([[1.0] * 3]), _outputs(logprobs))
+    mean = {name: value.item() / 3 for name, value in sums.items()}
+    assert mean["ratio/mismatch_k1"] == pytest.approx(0.016667, abs=1e-6)
+    assert math.exp(mean["ratio/mismatch_k1"]) == pytest.approx(1.016806, abs=1e-6)
+    assert mean["ratio/mismatch_kl"] == pytest.approx(0.008391, abs=1e-6)
+    assert mean["ratio/mismatch_probability_error"] == pytest.approx(1.125948, abs=1e-6)
+    assert mean["mismatch_weight_squares"] - 1 == pytest.approx(-0.001035, abs=1e-6)  # chi2
+    ess = mean["mismatch_weights"] ** 2 / mean["mismatch_weight_squares"]
+    assert ess == pytest.approx(0.984536, abs=1e-6)
 
 
 def test_no_tokens_give_zero_with_a_graph() -> None:
