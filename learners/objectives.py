@@ -224,7 +224,7 @@ class WeightedLosses:
         With the global `counts` each loss is divided by its own, without them by none (their
         common one divides later). `ratio/mismatch_kl` is the k3 estimate of KL(rollout ||
         proximal), from tokens of the rollout, `ratio/mismatch_k1` the k1 estimate, whose exp is the
-        perplexity ratio, and `..._probability_error` the mean of exp |log w|. `mismatch_weights` and
+        perplexity ratio, `..._probability_error` the mean of exp |log w|. `mismatch_weights` and
         their squares are sums of w = proximal / rollout over the `num_compared_tokens`, for their
         effective sample size.
         """
