@@ -4,6 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from cluster.errors import ConfigError
 from cluster.owned_folder import owned
 
 OWNER = """
@@ -42,6 +45,16 @@ def test_a_folder_goes_with_its_owner_or_with_the_next_one(tmp_path: Path) -> No
     assert not (tmp_path / "hone-next").exists()
     processes[1].communicate(timeout=10)
     assert not alive.exists()
+
+
+def test_it_is_for_its_user_alone(tmp_path: Path) -> None:
+    with owned(tmp_path / "hone-own"):
+        assert (tmp_path / "hone-own").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "hone-link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="another user"), owned(tmp_path / "hone-link"):
+        pass
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_what_a_killed_owner_left_is_taken_by_the_next_of_the_same_name(tmp_path: Path) -> None:
