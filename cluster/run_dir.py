@@ -112,11 +112,12 @@ class RunDir:
         """Where a cluster's runs keep models that were fetched or converted, beside themselves;
         None before `share_weights`: one machine has caches of its own.
         """
-        return self.path.parent / ".models" if self.is_shared else None
+        place = self.path.parent / ".models"
+        return place if place.is_dir() else None
 
     @property
     def is_shared(self) -> bool:
-        """`share_weights` was called."""
+        """`share_weights` was called for this run, and it has not ended."""
         return (self.path / "weights").is_dir()
 
     @property

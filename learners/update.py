@@ -128,7 +128,8 @@ class PolicyUpdate:
         totals = self._sums.reduce()
         num_loss_tokens = totals["num_loss_tokens"]
         divisor = self._divisor(totals)
-        scale = dist.get_world_size() / divisor  # FSDP2 has averaged the ranks' sums
+        # FSDP2 has averaged the ranks' sums.
+        scale = dist.get_world_size() / divisor / self._magnitude
         grad_norm = math.sqrt(totals["grad_square"]) * scale
         is_sound = math.isfinite(grad_norm) and math.isfinite(totals["loss/total"])
         is_step = is_sound and num_loss_tokens > 0
@@ -192,9 +193,9 @@ class PolicyUpdate:
         return 2.0 ** round(math.log2(max(1.0, self._counts["tokens"])))
 
     def _divisor(self, totals: dict[str, float]) -> float:
-        """What still divides the gradients."""
+        """What still divides the sums: nothing when each loss was divided by its own count."""
         if self._counts is not None:
-            return self._magnitude
+            return 1.0
         is_by_token = self._losses.common_denominator == "tokens"
         return max(1.0, totals["num_loss_tokens" if is_by_token else "num_sequences"])
 
