@@ -287,5 +287,5 @@ def not_shown() -> Iterator[Row]:
         "not run",
         "flat",
         "not shown here",
-        "two hours on a quiet machine: python -m benchmarks.soak --minutes 120",
+        "two hours: python -m benchmarks.soak --minutes 120 (last figures in docs/durability.md)",
     )
