@@ -136,7 +136,7 @@ class Checkpointing:
         if not commit.done():
             self._late = commit
             commit.add_done_callback(lambda task: task.cancelled() or task.exception())
-            raise DeadlineError("checkpoint", f"not published in {SAVE_S:.0f} s")
+            raise DeadlineError("checkpoint", "written, but not published in time")
         return commit.result()
 
     def _fail(self, step: int, error: HoneError) -> None:

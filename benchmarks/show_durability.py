@@ -20,12 +20,8 @@ PAUSE_S = (1.0, 4.0)  # between a recovery and the next kill
 END_S = 3600.0
 NOISE = 3.0  # standard errors
 PAIR_SHARE, AGAIN_SHARE = 0.3, 0.2  # of the kills, once each kind had its turn
-AGAIN = [
-    ("controller", "learner"),
-    ("controller", "rollout"),
-    ("learner", "learner"),
-    ("rollout", "rollout"),
-]  # the second dies while it comes up after the first
+# The second dies while it comes up after the first.
+AGAIN = [("controller", "learner"), ("controller", "rollout"), ("learner", "learner")]
 # Seconds until work goes on, of a tiny policy on CPU (docs/durability.md). What hangs is noticed
 # when a call of it has had its time.
 TARGETS_S = {

@@ -212,6 +212,17 @@ def test_the_hash_covers_what_shapes_learning_only(config_path: Path):
     assert hashed("rewards.verifiers.correct.weight=2") != hashed()
 
 
+def test_a_key_that_a_later_release_adds_changes_no_hash(config_path: Path):
+    class Later(Config):
+        added: int = 1
+
+    config = config_file.load(config_path)
+    later = Later.model_validate(config.model_dump())
+    assert config_file.config_hash(later) == config_file.config_hash(config)
+    changed = later.model_copy(update={"added": 2})
+    assert config_file.config_hash(changed) != config_file.config_hash(config)
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "deploy/configs").glob("*.yaml")), ids=lambda p: p.name
 )
