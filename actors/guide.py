@@ -27,6 +27,7 @@ from cluster import plugins
 from cluster.config import Plugin
 from cluster.errors import ConfigError, HintError
 from cluster.types import (
+    GUIDED,
     Author,
     Message,
     Segment,
@@ -38,7 +39,6 @@ from cluster.types import (
 
 Place = Literal["prompt", "completion"]
 Merge = Literal["replace", "fill_wrong"]
-GUIDED = "guided"  # the arm of a trajectory
 
 
 class Guide:

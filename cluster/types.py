@@ -10,6 +10,8 @@ from enum import StrEnum
 import msgspec
 import numpy as np
 
+GUIDED = "guided"
+
 
 class TrajectoryStatus(StrEnum):
     COMPLETED = "completed"  # ended by the end-of-sequence token or a stop string
@@ -91,6 +93,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     [L].
 
     `train_context_tokens`, when set, is what the learner conditions on instead (a stripped hint).
+    `arm` is how it was made; a program that shows the policy a hint says "guided".
     """
 
     trajectory_id: str

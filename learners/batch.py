@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cluster.types import Trajectory, TrajectoryGroup, TrajectoryStatus
+from cluster.types import GUIDED, Trajectory, TrajectoryGroup, TrajectoryStatus
 from learners.packing import TrajectoryRef
 
 
@@ -61,7 +61,7 @@ class Row:
             policy_age=age,
             is_truncated=trajectory.status is TrajectoryStatus.TRUNCATED,
             sampled_context=None if context is None else trajectory.context_tokens,
-            is_hinted=trajectory.arm != "plain",
+            is_hinted=trajectory.arm == GUIDED,
         )
 
     @classmethod
@@ -137,7 +137,10 @@ class MicroBatch:
         counts = np.array([len(indices) for indices in written])
 
         def put(values: np.ndarray, dtype: torch.dtype = torch.long) -> Tensor:
-            return torch.as_tensor(values).to(device=device, dtype=dtype)
+            tensor = torch.as_tensor(values).to(dtype)
+            if device is None or device.type == "cpu":
+                return tensor
+            return tensor.pin_memory().to(device, non_blocking=True)
 
         def repeated(values: list[float] | list[bool]) -> np.ndarray:
             return np.repeat(np.array(values), counts)

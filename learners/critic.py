@@ -22,6 +22,7 @@ from learners.batch import MicroBatch
 from learners.checkpoint import Part
 from learners.model import PolicyModel, ValueModel, shard
 from learners.optimizer import ShardedAdamW, clip_factor
+from learners.segments import sequence_sums
 from learners.step_sums import StepSums
 from learners.value_loss import ValueObjective, build_value_loss
 
@@ -71,11 +72,11 @@ class Critic:
         assert rows.returns is not None
         self._add_gradient(rows)
         is_plain = ~rows.is_guided
-        returns = rows.returns[is_plain].double()
-        errors = returns - rows.values[is_plain].double()
+        returns = torch.where(is_plain, rows.returns.double(), 0.0)
+        errors = torch.where(is_plain, rows.returns.double() - rows.values.double(), 0.0)
         self._step_sums.add(
             {
-                "tokens": len(returns),
+                "tokens": is_plain.sum(),
                 "returns": returns.sum(),
                 "return_squares": returns.square().sum(),
                 "errors": errors.sum(),
@@ -107,14 +108,14 @@ class Critic:
             {
                 "loss": term.total.detach(),
                 "tokens": is_plain.sum(),
-                "sequences": len(rows.sequence_ids[is_plain].unique()),
-                **term.metrics,
+                "sequences": (sequence_sums(is_plain.double(), rows) > 0).sum(),
             }
         )
+        self._sums.add_means(term.metrics)
 
     def _take_step(self, is_step: bool) -> dict[str, float]:
         self._sums.add({"grad_square": self._optimizer.grad_square()})
-        totals = self._sums.reduce()
+        totals, means = self._sums.reduce()
         divisor = max(1.0, totals[self.loss.denominator])
         scale = dist.get_world_size() / divisor  # FSDP2 has averaged the ranks' sums
         grad_norm = math.sqrt(totals["grad_square"]) * scale
@@ -123,11 +124,7 @@ class Critic:
             self._optimizer.step(self.section.lr, factor)
         else:
             self._optimizer.skip()
-        count = max(1.0, totals["tokens"])
-        metrics = {"value/loss": totals["loss"] / divisor, "value/grad_norm": grad_norm}
-        return metrics | {
-            name: total / count for name, total in totals.items() if name.startswith("value/")
-        }
+        return {"value/loss": totals["loss"] / divisor, "value/grad_norm": grad_norm} | means
 
     def step_metrics(self) -> dict[str, float]:
         """Of the returns of all updates since the last call, the same on every rank; collective.
@@ -135,7 +132,7 @@ class Critic:
         `value/explained_variance` is 1 - Var(return - value) / Var(return) of the values that
         credit was made of, which are from before the step; it is absent when all returns are equal.
         """
-        totals = self._step_sums.reduce()
+        totals = self._step_sums.reduce().sums
         count = max(1.0, totals["tokens"])
         metrics = {"value/return_mean": totals["returns"] / count}
         variance, unexplained = (

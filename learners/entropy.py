@@ -91,6 +91,7 @@ class CovarianceKL:
 
     denominator: Denominator = "tokens"
     takes_guided = True
+    needs_several_updates = True
 
     def __init__(self, coefficient: float = 1.0, fraction: float = 2e-3) -> None:
         if not 0 < fraction <= 1:

@@ -26,14 +26,14 @@ from learners.batch import MicroBatch, Row
 from learners.logprobs import TokenOutputs
 from learners.model import PolicyModel
 from learners.objectives import LossTerm
-from learners.off_policy import RatioTo, log_ratio, proximal_logprobs
+from learners.off_policy import MAX_LOG, RatioTo, log_ratio, proximal_logprobs
 from learners.segments import quantile
+from learners.step_sums import Mean
 from learners.surrogates import Losses, PolicyGradient
 
 Shaping = Literal["ratio", "truncate"]
 Factors = Literal["joint", "apart"]
 _MIN_GAMMA = 1e-4
-_MAX_LOG = 20.0
 
 
 @torch.no_grad()
@@ -48,9 +48,8 @@ def annotate(policy: PolicyModel, rows: Sequence[Row], pack: MicroBatch) -> Micr
     known = policy(MicroBatch.pack(hinted, pack.token_ids.device)).logprobs
     if isinstance(policy, FSDPModule):
         policy.reshard()
-    logprobs = known.new_zeros(pack.num_loss_tokens)
-    logprobs[pack.is_guided] = known
-    return replace(pack, sampled_logprobs=logprobs)
+    zeros = known.new_zeros(pack.num_loss_tokens)
+    return replace(pack, sampled_logprobs=zeros.masked_scatter(pack.is_guided, known))
 
 
 class GuidedPolicyGradient(PolicyGradient):
@@ -126,12 +125,14 @@ class GuidedPolicyGradient(PolicyGradient):
     def loss(self, rows: MicroBatch, outputs: TokenOutputs) -> LossTerm:
         term = super().loss(rows, outputs)
         names = ("policy_step", "context_shift", "engine_age")
-        logs = zip(names, _log_factors(rows, outputs), strict=True)
-        return replace(
-            term,
-            metrics=term.metrics
-            | {f"guide/log_{name}": log.detach()[rows.is_guided].sum() for name, log in logs},
-        )
+        num_guided = rows.is_guided.sum()
+        logs = {
+            f"guide/log_{name}": Mean(
+                torch.where(rows.is_guided, log.detach(), 0.0).sum(), num_guided
+            )
+            for name, log in zip(names, _log_factors(rows, outputs), strict=True)
+        }
+        return replace(term, metrics=term.metrics | logs)
 
     def _is_corrected(self, rows: MicroBatch) -> Bool[Tensor, " N"]:
         return ~rows.is_guided
@@ -167,5 +168,5 @@ def _log_factors(rows: MicroBatch, outputs: TokenOutputs) -> tuple[Tensor, Tenso
         proximal - rows.sampled_logprobs,
         rows.sampled_logprobs - rows.rollout_logprobs,
     )
-    step, shift, engine = (factor.clamp(-_MAX_LOG, _MAX_LOG) for factor in factors)
+    step, shift, engine = (factor.clamp(-MAX_LOG, MAX_LOG) for factor in factors)
     return step, shift, engine

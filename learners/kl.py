@@ -12,10 +12,12 @@ from learners.aggregation import Aggregation, Denominator, Name
 from learners.batch import MicroBatch
 from learners.logprobs import TokenOutputs
 from learners.objectives import LossTerm
+from learners.off_policy import MAX_LOG
 from learners.segments import reverse_sums
+from learners.step_sums import Mean
 
 Estimator = Literal["k1", "k2", "k3", "k3_plus", "k1_reward"]
-_MAX_GAP, _MAX_K3 = 20.0, 10.0
+_MAX_K3 = 10.0
 
 
 class KLPenalty:
@@ -59,7 +61,7 @@ class KLPenalty:
 
     def loss(self, rows: MicroBatch, outputs: TokenOutputs) -> LossTerm:
         assert rows.ref_logprobs is not None
-        gap = (outputs.logprobs - rows.ref_logprobs).clamp(-_MAX_GAP, _MAX_GAP)
+        gap = (outputs.logprobs - rows.ref_logprobs).clamp(-MAX_LOG, MAX_LOG)
         k3 = ((-gap).exp() - 1 + gap).clamp(max=_MAX_K3)
         if self._estimator == "k2":
             losses = gap.square() / 2
@@ -72,9 +74,9 @@ class KLPenalty:
             losses = reverse_sums(gap.detach(), rows) * outputs.logprobs
         if self._off_policy:
             shift = (outputs.logprobs - rows.rollout_logprobs).detach()
-            losses = losses * shift.clamp(-_MAX_GAP, _MAX_GAP).exp()
+            losses = losses * shift.clamp(-MAX_LOG, MAX_LOG).exp()
         losses, k3 = (torch.where(rows.is_guided, 0.0, values) for values in (losses, k3))
         return LossTerm(
             self._coefficient * self._aggregation.sum(losses, rows),
-            metrics={"policy/reference_kl": k3.detach().sum()},
+            metrics={"policy/reference_kl": Mean(k3.detach().sum(), (~rows.is_guided).sum())},
         )

@@ -85,7 +85,7 @@ class Learner:
             is_checkpointed = "activations" in config.learner.save_memory
             attention = attention_on(self._device, self._dtype)
             adapters = Lora.of(config)
-            return load_policy(policy_dir, self._device, is_checkpointed, attention, adapters)
+            return load_policy(policy_dir, is_checkpointed, attention, adapters)
 
         def open_policy(part: str) -> PolicyModel:
             policy = load()
@@ -178,7 +178,7 @@ class Learner:
         self.policy_version += any(result.is_step for result in results)
         sums = StepSums(torch.device("cpu"))
         sums.add({"busy_s": self._busy_s + time.perf_counter() - started})
-        busy_s = sums.reduce()["busy_s"] / self._world_size
+        busy_s = sums.reduce().sums["busy_s"] / self._world_size
         self._busy_s = 0.0
         num_tokens = sum(result.num_tokens for result in results)
         metrics = self._update.step_metrics(results) | ({} if rate is None else {"lr": rate})

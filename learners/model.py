@@ -34,7 +34,8 @@ from learners.nucleus import Nucleus
 
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap")
 _SOFTCAP = "attn_logit_softcapping"
-PROBE_TOKENS, MAX_WINDOW = 12, 4096
+# What is tried of a decoder, on a CPU: its first layers have one of each kind.
+PROBE_LAYERS, PROBE_TOKENS, MAX_WINDOW = 8, 12, 1024
 SAME = 1e-3  # of the largest hidden state, for float32 in another order of summation
 
 
@@ -118,13 +119,13 @@ def attention_on(device: torch.device, compute_dtype: torch.dtype) -> str:
 
 def load_policy(
     policy_dir: Path,
-    device: torch.device,
     activation_checkpointing: bool,
     attention: str = packed_attention.NAME,
     lora: Lora | None = None,
 ) -> PolicyModel:
-    """The policy with float32 weights; `attention` as by `attention_on`. With `lora` its adapters
-    learn and its own weights do not. Raises `ConfigError` for a decoder that does more than the
+    """The policy with float32 weights in host memory, from where `shard` moves them layer by layer;
+    `attention` as by `attention_on`. With `lora` its adapters learn and its own weights do not.
+    Raises `ConfigError` for a decoder that does more than the
     learner knows of: to its logits, or to the sequences of a pack.
     """
     from transformers import AutoModelForCausalLM
@@ -136,7 +137,6 @@ def load_policy(
         dtype=torch.float32,
         attn_implementation=packed_attention.NAME,
     )
-    causal_lm.to(device)
     _check_head(causal_lm, policy_dir)
     if attention == packed_attention.NAME or not _has_softcap(causal_lm):  # which flash can do
         _check_packing(causal_lm, policy_dir)
@@ -154,7 +154,8 @@ def load_policy(
 def shard(
     model: DecoderModel, mesh: DeviceMesh, compute_dtype: torch.dtype, is_offloaded: bool = False
 ) -> None:
-    """FSDP2 over `mesh`, one unit per decoder layer; gradients are reduced in float32.
+    """FSDP2 over `mesh`, one unit per decoder layer; gradients are reduced in float32. FSDP moves a
+    unit to its device and shards it before the next, so a device never holds the whole model.
 
     `is_offloaded` keeps shards, gradients and so the optimizer in host memory: a layer is copied to
     its device for as long as it runs.
@@ -213,18 +214,21 @@ def _check_packing(causal_lm: Any, policy_dir: Path) -> None:
     tokens = torch.arange(length + PROBE_TOKENS) * 7919 % text_config.vocab_size
     parts = tokens.split([length, PROBE_TOKENS])
     rows = [Row.plain(part[:1].numpy(), part[1:].numpy()) for part in parts]
-    device = next(causal_lm.parameters()).device
     causal_lm.eval()
+    decoder, layers = causal_lm.base_model, causal_lm.base_model.layers
+    decoder.layers = layers[:PROBE_LAYERS]
     reason = _SOFTCAP if _has_softcap(causal_lm) else ""
     try:
-        found = PolicyModel(causal_lm).hidden(MicroBatch.pack(rows, device))
+        found = PolicyModel(causal_lm).hidden(MicroBatch.pack(rows))
         causal_lm.set_attn_implementation("eager")
-        outputs = [causal_lm.base_model(part[None].to(device), use_cache=False) for part in parts]
+        outputs = [decoder(part[None], use_cache=False) for part in parts]
         expected = torch.cat([output.last_hidden_state[0, :-1] for output in outputs])
         error = ((found - expected).abs().max() / expected.abs().max()).item()
         reason = reason or ("" if error < SAME else f"its hidden states are {error:.1%} away")
     except (KeyError, TypeError, ValueError) as refusal:
         reason = str(refusal)
+    finally:
+        decoder.layers = layers
     if reason:
         raise ConfigError(
             f"policy: {policy_dir} must be a decoder that keeps packed sequences apart by causal "

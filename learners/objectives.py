@@ -10,20 +10,21 @@ by the learner for each micro-batch, also for empty ones.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from cluster.config import ObjectiveSection
 from cluster.errors import ConfigError
 from cluster.plugins import build
+from learners import mismatch
 from learners.aggregation import Denominator
 from learners.batch import MicroBatch
 from learners.logprobs import TokenOutputs
 from learners.nucleus import Nucleus
-from learners.off_policy import proximal_logprobs
+from learners.step_sums import Mean
 
 OBJECTIVES = {
     "policy_gradient": "learners.surrogates:PolicyGradient",
@@ -40,32 +41,27 @@ OBJECTIVES = {
     "entropy_advantage": "learners.entropy:EntropyShapedGradient",
 }
 
-COMPARED = (
-    "ratio/mismatch_kl", "ratio/mismatch_k1", "ratio/mismatch_abs_mean", "ratio/mismatch_abs_max",
-    "ratio/mismatch_probability_error",
-)  # fmt: skip
-_MAX_LOG_RATIO = 20.0
-
 
 @dataclass(frozen=True)
 class LossTerm:
-    """A scalar sum with gradient, and metrics as detached sums over the loss tokens; those named
-    `guide/...` are over the guided ones, `policy/reference_kl` over the others.
+    """A scalar sum with gradient, and metrics, each a mean over the tokens that it is of.
 
     `reported` replaces `total` in the metrics where the two differ: a linearised loss has the
     right gradient and another value.
     """
 
     total: Float[Tensor, ""]
-    metrics: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
+    metrics: dict[str, Mean] = field(default_factory=dict)
     reported: Float[Tensor, ""] | None = None
 
 
 class Objective(Protocol):
-    """May also have `needs_reference = True` (fill `rows.ref_logprobs` from the frozen initial
-    policy), `needs_sampled_context = True` (fill `rows.sampled_logprobs` of guided rows),
-    `takes_guided = True` (it is right for rows whose `rollout_logprobs` are of another context) and
-    `nucleus` (a `Nucleus`: fill `outputs.nucleus_entropy`).
+    """May also have `nucleus` (a `Nucleus`: fill `outputs.nucleus_entropy`), and what is False
+    unless it says True: `needs_reference` (fill `rows.ref_logprobs` from the frozen initial
+    policy), `needs_sampled_context` (fill `rows.sampled_logprobs` of guided rows), `takes_guided`
+    (it is right for rows whose `rollout_logprobs` are of another context), `needs_outcome_credit`
+    (all tokens of a sequence must have one advantage), `needs_several_updates` (a step of a single
+    update teaches nothing). One that is `Surveying` with `needs_survey` False is not asked.
     """
 
     denominator: Denominator  # global count that divides `total`: loss tokens, or their sequences
@@ -113,6 +109,20 @@ class Stateful(Protocol):
     def restore(self, state: list[float]) -> None: ...
 
 
+class LossSums(NamedTuple):
+    """`total` is what to run backward on; `losses` has each loss by its name, and "total";
+    `largest_gap` is the largest |log proximal / rollout|.
+
+    Of `means` a metric that several losses have is that of the first; the others have the name of
+    their loss behind it.
+    """
+
+    total: Float[Tensor, ""]
+    losses: dict[str, Float[Tensor, ""]]
+    means: dict[str, Mean]
+    largest_gap: Float[Tensor, ""]
+
+
 class WeightedLosses:
     """All losses of a run: their weighted sum, and the sums behind the step's metrics."""
 
@@ -136,19 +146,22 @@ class WeightedLosses:
         if len(nuclei) > 1:
             raise ConfigError(f"objective.losses: all must use one nucleus, got {nuclei}")
         self.nucleus: Nucleus | None = next(iter(nuclei), None)
-        self.needs_reference = any(
-            getattr(objective, "needs_reference", False) for objective in self._objectives.values()
-        )
-        self.needs_sampled_context = any(
-            getattr(objective, "needs_sampled_context", False)
-            for objective in self._objectives.values()
-        )
+        self.needs_reference = bool(self.that("needs_reference"))
+        self.needs_sampled_context = bool(self.that("needs_sampled_context"))
         self.needs_survey = any(
             isinstance(objective, Surveying) and getattr(objective, "needs_survey", True)
             for objective in self._objectives.values()
         )
         self._denominators: set[Denominator] = {
             objective.denominator for objective in self._objectives.values()
+        }
+
+    def that(self, flag: str, is_set: bool = True) -> dict[str, str]:
+        """Names of the losses that say `flag`, or do not, with the `use` of each."""
+        return {
+            name: self._uses[name]
+            for name, objective in self._objectives.items()
+            if getattr(objective, flag, False) is is_set
         }
 
     @property
@@ -158,23 +171,21 @@ class WeightedLosses:
     def require_guided(self) -> None:
         """Raise `ConfigError` naming every loss that is wrong for guided rows."""
         wrong = [
-            f"objective.losses.{name}: {self._uses[name]} would take the hint that rollout.program "
+            f"objective.losses.{name}: {use} would take the hint that rollout.program "
             "strips for a step of the policy, and clip it: use guide, or a program that leaves the "
             "hint in place (settings: strip false, or place completion)"
-            for name, objective in self._objectives.items()
-            if not getattr(objective, "takes_guided", False)
+            for name, use in self.that("takes_guided", is_set=False).items()
         ]
         if wrong:
             raise ConfigError("\n".join(wrong))
 
     def refuse_token_credit(self) -> None:
         """Raise `ConfigError` naming a loss that would average what credit says of tokens."""
-        for name, objective in self._objectives.items():
-            if getattr(objective, "needs_outcome_credit", False):
-                raise ConfigError(
-                    f"objective.losses.{name}: {self._uses[name]} has one advantage per sequence, "
-                    "and objective.credit gives one per token: use grpo, rloo or reinforce_pp"
-                )
+        for name, use in self.that("needs_outcome_credit").items():
+            raise ConfigError(
+                f"objective.losses.{name}: {use} has one advantage per sequence, and "
+                "objective.credit gives one per token: use grpo, rloo or reinforce_pp"
+            )
 
     @property
     def common_denominator(self) -> Denominator | None:
@@ -218,44 +229,33 @@ class WeightedLosses:
         rows: MicroBatch,
         outputs: TokenOutputs,
         counts: Mapping[Denominator, float] | None = None,
-    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """The total to run backward on, and every metric of the micro-batch as a detached sum.
-
-        With the global `counts` each loss is divided by its own, without them by none (their
-        common one divides later). `ratio/mismatch_kl` is the k3 estimate of KL(rollout ||
-        proximal), from tokens of the rollout, `ratio/mismatch_k1` the k1 estimate, whose exp is the
-        perplexity ratio, `..._probability_error` the mean of exp |log w|. `mismatch_weights` and
-        their squares are sums of w = proximal / rollout over the `num_compared_tokens`, for their
-        effective sample size.
+    ) -> LossSums:
+        """Of one micro-batch. With the global `counts` each loss is divided by its own, without
+        them by none (their common one divides later).
         """
-        gap, is_compared = _mismatch(rows, outputs)
-        weights = gap.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp() * is_compared
-        sums = {
-            "ratio/mismatch_kl": (gap.clamp(max=_MAX_LOG_RATIO).exp() - 1 - gap).sum(),
-            "ratio/mismatch_k1": -gap.sum(),
-            "ratio/mismatch_abs_mean": gap.abs().sum(),
-            "ratio/mismatch_probability_error": torch.where(
-                is_compared, gap.abs().clamp(max=_MAX_LOG_RATIO).exp(), 0.0
-            ).sum(),
-            "ratio/mismatch_abs_max": torch.cat([gap.abs(), gap.new_zeros(1)]).max(),
-            "mismatch_weights": weights.sum(),
-            "mismatch_weight_squares": weights.square().sum(),
-            "num_compared_tokens": is_compared.sum(),
-            "policy/entropy": outputs.entropy.detach().sum(),
-        }
+        entropies = {"policy/entropy": outputs.entropy}
         if self.nucleus is not None:
-            sums["policy/nucleus_entropy"] = outputs.nucleus_entropy.detach().sum()
+            entropies["policy/nucleus_entropy"] = outputs.nucleus_entropy
+        gap, is_compared = mismatch.gaps(rows, outputs)
+        means = mismatch.means(gap, is_compared) | {
+            name: Mean(values.detach().sum(), rows.num_loss_tokens)
+            for name, values in entropies.items()
+        }
+        losses: dict[str, Tensor] = {}
         total = reported = outputs.logprobs.new_zeros(())
         for name, (weight, objective) in self._losses.items():
             term = objective.loss(rows, outputs)
             scale = 1.0 if counts is None else 1.0 / max(1.0, counts[objective.denominator])
             total = total + weight * scale * term.total
             value = (term.total if term.reported is None else term.reported).detach() * scale
-            sums[f"loss/{name}"] = value
+            losses[name] = value
             reported = reported + weight * value
-            sums.update(term.metrics)
-        sums["loss/total"] = reported
-        return total, sums
+            means |= {
+                metric if metric not in means else f"{metric}/{name}": mean
+                for metric, mean in term.metrics.items()
+            }
+        largest = torch.cat([gap.abs(), gap.new_zeros(1)]).max()
+        return LossSums(total, losses | {"total": reported}, means, largest)
 
     def state(self) -> dict[str, Tensor]:
         """Numbers that belong into a checkpoint, float64, by the name of their loss."""
@@ -269,17 +269,3 @@ class WeightedLosses:
         for name, values in state.items():
             objective: Any = self._objectives[name]
             objective.restore(values.tolist())
-
-
-def _mismatch(
-    rows: MicroBatch, outputs: TokenOutputs
-) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
-    """log of proximal / rollout without gradient, both in the context that was sampled from, and
-    where that is known; it is 0 on guided tokens whose log-probs in that no loss asked for.
-    """
-    proximal = proximal_logprobs(rows, outputs).detach()
-    is_known = ~rows.is_guided
-    if rows.sampled_logprobs is not None:
-        proximal = torch.where(rows.is_guided, rows.sampled_logprobs, proximal)
-        is_known = torch.ones_like(is_known)
-    return torch.where(is_known, proximal - rows.rollout_logprobs, 0.0), is_known

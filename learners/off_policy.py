@@ -12,23 +12,24 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from learners.batch import MicroBatch
 from learners.logprobs import TokenOutputs
 from learners.segments import sequence_means, sequence_sums
+from learners.step_sums import Mean
 
 Level = Literal["token", "sequence", "geometric"]
 Action = Literal["truncate", "mask"]
 RatioTo = Literal["rollout", "proximal"]
-_MAX_LOG = 20.0
+MAX_LOG = 20.0  # of any log-ratio, on either side
 
 
 def log_ratio(rows: MicroBatch, outputs: TokenOutputs, to: RatioTo) -> Float[Tensor, " N"]:
     """log of learner / `to`, with gradient, within +-20."""
     base = rows.rollout_logprobs if to == "rollout" else proximal_logprobs(rows, outputs)
-    return (outputs.logprobs - base).clamp(-_MAX_LOG, _MAX_LOG)
+    return (outputs.logprobs - base).clamp(-MAX_LOG, MAX_LOG)
 
 
 def proximal_logprobs(rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, " N"]:
@@ -77,16 +78,16 @@ class RolloutCorrection:
             raise ValueError(f"correction.age_halflife must be positive, got {self.age_halflife}")
 
     def weights(
-        self, rows: MicroBatch, outputs: TokenOutputs
-    ) -> tuple[Float[Tensor, " N"], dict[str, Float[Tensor, ""]]]:
-        """Weights without gradient, and metrics as sums over the loss tokens."""
+        self, rows: MicroBatch, outputs: TokenOutputs, is_corrected: Bool[Tensor, " N"]
+    ) -> tuple[Float[Tensor, " N"], dict[str, Mean]]:
+        """Weights without gradient, and metrics over the tokens that `is_corrected` names."""
         logs = (proximal_logprobs(rows, outputs) - rows.rollout_logprobs).detach()
-        logs = logs.clamp(-_MAX_LOG, _MAX_LOG)
+        logs = logs.clamp(-MAX_LOG, MAX_LOG)
         if self.level == "token":
             judged = logs
         else:
             reduce = sequence_sums if self.level == "sequence" else sequence_means
-            judged = reduce(logs, rows)[rows.sequence_ids].clamp(-_MAX_LOG, _MAX_LOG)
+            judged = reduce(logs, rows)[rows.sequence_ids].clamp(-MAX_LOG, MAX_LOG)
         judged = judged.exp()
         weights = logs.exp() if self.level == "geometric" else judged
         if self.action == "truncate":
@@ -95,9 +96,10 @@ class RolloutCorrection:
         else:
             is_changed = (judged < self.low) | (judged > self.high)
             weights = torch.where(is_changed, 0.0, weights)
+        count = is_corrected.sum()
         metrics = {
-            "ratio/rollout_weight_mean": weights.sum(),
-            "ratio/corrected_fraction": is_changed.sum(),
+            "ratio/rollout_weight_mean": Mean(torch.where(is_corrected, weights, 0.0).sum(), count),
+            "ratio/corrected_fraction": Mean((is_changed & is_corrected).sum(), count),
         }
         if self.age_halflife is not None:
             weights = weights * torch.exp2(-rows.policy_age / self.age_halflife)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+_PART = 2**24
 _FLOOR = 0.1  # a cosine ends at this fraction of the peak
 
 
@@ -44,7 +45,11 @@ class ShardedAdamW:
 
     def grad_square(self) -> Tensor:
         """Sum of squares of this rank's gradient shards, float64; over all ranks |grad|^2."""
-        squares = [g.double().square().sum() for g in self._local_gradients()]
+        squares = [
+            part.double().square().sum()  # float64 of a part at a time, not of a whole embedding
+            for gradient in self._local_gradients()
+            for part in gradient.flatten().split(_PART)
+        ]
         return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
 
     def step(self, lr: float, grad_scale: float) -> None:

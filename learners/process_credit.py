@@ -5,9 +5,16 @@ trajectory whose step scores are unknown gets none. An alternative to the outcom
 `learners.credit`.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from cluster.types import Trajectory, TrajectoryGroup
+
+
+class _Known(NamedTuple):
+    steps: list[tuple[int, float]]
+    reward: float  # 0 where outcomes have no weight
 
 
 class ProcessNormalized:
@@ -28,29 +35,27 @@ class ProcessNormalized:
         self._epsilon = epsilon
 
     def assign(self, group: TrajectoryGroup) -> list[np.ndarray | None]:
-        steps = [step_scores(trajectory, self._signal) for trajectory in group.trajectories]
-        scores = np.array([score for row in steps if row for _, score in row])
-        center, scale = self._moments(scores)
-        rewards = [
-            reward
-            for reward, row in zip(group.rewards, steps, strict=True)
-            if reward is not None and row is not None
-        ]
-        outcome_center, outcome_scale = self._moments(np.array(rewards))
+        known = [self._known(trajectory) for trajectory in group.trajectories]
+        scores = [score for found in known if found for _, score in found.steps]
+        center, scale = self._moments(np.array(scores))
+        outcome, outcome_scale = self._moments(np.array([found.reward for found in known if found]))
         result: list[np.ndarray | None] = []
-        for trajectory, row in zip(group.trajectories, steps, strict=True):
-            if row is None or (self._outcome_weight and trajectory.reward is None):
+        for trajectory, found in zip(group.trajectories, known, strict=True):
+            if found is None:
                 result.append(None)
                 continue
             advantages = np.zeros(len(trajectory.token_ids), dtype=np.float64)
-            for token_end, score in row:
+            for token_end, score in found.steps:
                 advantages[:token_end] += (score - center) / scale
-            if self._outcome_weight and trajectory.reward is not None:
-                advantages += (
-                    self._outcome_weight * (trajectory.reward - outcome_center) / outcome_scale
-                )
+            advantages += self._outcome_weight * (found.reward - outcome) / outcome_scale
             result.append(advantages.astype(np.float32))
         return result
+
+    def _known(self, trajectory: Trajectory) -> "_Known | None":
+        """None leaves a trajectory out of its own credit and of its siblings'."""
+        steps = step_scores(trajectory, self._signal)
+        reward = trajectory.reward if self._outcome_weight else 0.0
+        return None if steps is None or reward is None else _Known(steps, reward)
 
     def _moments(self, values: np.ndarray) -> tuple[float, float]:
         """Center and scale; values without contrast are all at the center."""

@@ -62,14 +62,17 @@ def quantile(values: Float[Tensor, " M"], fraction: float) -> float:
 
 
 def reverse_sums(values: Float[Tensor, " N"], rows: MicroBatch) -> Float[Tensor, " N"]:
-    """Sum over this and the later loss tokens of the same sequence."""
-    totals = sequence_sums(values, rows)
-    before = values.cumsum(0) - values
+    """Sum over this and the later loss tokens of the same sequence; float64 inside, so that what
+    lies before it in the pack does not show.
+    """
+    wide = values.double()
+    totals = sequence_sums(wide, rows)
+    before = wide.cumsum(0) - wide
     counts = rows.sequence_loss_tokens
     starts = counts.cumsum(0) - counts
     padded = torch.cat([before, before.new_zeros(1)])
     own_before = before - padded[starts][rows.sequence_ids]
-    return totals[rows.sequence_ids] - own_before
+    return (totals[rows.sequence_ids] - own_before).to(values.dtype)
 
 
 def discounted_sums(
@@ -78,12 +81,17 @@ def discounted_sums(
     """S_t = value_t + factor_t S_(t+1), 0 after the last loss token of a sequence; float64 inside,
     without gradient.
 
-    Values [1, 1, 1] of one sequence with factor .5: [1.75, 1.5, 1].
+    In ceil(log2 of the longest) passes over all tokens at once: after a pass each sum reaches twice
+    as far. Values [1, 1, 1] of one sequence with factor .5: [1.75, 1.5, 1].
     """
-    sequences = rows.sequence_ids.tolist()
-    sums = values.double().tolist()
-    scales = factors.tolist()
-    for t in range(len(sums) - 2, -1, -1):
-        if sequences[t] == sequences[t + 1]:
-            sums[t] += scales[t] * sums[t + 1]
-    return values.new_tensor(sums)
+    sums, scales = values.detach().double(), factors.detach().double()
+    is_last = torch.ones_like(rows.sequence_ids, dtype=torch.bool)
+    is_last[:-1] = rows.sequence_ids[1:] != rows.sequence_ids[:-1]
+    scales = scales.masked_fill(is_last, 0.0)
+    reach = 1
+    while reach < max(rows.lengths):
+        later_sums, later_scales = torch.zeros_like(sums), torch.zeros_like(scales)
+        later_sums[:-reach], later_scales[:-reach] = sums[reach:], scales[reach:]
+        sums, scales = sums + scales * later_sums, scales * later_scales
+        reach *= 2
+    return sums.to(values.dtype)

@@ -1,4 +1,4 @@
-"""Memory that two processes see: of the GPU that both use, by CUDA IPC, and of the host on CPUs.
+"""Memory that two processes see: of the GPU that both use, by CUDA IPC, and on CPUs a mapped file.
 
 Invariant: what has to be told to open it is plain data, nothing is unpickled; it lasts until its
 owner closes it, by when whoever has opened it must have copied what they want.
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 Handle = list[str | int | bool]  # bytes as hexadecimal text
-MEMORY = "/dev/shm"
 
 
 def device_name(device: torch.device) -> str:
@@ -33,7 +32,7 @@ class SharedBuffer:
         if device.type == "cuda":
             self.data = torch.empty(size, dtype=torch.uint8, device=device)
         else:
-            self._file = tempfile.NamedTemporaryFile(prefix="hone-", dir=MEMORY)  # noqa: SIM115
+            self._file = tempfile.NamedTemporaryFile()  # noqa: SIM115
             try:
                 os.posix_fallocate(self._file.fileno(), 0, size)  # a hole is a SIGBUS when touched
             except OSError:

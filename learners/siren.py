@@ -20,6 +20,7 @@ from learners.logprobs import TokenOutputs
 from learners.nucleus import Nucleus, NucleusRule
 from learners.objectives import LossTerm
 from learners.segments import sequence_quantiles, sequence_sums
+from learners.step_sums import Mean
 
 
 class Siren:
@@ -60,7 +61,8 @@ class Siren:
 
     def survey(self, rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, "S 2"]:
         """Per sequence with loss tokens: its peak entropy, and 1 where it had no hint."""
-        means = self._sequence_entropies(rows, outputs).detach().double()
+        entropy = outputs.nucleus_entropy.detach()
+        means = _means(entropy, self.is_peak(rows, outputs), rows).double()
         is_hinted = sequence_sums(rows.is_hinted.double(), rows) > 0
         return torch.stack([means, (~is_hinted).double()], -1)[rows.sequence_loss_tokens > 0]
 
@@ -71,7 +73,8 @@ class Siren:
     def anchor(self, table: Float[Tensor, "S 2"]) -> None:
         entropies, is_plain = table[:, 0], table[:, 1] > 0
         if self._anchor is None and is_plain.any():
-            self._anchor = entropies[is_plain].mean().item()
+            mean = entropies[is_plain].mean().item()
+            self._anchor = mean if math.isfinite(mean) else None
 
     def begin(self, table: Float[Tensor, "S 2"]) -> dict[str, float]:
         self._factor = self._penalty = 0.0
@@ -87,11 +90,12 @@ class Siren:
         return metrics
 
     def loss(self, rows: MicroBatch, outputs: TokenOutputs) -> LossTerm:
-        total = self._factor * self._sequence_entropies(rows, outputs).sum()
+        is_peak = self.is_peak(rows, outputs)
+        total = self._factor * _means(outputs.nucleus_entropy, is_peak, rows).sum()
         return LossTerm(
             total,
-            metrics={"siren/peak_fraction": self.is_peak(rows, outputs).sum()},
-            reported=total.new_tensor(self._penalty * rows.num_sequences),
+            metrics={"siren/peak_fraction": Mean(is_peak.sum(), rows.num_loss_tokens)},
+            reported=torch.full_like(total, self._penalty * rows.num_sequences),
         )
 
     def state(self) -> list[float]:
@@ -109,7 +113,10 @@ class Siren:
         thresholds = sequence_quantiles(entropy, rows, self._peak_quantile)
         return entropy > thresholds[rows.sequence_ids]
 
-    def _sequence_entropies(self, rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, " S"]:
-        is_peak = self.is_peak(rows, outputs).to(outputs.nucleus_entropy.dtype)
-        sums = sequence_sums(outputs.nucleus_entropy * is_peak, rows)
-        return sums / sequence_sums(is_peak, rows).clamp(min=1)
+
+def _means(
+    values: Float[Tensor, " N"], is_chosen: Bool[Tensor, " N"], rows: MicroBatch
+) -> Float[Tensor, " S"]:
+    """Mean of the chosen values of each sequence, 0 where there are none."""
+    chosen = is_chosen.to(values.dtype)
+    return sequence_sums(values * chosen, rows) / sequence_sums(chosen, rows).clamp(min=1)

@@ -21,6 +21,7 @@ from learners.logprobs import TokenOutputs
 from learners.objectives import LossTerm
 from learners.off_policy import RatioTo, RolloutCorrection, log_ratio
 from learners.segments import sequence_means
+from learners.step_sums import Mean
 from learners.token_filters import TokenFilter, build_filter
 
 _MAX_SEQUENCE_LOG = 10.0
@@ -61,17 +62,18 @@ class Surrogate(ABC):
         ratio_log = log_ratio(rows, outputs, self.ratio_to)
         losses, is_clipped = self._token_losses(ratio_log, rows, outputs)
         metrics = {
-            "ratio/importance_mean": ratio_log.detach().exp().sum(),
-            "ratio/clip_fraction": is_clipped.sum(),
+            "ratio/importance_mean": Mean(ratio_log.detach().exp().sum(), rows.num_loss_tokens),
+            "ratio/clip_fraction": Mean(is_clipped.sum(), rows.num_loss_tokens),
         }
         if self._correction is not None:
-            weights, corrected = self._correction.weights(rows, outputs)
-            losses = torch.where(self._is_corrected(rows), losses * weights, losses)
+            is_corrected = self._is_corrected(rows)
+            weights, corrected = self._correction.weights(rows, outputs, is_corrected)
+            losses = torch.where(is_corrected, losses * weights, losses)
             metrics |= corrected
         if self._filter is not None:
             is_kept = self._filter.keeps(rows, outputs, is_clipped)
             losses = torch.where(is_kept, losses, 0.0)
-            metrics["ratio/kept_fraction"] = is_kept.sum()
+            metrics["ratio/kept_fraction"] = Mean(is_kept.sum(), rows.num_loss_tokens)
         return LossTerm(self._aggregation.sum(losses, rows), metrics)
 
     def survey(self, rows: MicroBatch, outputs: TokenOutputs) -> Tensor | None:
@@ -110,31 +112,22 @@ class PolicyGradient(Surrogate):
     PPO clipping (arXiv 1707.06347) with the wider upper bound of DAPO (arXiv 2503.14476). By
     default r is taken against the rollout policy, so it corrects policy age and engine mismatch at
     once. `dual_clip` c > 1 bounds the loss of negative advantages at c |A| (arXiv 1912.09729).
-    `importance_cap` truncates the ratio's weight, keeping the token's gradient (arXiv 1802.01561).
     With r = 1.35, A = 1 the loss is -1.28 and its gradient 0.
     """
 
     clip_low: float = 0.2
     clip_high: float = 0.28
     dual_clip: float | None = None
-    importance_cap: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_clip(self.clip_low, self.clip_high)
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(f"dual_clip must be above 1, got {self.dual_clip}")
-        if self.importance_cap is not None and self.importance_cap < 1:
-            raise ValueError(f"importance_cap must be at least 1, got {self.importance_cap}")
 
     def _token_losses(self, ratio_log: Tensor, rows: MicroBatch, outputs: TokenOutputs) -> Losses:
         ratio = ratio_log.exp()
-        if self.importance_cap is not None:
-            ratio = ratio * (self.importance_cap / ratio.detach()).clamp(max=1)
-        plain = -ratio * rows.advantages
-        losses = torch.maximum(
-            plain, -ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * rows.advantages
-        )
+        plain, losses = _clipped(ratio, rows.advantages, self.clip_low, self.clip_high)
         if self.dual_clip is not None:
             bound = -self.dual_clip * rows.advantages
             losses = torch.where(rows.advantages < 0, torch.minimum(losses, bound), losses)
@@ -147,9 +140,12 @@ class SequencePolicyGradient(Surrogate):
     tokens at once.
 
     Written per token, s_t = sg(s) r_t / sg(r_t), which has the gradient of the sequence form and
-    lets advantages differ by token. Log-ratios [.02, -.01, .005] give s = 1.0050125.
+    lets advantages differ by token. The clip is so narrow that engine mismatch and policy age
+    alone would leave it, always on the same side, so s is taken against the proximal policy, and
+    `correction` is there for these. Log-ratios [.02, -.01, .005] give s = 1.0050125.
     """
 
+    ratio_to: RatioTo = field(default="proximal", kw_only=True)
     clip_low: float = 3e-4
     clip_high: float = 4e-4
     aggregation: Name = field(default="seq_mean_token_mean", init=False)
@@ -162,10 +158,7 @@ class SequencePolicyGradient(Surrogate):
     def _token_losses(self, ratio_log: Tensor, rows: MicroBatch, outputs: TokenOutputs) -> Losses:
         mean = sequence_means(ratio_log.detach(), rows)[rows.sequence_ids]
         ratio = (mean + ratio_log - ratio_log.detach()).clamp(max=_MAX_SEQUENCE_LOG).exp()
-        plain = -ratio * rows.advantages
-        losses = torch.maximum(
-            plain, -ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * rows.advantages
-        )
+        plain, losses = _clipped(ratio, rows.advantages, self.clip_low, self.clip_high)
         return losses, losses.detach() != plain.detach()
 
 

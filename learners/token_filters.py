@@ -8,7 +8,7 @@ micro-batches do not change the choice. Settings of the surrogates (`token_filte
 # ruff: noqa: F722 (shapes in annotations)
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,7 +19,7 @@ from learners.batch import MicroBatch
 from learners.covariance import Covariance
 from learners.logprobs import TokenOutputs
 from learners.off_policy import proximal_logprobs
-from learners.segments import quantile, sequence_quantiles
+from learners.segments import quantile
 
 FILTERS = {
     "forking_tokens": "learners.token_filters:ForkingTokens",
@@ -53,19 +53,14 @@ def build_filter(plugin: Mapping[str, Any] | None) -> TokenFilter | None:
 class ForkingTokens:
     """Only the `fraction` of tokens with the highest entropy learn (80/20, arXiv 2506.01939).
 
-    The threshold is the quantile of the full entropy over the whole update (`scope="batch"`) or
-    each sequence. Entropies .1 to 1.0 in steps of .1 have the threshold .82 and keep two.
+    The threshold is the quantile of the full entropy over the whole update. Entropies .1 to 1.0 in
+    steps of .1 have the threshold .82 and keep two.
     """
 
-    def __init__(
-        self, fraction: float = 0.2, scope: Literal["batch", "sequence"] = "batch"
-    ) -> None:
+    def __init__(self, fraction: float = 0.2) -> None:
         if not 0 < fraction <= 1:
             raise ValueError(f"token_filter: fraction must be in (0, 1], got {fraction}")
-        if scope not in ("batch", "sequence"):
-            raise ValueError(f"token_filter: scope must be batch or sequence, got {scope!r}")
         self._fraction = fraction
-        self._scope = scope
         self._threshold = 0.0
 
     def survey(self, rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, "N 1"]:
@@ -75,16 +70,12 @@ class ForkingTokens:
         if len(table) == 0:
             return {}
         self._threshold = quantile(table[:, 0], 1 - self._fraction)
-        return {"policy/forking_threshold": self._threshold} if self._scope == "batch" else {}
+        return {"policy/forking_threshold": self._threshold}
 
     def keeps(
         self, rows: MicroBatch, outputs: TokenOutputs, is_clipped: Bool[Tensor, " N"]
     ) -> Bool[Tensor, " N"]:
-        entropy = outputs.entropy.detach().double()
-        if self._scope == "batch":
-            return entropy >= self._threshold
-        quantiles = sequence_quantiles(entropy, rows, 1 - self._fraction)
-        return entropy >= quantiles[rows.sequence_ids]
+        return outputs.entropy.detach().double() >= self._threshold
 
 
 class ClipCovariance:

@@ -20,15 +20,12 @@ from torch.distributed.fsdp import FSDPModule
 from learners.aggregation import Denominator
 from learners.batch import MicroBatch
 from learners.critic import Critic
+from learners.mismatch import WEIGHT, WEIGHT_SQUARE
 from learners.model import PolicyModel
-from learners.objectives import COMPARED, WeightedLosses
+from learners.objectives import WeightedLosses
 from learners.optimizer import ShardedAdamW, clip_factor
 from learners.step_sums import LARGEST, StepSums
 
-_COUNTS = (
-    "grad_square", "num_loss_tokens", "num_guided_tokens", "num_compared_tokens", "num_sequences",
-    "num_tokens", "mismatch_weights", "mismatch_weight_squares",
-)  # fmt: skip
 Counts = dict[Denominator, float]
 
 
@@ -69,7 +66,7 @@ class PolicyUpdate:
         sums.add({"tokens": 0, "sequences": 0})
         for pack in packs:
             sums.add({"tokens": pack.num_loss_tokens, "sequences": pack.num_sequences})
-        totals = sums.reduce()
+        totals = sums.reduce().sums
         self._counts = {"tokens": totals["tokens"], "sequences": totals["sequences"]}
         if self._losses.needs_survey:
             self._surveyed = self._losses.begin(self._tables(packs))
@@ -102,13 +99,14 @@ class PolicyUpdate:
         """Add the gradient of one micro-batch."""
         if not is_frozen:
             outputs = self._policy(rows, self._losses.nucleus)
-            total, sums = self._losses.sums(rows, outputs, self._counts)
-            (total * self._magnitude).backward()
-            self._sums.add(sums)
+            found = self._losses.sums(rows, outputs, self._counts)
+            (found.total * self._magnitude).backward()
+            self._sums.add({f"loss/{name}": value for name, value in found.losses.items()})
+            self._sums.add({"ratio/mismatch_abs_max": found.largest_gap})
+            self._sums.add_means(found.means)
         self._sums.add(
             {
                 "num_loss_tokens": rows.num_loss_tokens,
-                "num_guided_tokens": rows.is_guided.sum(),
                 "num_sequences": rows.num_sequences,
                 "num_tokens": rows.num_tokens,
             }
@@ -125,7 +123,7 @@ class PolicyUpdate:
         if rate is None:
             return self._apply_critic()
         self._sums.add({"grad_square": self._optimizer.grad_square()})
-        totals = self._sums.reduce()
+        totals, metrics = self._sums.reduce()
         num_loss_tokens = totals["num_loss_tokens"]
         divisor = self._divisor(totals)
         # FSDP2 has averaged the ranks' sums.
@@ -137,18 +135,15 @@ class PolicyUpdate:
             self._optimizer.step(rate, scale * clip_factor(grad_norm, self._max_grad_norm))
         else:
             self._optimizer.skip()
-        num_guided, num_compared = totals["num_guided_tokens"], totals["num_compared_tokens"]
-        counts = {"loss": divisor, "guide": num_guided} | dict.fromkeys(COMPARED, num_compared)
-        counts["policy/reference_kl"] = num_loss_tokens - num_guided
-        metrics: dict[str, float] = {}
-        for name, value in totals.items():
-            of_kind = counts.get(name.partition("/")[0], max(1.0, num_loss_tokens))
-            count = counts.get(name, of_kind)
-            if name not in _COUNTS and count > 0:
-                metrics[name] = value if name.endswith(LARGEST) else value / count
-        if squares := totals["mismatch_weight_squares"]:
-            metrics["ratio/mismatch_ess"] = totals["mismatch_weights"] ** 2 / num_compared / squares
-            metrics["ratio/mismatch_chi2"] = squares / num_compared - 1.0
+        metrics |= {
+            name: value / divisor if name.startswith("loss/") else value
+            for name, value in totals.items()
+            if name.startswith("loss/") or name.endswith(LARGEST)
+        }
+        weight, square = (metrics.pop(name, 0.0) for name in (WEIGHT, WEIGHT_SQUARE))
+        if square:
+            metrics["ratio/mismatch_ess"] = weight**2 / square
+            metrics["ratio/mismatch_chi2"] = square - 1.0
         metrics |= self._surveyed | {
             "grad/norm": grad_norm,
             "grad/skipped": float(not is_step),
@@ -161,7 +156,7 @@ class PolicyUpdate:
 
     def _apply_critic(self) -> UpdateResult:
         assert self._critic is not None
-        totals = self._sums.reduce()
+        totals = self._sums.reduce().sums
         num_loss_tokens = totals["num_loss_tokens"]
         metrics = self._critic.apply(num_loss_tokens > 0)
         is_step = num_loss_tokens > 0 and math.isfinite(metrics["value/grad_norm"])

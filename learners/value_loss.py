@@ -18,6 +18,7 @@ from cluster.plugins import build
 from learners.aggregation import Aggregation, Denominator, Name
 from learners.batch import MicroBatch
 from learners.objectives import LossTerm
+from learners.step_sums import Mean
 
 LOSSES = {"value": "learners.value_loss:ClippedValue"}
 
@@ -61,8 +62,8 @@ class ClippedValue:
             is_clipped = (change.abs() > self._clip) & (clipped > errors)
             errors = torch.where(is_clipped, clipped, errors)
         losses = torch.where(rows.is_guided, 0.0, errors / 2)
-        metrics = {"value/clip_fraction": (is_clipped & ~rows.is_guided).sum()}
-        return LossTerm(self._aggregation.sum(losses, rows), metrics)
+        clipped = Mean((is_clipped & ~rows.is_guided).sum(), (~rows.is_guided).sum())
+        return LossTerm(self._aggregation.sum(losses, rows), {"value/clip_fraction": clipped})
 
 
 def build_value_loss(section: CriticSection) -> ValueObjective:

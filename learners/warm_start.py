@@ -60,7 +60,7 @@ def warm_start(
             total.backward()
             sums.add({"loss": total.detach(), "tokens": pack.num_loss_tokens})
         sums.add({"grad_square": optimizer.grad_square()})
-        totals = sums.reduce()
+        totals = sums.reduce().sums
         scale = world_size / totals["tokens"]
         grad_norm = math.sqrt(totals["grad_square"]) * scale
         if not math.isfinite(grad_norm):

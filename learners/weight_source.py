@@ -24,11 +24,12 @@ _TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16
 def full_tensors(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor) of every weight, on its device in `dtype`; all ranks in lockstep."""
     for name, parameter, adapted in _weights(module):
-        tensor = _whole(parameter)
-        if adapted is not None:
-            down, up = adapted.lora_A[ADAPTER].weight, adapted.lora_B[ADAPTER].weight
-            tensor = tensor + adapted.scaling[ADAPTER] * (_whole(up) @ _whole(down))
-        yield name, tensor.to(dtype)
+        if adapted is None:
+            yield name, _whole(parameter.detach().to(dtype))  # rounded before it is gathered
+            continue
+        down, up = adapted.lora_A[ADAPTER].weight, adapted.lora_B[ADAPTER].weight
+        added = adapted.scaling[ADAPTER] * (_whole(up) @ _whole(down))
+        yield name, (_whole(parameter) + added).to(dtype)
 
 
 def manifest(module: nn.Module, dtype: torch.dtype) -> list[Entry]:

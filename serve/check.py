@@ -118,11 +118,12 @@ def _build_plugins(config: Config, report: CheckReport) -> None:
         if is_per_token(build_credit(config.objective.credit)):
             losses.refuse_token_credit()
         has_one_update = config.learner.minibatches == config.learner.epochs == 1
-        if has_one_update and "kl_cov" in {loss.use for loss in config.objective.losses.values()}:
-            report.warnings.append(
-                "learner.minibatches, learner.epochs: kl_cov is 0 as long as a step has only one "
-                "update: set either above 1"
-            )
+        idle = losses.that("needs_several_updates") if has_one_update else {}
+        report.warnings += [
+            f"learner.minibatches, learner.epochs: {use} is 0 as long as a step has only one "
+            "update: set either above 1"
+            for use in idle.values()
+        ]
         _check_guided(config, report)
     with report.collect("learner.lora"):
         Lora.of(config)

@@ -88,12 +88,7 @@ def _convert(run_dir: RunDir, checkpoint: Path, dest: Path) -> None:
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        policy = load_policy(
-            policy_dir,
-            torch.device("cpu"),
-            activation_checkpointing=False,
-            lora=Lora.of(config),
-        )
+        policy = load_policy(policy_dir, activation_checkpointing=False, lora=Lora.of(config))
         state = get_model_state_dict(policy)
         dcp.load({"model": state}, checkpoint_id=checkpoint)  # pyright: ignore
         set_model_state_dict(policy, state)

@@ -223,7 +223,7 @@ def test_value_and_gradients_equal_the_reference_in_float64(
     total, count = torch.zeros((), dtype=torch.float64), 0
     for part in (rows[:3], rows[3:], []):
         pack = MicroBatch.pack(part)
-        total = total + losses.sums(pack, policy(pack))[0]
+        total = total + losses.sums(pack, policy(pack)).total
         count += (
             pack.num_loss_tokens if losses.common_denominator == "tokens" else pack.num_sequences
         )

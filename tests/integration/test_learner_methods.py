@@ -41,7 +41,11 @@ def policy_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CASES: dict[str, tuple[str, dict[str, Any], Callable[[list[reference.Scored]], Tensor]]] = {
-    "gspo": ("gspo", {"clip_low": 0.2, "clip_high": 0.3}, reference.gspo),
+    "gspo": (
+        "gspo",
+        {"clip_low": 0.2, "clip_high": 0.3, "ratio_to": "rollout"},
+        reference.gspo,
+    ),
     "cispo": ("cispo", {"cap": 2.0}, reference.cispo),
     "gmpo": ("gmpo", {}, reference.gmpo),
     "sapo": ("sapo", {}, reference.sapo),
@@ -78,8 +82,8 @@ def _split_loss(
     }
     total = reported = torch.zeros((), dtype=torch.float64)
     for pack, output in zip(packs, outputs, strict=True):
-        part, sums = losses.sums(pack, output, counts)  # type: ignore[arg-type]
-        total, reported = total + part, reported + sums["loss/total"]
+        found = losses.sums(pack, output, counts)  # type: ignore[arg-type]
+        total, reported = total + found.total, reported + found.losses["total"]
     return total, reported
 
 

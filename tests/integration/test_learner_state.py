@@ -137,7 +137,7 @@ def test_a_gguf_file_becomes_a_policy_that_knows_something(tmp_path: Path) -> No
     assert directory.parent == tmp_path / "cache"
     tokenizer = load_tokenizer(directory)
     context = render(tokenizer, [Message(role="user", content="The capital of France is")])
-    policy_model = load_policy(directory, torch.device("cpu"), activation_checkpointing=False)
+    policy_model = load_policy(directory, activation_checkpointing=False)
 
     def score(text: str) -> float:
         row = Row.plain(np.array(context), np.array(encode_completion(tokenizer, text)))

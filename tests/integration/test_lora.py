@@ -41,8 +41,8 @@ def _row() -> Row:
 
 def test_gradients_are_in_the_adapters_alone(policy_dir: Path) -> None:
     lora = Lora.of(make_config(lora=LORA))
-    policy = load_policy(policy_dir, torch.device("cpu"), activation_checkpointing=True, lora=lora)
-    plain = load_policy(policy_dir, torch.device("cpu"), activation_checkpointing=False)
+    policy = load_policy(policy_dir, activation_checkpointing=True, lora=lora)
+    plain = load_policy(policy_dir, activation_checkpointing=False)
     pack = MicroBatch.pack([_row()])
     logprobs = policy(pack).logprobs
     torch.testing.assert_close(logprobs, plain(pack).logprobs, rtol=0, atol=0)
@@ -123,6 +123,4 @@ def test_a_checkpoint_holds_the_adapters_and_hone_exports_it_merged(tmp_path: Pa
 )
 def test_wrong_settings_name_the_knob(policy_dir: Path, settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_policy(
-            policy_dir, torch.device("cpu"), False, lora=Lora.of(make_config(lora=settings))
-        )
+        load_policy(policy_dir, False, lora=Lora.of(make_config(lora=settings)))

@@ -169,7 +169,7 @@ def test_models_with_more_than_a_linear_head_are_refused(tmp_path: Path) -> None
     )
     CohereForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="logit_scale"):
-        load_policy(tmp_path, torch.device("cpu"), activation_checkpointing=False)
+        load_policy(tmp_path, activation_checkpointing=False)
 
 
 REFUSED: dict[str, Callable[[], Any]] = {
@@ -199,14 +199,14 @@ def test_models_that_mix_a_pack_other_than_by_attention_are_refused(
     torch.manual_seed(0)
     REFUSED[kind]().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="keeps packed sequences apart by causal attention"):
-        load_policy(tmp_path, torch.device("cpu"), activation_checkpointing=False)
+        load_policy(tmp_path, activation_checkpointing=False)
 
 
 def test_recomputed_activations_switch_no_dropout_on(tmp_path: Path) -> None:
     dropouts = {"attention_dropout": 0.5, "residual_dropout": 0.5, "embedding_dropout": 0.5}
     torch.manual_seed(0)
     Starcoder2ForCausalLM(Starcoder2Config(**SIZES, **dropouts)).save_pretrained(tmp_path)
-    policy = load_policy(tmp_path, torch.device("cpu"), activation_checkpointing=True)
+    policy = load_policy(tmp_path, activation_checkpointing=True)
     pack = MicroBatch.pack([Row.plain(np.arange(3, dtype=np.int32), np.arange(9, dtype=np.int32))])
     with torch.no_grad():
         assert torch.equal(policy(pack).logprobs, policy(pack).logprobs)
@@ -216,5 +216,5 @@ def test_models_whose_attention_is_causal_or_of_a_window_are_taken(
     causal_lm: Any, tmp_path: Path
 ) -> None:
     causal_lm.save_pretrained(tmp_path)
-    policy = load_policy(tmp_path, torch.device("cpu"), activation_checkpointing=False)
+    policy = load_policy(tmp_path, activation_checkpointing=False)
     assert policy.decoder.config._attn_implementation == packed_attention.NAME

@@ -148,3 +148,13 @@ def test_process_scores_credit_the_tokens_before_them() -> None:
     assert first.tolist() == pytest.approx([high + low, high + low, low, low])
     assert second.tolist() == pytest.approx([low] * 4)
     assert third is None, "an abstained process verifier gives no credit"
+
+
+def test_who_is_left_out_does_not_shape_the_process_credit_of_the_others() -> None:
+    """Scores 1, .9 and 0, the last of a trajectory without reward: the others are high and low."""
+    group = _scored(_group([1.0, 1.0, None]), [[(4, 1.0)], [(4, 0.9)], [(4, 0.0)]])
+    first, second, third = ProcessNormalized("prm", outcome_weight=1.0, epsilon=0.0).assign(group)
+    assert first is not None
+    assert second is not None
+    assert third is None
+    assert (first[0], second[0]) == pytest.approx((2**-0.5, -(2**-0.5)))

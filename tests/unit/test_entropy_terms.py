@@ -40,7 +40,7 @@ def test_adaptive_coefficient() -> None:
 
 
 # TV-E2
-def test_forking_tokens_of_the_batch_and_of_each_sequence() -> None:
+def test_forking_tokens_of_the_whole_update() -> None:
     entropy = [i / 10 for i in range(1, 11)]
     rows = rows_of([[-1.0] * 4, [-1.0] * 6])
     outputs = outputs_of([0.0] * 10, entropy=entropy)
@@ -57,10 +57,6 @@ def test_forking_tokens_of_the_batch_and_of_each_sequence() -> None:
     eleven, spread = rows_of([[0.0] * 11]), outputs_of([0.0] * 11, entropy=values)
     edge.begin(edge.survey(eleven, spread))
     assert edge.keeps(eleven, spread, torch.zeros(11, dtype=torch.bool)).sum() == 8
-    each = ForkingTokens(0.2, "sequence")
-    each.begin(each.survey(rows, outputs))
-    kept = each.keeps(rows, outputs, torch.zeros(10, dtype=torch.bool))
-    assert kept.nonzero().flatten().tolist() == [3, 8, 9]
 
 
 # TV-E1

@@ -70,7 +70,7 @@ def test_truncated_weights_and_plain_rows() -> None:
     term = objective.loss(rows, outputs)
     term.total.backward()
     assert gradient(outputs.logprobs) == pytest.approx([-0.25, -0.5, 0.0])
-    assert term.metrics["ratio/clip_fraction"].item() == 1, "the plain row alone is clipped"
+    assert term.metrics["ratio/clip_fraction"].total.item() == 1, "the plain row alone is clipped"
 
 
 def test_the_published_factors_of_one_ratio_are_logged_and_corrected_apart() -> None:
@@ -83,7 +83,7 @@ def test_the_published_factors_of_one_ratio_are_logged_and_corrected_apart() -> 
         assert metrics == {"guide/gamma": pytest.approx(gamma, abs=1e-6)}
         term = objective.loss(rows, outputs_of([-1.0]))
         for name, value in logs.items():
-            assert term.metrics[f"guide/log_{name}"].item() == pytest.approx(value, abs=1e-6)
+            assert term.metrics[f"guide/log_{name}"].total.item() == pytest.approx(value, abs=1e-6)
     outputs = outputs_of([-1.0])
     objective.loss(rows, outputs).total.backward()
     weight = 0.5 * math.exp(0.05)  # f(shift) at gamma = shift, and the engine's factor
@@ -105,7 +105,7 @@ def test_apart_the_policy_step_is_clipped_and_the_engine_factor_bounded() -> Non
     weight = math.exp(-0.5) * 2.0 / 3  # shift . engine_cap / tokens of the sequence
     expected = [-weight, 0.0, weight * math.exp(0.5)]
     assert gradient(outputs.logprobs) == pytest.approx(expected, abs=1e-6)
-    assert term.metrics["ratio/clip_fraction"].item() == 1
+    assert term.metrics["ratio/clip_fraction"].total.item() == 1
 
 
 @pytest.mark.parametrize("factors", ["joint", "apart"])
@@ -120,8 +120,10 @@ def test_old_plain_rollouts_are_corrected_and_guided_ones_have_factors_of_their_
     for values in settings:
         outputs = outputs_of([-0.9, -0.9])
         objective = GuidedPolicyGradient("truncate", factors, **values)
-        objective.loss(rows, outputs).total.backward()
+        term = objective.loss(rows, outputs)
+        term.total.backward()
         gradients.append(gradient(outputs.logprobs))
+    assert term.metrics["ratio/rollout_weight_mean"] == (pytest.approx(math.exp(0.3)), 1)
     (guided, naive), (still, corrected) = gradients
     assert naive == 0.0
     assert corrected == pytest.approx(-1.491825, abs=1e-6)
@@ -131,13 +133,12 @@ def test_old_plain_rollouts_are_corrected_and_guided_ones_have_factors_of_their_
 def test_the_shift_of_context_is_no_mismatch_of_the_engine() -> None:
     rows = rows_of([[1.0], [1.0]], [[-0.65], [-0.5]], guided=[True, False], sampled=[-0.6, 0.0])
     section = ObjectiveSection(losses={"policy": LossConfig(use="guide")})
-    _, sums = WeightedLosses(section).sums(rows, outputs_of([-3.0, -0.4]))
-    assert sums["ratio/mismatch_abs_mean"].item() == pytest.approx(0.05 + 0.1, abs=1e-6)
-    assert sums["num_compared_tokens"].item() == 2
+    name = "ratio/mismatch_abs_mean"
+    known = WeightedLosses(section).sums(rows, outputs_of([-3.0, -0.4])).means[name]
+    assert known == (pytest.approx(0.05 + 0.1, abs=1e-6), 2)
     unknown = replace(rows, sampled_logprobs=None)
-    _, sums = WeightedLosses(ObjectiveSection()).sums(unknown, outputs_of([-3.0, -0.4]))
-    assert sums["ratio/mismatch_abs_mean"].item() == pytest.approx(0.1, abs=1e-6)
-    assert sums["num_compared_tokens"].item() == 1, "what is not known dilutes no mean"
+    found = WeightedLosses(ObjectiveSection()).sums(unknown, outputs_of([-3.0, -0.4])).means[name]
+    assert found == (pytest.approx(0.1, abs=1e-6), 1), "what is not known dilutes no mean"
 
 
 @pytest.mark.parametrize("factors", ["joint", "apart"])

@@ -78,4 +78,4 @@ def test_guided_tokens_have_no_part_in_it(estimator: Estimator) -> None:
     term = KLPenalty(estimator, coefficient=1.0).loss(rows, outputs)
     term.total.backward()
     assert gradient(outputs.logprobs) == pytest.approx([0.2, 0.0])
-    assert term.metrics["policy/reference_kl"].item() == pytest.approx(0.018731, abs=1e-6)
+    assert term.metrics["policy/reference_kl"].total.item() == pytest.approx(0.018731, abs=1e-6)

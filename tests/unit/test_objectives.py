@@ -11,6 +11,7 @@ from cluster.config import LossConfig, ObjectiveSection
 from cluster.errors import ConfigError
 from learners.batch import MicroBatch, Row
 from learners.logprobs import TokenOutputs
+from learners.mismatch import WEIGHT, WEIGHT_SQUARE
 from learners.objectives import LossTerm, WeightedLosses
 from learners.surrogates import PolicyGradient
 
@@ -66,16 +67,6 @@ def test_published_clip_values(
     assert logprobs.grad.item() == pytest.approx(gradient)
 
 
-def test_importance_cap_bounds_the_weight_and_keeps_the_gradient() -> None:
-    logprobs = _at_ratios([5.0, 1.1])
-    objective = PolicyGradient(importance_cap=2.0)
-    term = _loss(objective, _rows([[-1.0, -1.0]]), logprobs)
-    term.total.backward()
-    assert logprobs.grad is not None
-    assert logprobs.grad.tolist() == pytest.approx([2.0, 1.1])
-    assert term.metrics["ratio/importance_mean"].item() == pytest.approx(6.1), "sum, uncapped"
-
-
 # TV-AGG
 @pytest.mark.parametrize(
     ("objective", "mean"),
@@ -110,7 +101,7 @@ def test_splitting_into_microbatches_changes_nothing(aggregation: str) -> None:
     for part in parts:
         rows = _rows(part)
         logprobs = _at_ratios([1.0] * rows.num_loss_tokens)
-        sums += losses.sums(rows, _outputs(logprobs))[0].item()
+        sums += losses.sums(rows, _outputs(logprobs)).total.item()
         counts += (
             rows.num_loss_tokens if losses.common_denominator == "tokens" else rows.num_sequences
         )
@@ -126,37 +117,42 @@ def test_losses_add_up_with_weights_and_mismatch_is_measured() -> None:
     )
     logprobs = _at_ratios([1.2, 0.9])
     entropy = torch.tensor([0.4, 0.6])
-    total, sums = WeightedLosses(section).sums(_rows([[1.0, 1.0]]), _outputs(logprobs, entropy))
-    assert sums["loss/main"].item() == pytest.approx(-2.1)
-    assert sums["loss/other"].item() == pytest.approx(-1.9)
-    assert total.item() == sums["loss/total"].item() == pytest.approx(-2.1 - 0.95)
+    found = WeightedLosses(section).sums(_rows([[1.0, 1.0]]), _outputs(logprobs, entropy))
+    assert found.losses["main"].item() == pytest.approx(-2.1)
+    assert found.losses["other"].item() == pytest.approx(-1.9)
+    assert found.total.item() == found.losses["total"].item() == pytest.approx(-2.1 - 0.95)
     gaps = np.log([1.2, 0.9])
-    assert sums["ratio/mismatch_abs_mean"].item() == pytest.approx(np.abs(gaps).sum())
-    assert sums["ratio/mismatch_kl"].item() == pytest.approx((np.exp(gaps) - 1 - gaps).sum())
-    assert sums["policy/entropy"].item() == pytest.approx(1.0)
-    assert not any(value.requires_grad for value in sums.values())
+    sums = {name: mean.total.item() for name, mean in found.means.items()}
+    assert sums["ratio/mismatch_abs_mean"] == pytest.approx(np.abs(gaps).sum())
+    assert sums["ratio/mismatch_kl"] == pytest.approx((np.exp(gaps) - 1 - gaps).sum())
+    assert sums["policy/entropy"] == pytest.approx(1.0)
+    assert sums["ratio/clip_fraction"] == 0
+    assert sums["ratio/clip_fraction/other"] == 1, "1.2 is above 1"
+    tensors = [*found.losses.values(), *(mean.total for mean in found.means.values())]
+    assert not any(value.requires_grad for value in tensors)
 
 
 def test_mismatch_of_three_tokens() -> None:
     """TV-D5: log-ratios .1, -.2, .05 of proximal to rollout."""
     logprobs = _at_ratios([math.exp(gap) for gap in (0.1, -0.2, 0.05)])
-    _, sums = WeightedLosses(ObjectiveSection()).sums(_rows([[1.0] * 3]), _outputs(logprobs))
-    mean = {name: value.item() / 3 for name, value in sums.items()}
+    found = WeightedLosses(ObjectiveSection()).sums(_rows([[1.0] * 3]), _outputs(logprobs))
+    mean = {name: (mean.total / mean.count).item() for name, mean in found.means.items()}
     assert mean["ratio/mismatch_k1"] == pytest.approx(0.016667, abs=1e-6)
     assert math.exp(mean["ratio/mismatch_k1"]) == pytest.approx(1.016806, abs=1e-6)
     assert mean["ratio/mismatch_kl"] == pytest.approx(0.008391, abs=1e-6)
     assert mean["ratio/mismatch_probability_error"] == pytest.approx(1.125948, abs=1e-6)
-    assert mean["mismatch_weight_squares"] - 1 == pytest.approx(-0.001035, abs=1e-6)  # chi2
-    ess = mean["mismatch_weights"] ** 2 / mean["mismatch_weight_squares"]
+    assert mean[WEIGHT_SQUARE] - 1 == pytest.approx(-0.001035, abs=1e-6)  # chi2
+    ess = mean[WEIGHT] ** 2 / mean[WEIGHT_SQUARE]
     assert ess == pytest.approx(0.984536, abs=1e-6)
 
 
 def test_no_tokens_give_zero_with_a_graph() -> None:
     logprobs = torch.zeros(0, requires_grad=True)
-    total, sums = WeightedLosses(ObjectiveSection()).sums(_rows([]), _outputs(logprobs))
-    total.backward()
-    assert total.item() == 0.0
-    assert {float(value) for value in sums.values()} == {0.0}
+    found = WeightedLosses(ObjectiveSection()).sums(_rows([]), _outputs(logprobs))
+    found.total.backward()
+    assert found.total.item() == found.largest_gap.item() == 0.0
+    assert {float(value) for value in found.losses.values()} == {0.0}
+    assert {float(number) for mean in found.means.values() for number in mean} == {0.0}
 
 
 @pytest.mark.parametrize(
@@ -164,7 +160,6 @@ def test_no_tokens_give_zero_with_a_graph() -> None:
     [
         ({"clip_low": 1.5}, r"clip_low must be in \[0, 1\)"),
         ({"dual_clip": 0.5}, "dual_clip must be above 1"),
-        ({"importance_cap": 0.5}, "importance_cap must be at least 1"),
         ({"aggregation": "mean"}, "aggregation must be one of"),
         ({"aggregation": "constant"}, "constant must be a positive number"),
         ({"constant": 8}, "constant must be a positive number"),
@@ -189,6 +184,6 @@ def test_losses_with_different_denominators_are_each_divided_by_their_own() -> N
     losses = WeightedLosses(section)
     assert losses.common_denominator is None
     rows = _rows([[-1.0, -1.0], [-2.0, -2.0, -2.0, -2.0]])
-    total, sums = losses.sums(rows, _outputs(_at_ratios([1.0] * 6)), {"tokens": 6, "sequences": 2})
-    assert total.item() == pytest.approx(10 / 6 + 1.5)
-    assert sums["loss/b"].item() == pytest.approx(1.5)
+    found = losses.sums(rows, _outputs(_at_ratios([1.0] * 6)), {"tokens": 6, "sequences": 2})
+    assert found.total.item() == pytest.approx(10 / 6 + 1.5)
+    assert found.losses["b"].item() == pytest.approx(1.5)

@@ -18,6 +18,7 @@ from cluster.types import (
 )
 from learners.batch import MicroBatch, Row
 from learners.credit import GroupNormalized
+from learners.mismatch import WEIGHT, WEIGHT_SQUARE
 from learners.objectives import WeightedLosses
 from learners.segments import sequence_quantiles
 from rewards.text_rules import LengthVerifier
@@ -119,12 +120,13 @@ def test_mismatch_of_proximal_policy_and_rollout(proximal: list[float] | None) -
     """
     losses = WeightedLosses(ObjectiveSection())
     rows = rows_of([[0.0] * 3], [[-0.1, 0.2, -0.05]], proximal=proximal)
-    _, sums = losses.sums(rows, outputs_of([0.0 if proximal is None else 7.0] * 3))
-    assert sums["num_compared_tokens"].item() == 3
-    assert sums["ratio/mismatch_kl"].item() / 3 == pytest.approx(0.008391, abs=1e-6)
-    assert sums["ratio/mismatch_abs_mean"].item() / 3 == pytest.approx(0.35 / 3)
-    assert sums["ratio/mismatch_abs_max"].item() == pytest.approx(0.2)
-    weights, squares = sums["mismatch_weights"].item(), sums["mismatch_weight_squares"].item()
+    found = losses.sums(rows, outputs_of([0.0 if proximal is None else 7.0] * 3))
+    assert found.means[WEIGHT].count == 3
+    sums = {name: mean.total.item() for name, mean in found.means.items()}
+    assert sums["ratio/mismatch_kl"] / 3 == pytest.approx(0.008391, abs=1e-6)
+    assert sums["ratio/mismatch_abs_mean"] / 3 == pytest.approx(0.35 / 3)
+    assert found.largest_gap.item() == pytest.approx(0.2)
+    weights, squares = sums[WEIGHT], sums[WEIGHT_SQUARE]
     assert weights**2 / 3 / squares == pytest.approx(0.984536, abs=1e-6)
 
 
@@ -134,8 +136,8 @@ def test_the_denominator_is_global() -> None:
     counts = {"tokens": 4.0, "sequences": 2.0}
     contributions = [
         WeightedLosses(section)
-        .sums(rows_of([[-a for a in values]]), outputs_of([0.0] * len(values)), counts)[0]  # type: ignore[arg-type]
-        .item()
+        .sums(rows_of([[-a for a in values]]), outputs_of([0.0] * len(values)), counts)  # type: ignore[arg-type]
+        .total.item()
         for values in ([1.0, 2.0, 3.0], [8.0])
     ]
     assert [2 * part for part in contributions] == pytest.approx([3.0, 4.0]), "times two ranks"

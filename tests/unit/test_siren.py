@@ -120,6 +120,13 @@ def test_the_anchor_of_a_step_of_several_updates_is_that_of_all_of_them() -> Non
         assert siren.begin(table) == pytest.approx(expected)
 
 
+def test_an_entropy_that_is_no_number_is_no_anchor() -> None:
+    siren = Siren()
+    _run(siren, [[math.nan] * 5])
+    assert siren.needs_anchor
+    assert _run(siren, [FIRST])[0]["siren/anchor"] == pytest.approx(0.9)
+
+
 def test_a_hint_that_the_learner_still_sees_is_not_in_the_anchor() -> None:
     rows = rows_of([[0.0] * len(values) for values in (FIRST, SECOND)])
     rows = replace(rows, is_hinted=rows.sequence_ids == 1)

@@ -14,7 +14,6 @@ from learners.aggregation import Denominator
 from learners.batch import MicroBatch
 from learners.logprobs import TokenOutputs
 from learners.objectives import WeightedLosses
-from learners.step_sums import LARGEST
 from tests.loss_cases import rows_of
 
 ROLLOUT = -1.0  # log-prob of every token by the engine
@@ -100,13 +99,15 @@ def _update(
         "sequences": float(sum(rows.num_sequences for rows, _ in packs)),
     }
     for rows, outputs in packs:
-        total, sums = losses.sums(rows, outputs, counts)
-        if total.requires_grad:
-            total.backward()
-        for name, value in sums.items():
-            known = metrics.get(name, 0.0)
-            is_largest = name.endswith(LARGEST)
-            metrics[name] = max(known, value.item()) if is_largest else known + value.item()
+        found = losses.sums(rows, outputs, counts)
+        if found.total.requires_grad:
+            found.total.backward()
+        sums = {name: (mean.total, mean.count) for name, mean in found.means.items()}
+        sums |= {name: (value, 0) for name, value in found.losses.items()}
+        for name, values in sums.items():
+            for kind, value in zip(("", " of"), values, strict=True):
+                metrics[name + kind] = metrics.get(name + kind, 0.0) + float(value)
+        metrics["largest gap"] = max(metrics.get("largest gap", 0.0), found.largest_gap.item())
     gradients = [leaf.grad for pair in leaves for leaf in pair]
     return metrics, [[] if gradient is None else gradient.tolist() for gradient in gradients]
 

@@ -31,7 +31,7 @@ from tests.loss_cases import gradient, outputs_of, rows_of
 )
 def test_gspo(logs: list[float], advantage: float, loss: float, slope: float) -> None:
     outputs = outputs_of(logs)
-    term = SequencePolicyGradient().loss(rows_of([[advantage] * 3]), outputs)
+    term = SequencePolicyGradient(ratio_to="rollout").loss(rows_of([[advantage] * 3]), outputs)
     term.total.backward()
     assert term.total.item() == pytest.approx(loss, abs=1e-6)
     assert gradient(outputs.logprobs) == pytest.approx([slope] * 3, abs=1e-6)
@@ -123,7 +123,7 @@ def test_decoupled_and_naive_ppo() -> None:
 def _weights(correction: RolloutCorrection, logs: list[list[float]]) -> list[float]:
     rows = rows_of([[1.0] * len(row) for row in logs], [[-value for value in row] for row in logs])
     outputs = outputs_of([0.0] * sum(len(row) for row in logs))
-    weights, metrics = correction.weights(rows, outputs)
+    weights, metrics = correction.weights(rows, outputs, torch.ones_like(rows.is_guided))
     assert not weights.requires_grad
     assert set(metrics) == {"ratio/rollout_weight_mean", "ratio/corrected_fraction"}
     return weights.tolist()
@@ -166,7 +166,9 @@ def test_a_rejected_token_stays_in_the_denominator() -> None:
 
 def test_old_tokens_count_less() -> None:
     rows = rows_of([[1.0], [1.0]], ages=[0.0, 4.0])
-    weights, _ = RolloutCorrection(age_halflife=2.0).weights(rows, outputs_of([0.0, 0.0]))
+    everywhere = torch.ones_like(rows.is_guided)
+    correction = RolloutCorrection(age_halflife=2.0)
+    weights, _ = correction.weights(rows, outputs_of([0.0, 0.0]), everywhere)
     assert weights.tolist() == pytest.approx([1.0, 0.25])
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from cluster.errors import StageError
-from learners.shared_buffer import MEMORY, SharedBuffer, device_name, opened
+from learners.shared_buffer import SharedBuffer, device_name, opened
 from learners.weight_share import WeightShare, shared_tensors
 
 CPU = torch.device("cpu")
+MEMORY = "/dev/shm"
 
 
 def test_a_buffer_is_seen_as_it_is_and_gone_when_closed() -> None:
@@ -52,7 +53,7 @@ def test_an_engine_that_shares_with_no_rank_is_told_so() -> None:
 
 
 def test_a_copy_without_room_is_an_error_of_the_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("learners.shared_buffer.MEMORY", "/nowhere")
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     share = WeightShare(torch.nn.Linear(2, 2), torch.float32, CPU)
     with pytest.raises(StageError, match=r"^sync: .*nowhere"):
         share.open()
@@ -67,7 +68,7 @@ def test_more_than_the_memory_of_the_host_is_an_error_and_leaves_no_file(
     monkeypatch.setattr("learners.weight_share.num_bytes", lambda _manifest: size)
     share = WeightShare(torch.nn.Linear(2, 2), torch.float32, CPU)
     with tempfile.TemporaryDirectory(dir=MEMORY) as place:
-        monkeypatch.setattr("learners.shared_buffer.MEMORY", place)
+        monkeypatch.setattr(tempfile, "tempdir", place)
         with pytest.raises(StageError, match=r"^sync: .*No space left"):
             share.open()
         assert list(Path(place).iterdir()) == []
