@@ -146,7 +146,7 @@ async def _start_parts(
         RewardHome(run, placement, buffer_url, observer.event, str(policy.directory))
     )
     buffered = await asyncio.to_thread(BufferedGroups.of, config, run.buffer_id, buffer_url)
-    admin = RewardAdmin(rewards, train_tasks, buffered)
+    admin = await asyncio.to_thread(RewardAdmin, rewards, train_tasks, buffered)
     scaling = FleetScaling(run.buffer_id, fleet, placement, admin.door, observer.event)
     admin.door.serve("fleet", scaling.carry_out, refusal="scale_refused")
 

@@ -60,7 +60,7 @@ class Checkpointing:
         except LearnerLostError:
             raise
         except HoneError as error:
-            self._fail(state.step, error)
+            await self._fail(state.step, error)
             return
         self._state, self._began_at = state, time.monotonic()
 
@@ -86,17 +86,15 @@ class Checkpointing:
             if not should_wait and not self._commit.done():
                 return
             left_s = max(0.0, self._began_at + SAVE_S - time.monotonic())
-            path = await self._end_of(self._commit, left_s)
+            await self._end_of(self._commit, left_s)
         except LearnerLostError:
             raise
         except HoneError as error:
             step, self._state, self._commit = self._state.step, None, None
-            self._fail(step, error)
+            await self._fail(step, error)
             return
         step, self._state, self._commit = self._state.step, None, None
-        self._supervisor.saved()
-        self._on_event("checkpoint", step=step, path=str(path))
-        await asyncio.to_thread(self._buffer.acknowledge, step)
+        await self._published(step)
 
     async def finish(self, learner: LearnerGroup, state: RunState) -> None:
         """The last save of a run, which no later one makes good: it has a second try, after a pause
@@ -116,10 +114,10 @@ class Checkpointing:
         )
 
     async def _rest(self, learner: LearnerGroup) -> None:
-        """Until a save that was given up is off the learner's hands, `SAVE_S` at most."""
+        """Until a save that was given up is off everyone's hands, `SAVE_S` at most."""
         deadline = time.monotonic() + SAVE_S
         await asyncio.sleep(LAST_PAUSE_S)
-        while not await learner.is_saved():
+        while not await learner.is_saved() or (self._late and not self._late.done()):
             if time.monotonic() > deadline:
                 return
             await asyncio.sleep(POLL_S)
@@ -139,7 +137,16 @@ class Checkpointing:
             raise DeadlineError("checkpoint", "written, but not published in time")
         return commit.result()
 
-    def _fail(self, step: int, error: HoneError) -> None:
-        self._store.abandon(step)
+    async def _published(self, step: int) -> None:
+        self._supervisor.saved()
+        self._on_event("checkpoint", step=step, path=str(self._store.path(step)))
+        await asyncio.to_thread(self._buffer.acknowledge, step)
+
+    async def _fail(self, step: int, error: HoneError) -> None:
+        """Unless it was published after all, if late."""
+        await asyncio.to_thread(self._store.abandon, step)
+        if step in await asyncio.to_thread(self._store.steps):
+            await self._published(step)
+            return
         self._on_event("checkpoint_failed", step=step, reason=str(error)[:500])
         self._supervisor.save_failed(error)

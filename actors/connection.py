@@ -65,6 +65,7 @@ def own_ray(
     ours = {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "TMPDIR": str(scratch),
+        "VLLM_RPC_BASE_PATH": str(folder),  # of sockets: TMPDIR may be too long for them
         COMPILED: os.environ.get(COMPILED, f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"),
     }
     settings |= {"num_cpus": num_cpus, "runtime_env": {"env_vars": {**variables, **ours}}}

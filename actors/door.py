@@ -7,12 +7,14 @@ side by side; whoever serves a family of them keeps its own order. Owned by the 
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from actors.fleet import EventSink
 from cluster.control import ControlServer, Reply, Request
-from cluster.errors import ConfigError, DeadlineError, HoneError, boundary
+from cluster.errors import BufferUnavailableError, ConfigError, DeadlineError, HoneError, boundary
+from cluster.redis_client import OUTAGE_S
 
 POLL_S = 0.5
 log = logging.getLogger(__name__)
@@ -36,7 +38,16 @@ class Door:
         self._families[family] = serve, refusal
 
     async def open(self) -> None:
-        await asyncio.to_thread(self._server.open)
+        """Waits for a Redis that is away, as all of a run does."""
+        deadline = time.monotonic() + OUTAGE_S
+        while True:
+            try:
+                await asyncio.to_thread(self._server.open)
+                break
+            except BufferUnavailableError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(POLL_S)
         self._listener = asyncio.create_task(self._listen())
 
     async def close(self) -> None:

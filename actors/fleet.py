@@ -28,10 +28,8 @@ MAX_HANGS = 2  # workers that one group may hold up before it is the group's fau
 PING_S = 10.0
 DRAIN_S = 30.0  # a worker that leaves may finish its groups; the rest is produced elsewhere
 MAX_CROWD = 2  # times the groups that an engine was sized for; more wait here
-logger = logging.getLogger(__name__)
-
-
 EventSink = Callable[..., None]
+logger = logging.getLogger(__name__)
 
 
 class RolloutFleet:
@@ -170,7 +168,7 @@ class RolloutFleet:
             if worker.repair is not None:
                 worker.repair.cancel()
         self.actors.end()
-        await end([worker.handle for worker in self.workers if worker.handle is not None])
+        await end([worker.handle for worker in self.workers])
 
     async def wait_for_healthy(self) -> None:
         """Wait for a worker that can serve, within the start deadline."""
@@ -272,7 +270,7 @@ class RolloutFleet:
         worker.is_leaving = True
         if worker.repair is not None:
             worker.repair.cancel()
-        await end([worker.handle] if worker.handle is not None else [])
+        await end([worker.handle])
         worker.state = WorkerState.DEAD
         if worker in self.workers:
             self.workers.remove(worker)
@@ -297,4 +295,5 @@ class RolloutFleet:
                 logger.warning("%s could not be replaced: %s", worker.name, error)
                 await asyncio.sleep(5.0 * (worker.num_in_vain - 1))
         worker.state = WorkerState.DEAD
+        await end([worker.handle])
         self._on_event("worker_retired", actor=worker.name)

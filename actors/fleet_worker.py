@@ -59,8 +59,9 @@ class Worker:
         )
 
 
-async def end(handles: Sequence[Any]) -> None:
-    """Let engines shut down, then end their actors."""
+async def end(actors: Sequence[Any]) -> None:
+    """Let engines shut down, then end their actors, None among them is nobody."""
+    handles = [actor for actor in actors if actor is not None]
     if handles:
         stopping = [asyncio.ensure_future(_quietly(handle.stop.remote())) for handle in handles]
         await asyncio.wait(stopping, timeout=END_S)

@@ -143,7 +143,9 @@ class WorkerSet:
                 knob="resources.start_timeout_s",
             )
         except StageError as error:
-            raise StageError("score", f"rubric {self.version.label}: {error}") from error
+            lost = isinstance(error, ActorLostError)  # which another start may do without
+            kind = ActorLostError if lost else StageError
+            raise kind("score", f"rubric {self.version.label}: {error}") from error
         self._pids = [fact.pid for fact in facts]
         if self._pooled:
             self._note(self._watch_pools())
@@ -289,7 +291,7 @@ async def health_check(worker: Any, tasks: list[Task], has_junk: bool) -> list[s
             knob="rewards.verifiers.*.timeout_s",
         )
     except ActorLostError as error:
-        raise StageError("self-check", f"died in self_check: {error.reason}") from error
+        raise ActorLostError("self-check", f"died in self_check: {error.reason}") from error
     if rejected:
         shown = "; ".join(rejected[:2])
         raise StageError("self-check", f"{len(rejected)} gold answers fail: {shown}")

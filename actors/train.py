@@ -9,15 +9,14 @@ import itertools
 import logging
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+import msgspec
 import ray
 from ray._raylet import Config as RayConfig  # pyright: ignore
 from ray.exceptions import RayError, RayTaskError
@@ -25,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import preflight
 from actors.connection import join, own_ray
+from actors.interrupts import interrupts, note_signals
 from actors.keepers import HANG_S, Pulse, RedisKeeper
 from actors.placement import QUIET_ENV, Placement, on_this_machine
 from actors.supervisor import Supervisor
@@ -40,8 +40,9 @@ from cluster.run_lock import sole_launcher
 from cluster.status import RunStatus
 
 INTERRUPTED = 130
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
-STOP_DEADLINE_S = 12.0
+# For the step in hand and its checkpoint, after an interrupt; on a cluster less than the minute
+# that `ray job stop` waits (serve/submit.py, deploy/kuberay).
+STOP_S, CLUSTER_STOP_S = 12.0, 50.0
 POLL_S = 0.2
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def run(config: Config, *, run_dir: RunDir, address: str) -> int:
         run_dir.own_buffer()
     config = on_this_machine(config) if address == "local" else config
     with ExitStack() as stack:
-        interrupt = stack.enter_context(_interrupts())
+        interrupt = stack.enter_context(interrupts())
         _announce(config, run_dir, "starting Redis", 0.5)
         server = None if url else stack.enter_context(EmbeddedRedis(run_dir.redis))
         if run_dir.weights.name.startswith(PREFIX):  # in memory
@@ -72,13 +73,18 @@ def run(config: Config, *, run_dir: RunDir, address: str) -> int:
         url = url or (server.url if server else "")
         _announce(config, run_dir, "starting Ray", 6.0)
         stack.enter_context(ray_session(config, run_dir, address))
-        _note_signals(interrupt)  # starting Ray has put its own handlers in place
+        note_signals(interrupt)  # starting Ray has put its own handlers in place
         if address != "local":
             _announce(config, run_dir, "looking at the cluster's nodes", 5.0)
             run_dir.share_weights()
             _refuse_unfit_cluster(config, run_dir)
         _announce(config, run_dir, "starting the controller", 4.0)
-        return _conduct(config, run_dir, url, interrupt, server)
+        try:
+            stop_s = STOP_S if address == "local" else CLUSTER_STOP_S
+            return _conduct(config, run_dir, url, interrupt, server, stop_s)
+        except HoneError as error:
+            _note_failure(run_dir, error)
+            raise
 
 
 def _conduct(
@@ -87,10 +93,11 @@ def _conduct(
     url: str,
     interrupt: list[int],
     server: EmbeddedRedis | None,
+    stop_s: float,
 ) -> int:
     """Create the controller and wait for it; one that dies or hangs, or loses a part while they
     come up, is followed by another, which goes on from the last durable state. The first interrupt
-    asks it to stop, the second leaves.
+    asks it to stop in `stop_s`, the second leaves.
     """
     from actors.controller import Controller
 
@@ -120,10 +127,10 @@ def _conduct(
             if pulse.is_gone():
                 ray.kill(controller)
             if interrupt and deadline is None:
-                deadline = time.monotonic() + STOP_DEADLINE_S
+                deadline = time.monotonic() + stop_s
                 controller.stop.remote()
             if deadline is not None and (len(interrupt) > 1 or time.monotonic() > deadline):
-                logger.warning("no controller stopped in %.0f s: ended now", STOP_DEADLINE_S)
+                logger.warning("no controller stopped in %.0f s: ended now", stop_s)
                 return INTERRUPTED
         try:
             ray.get(finished, timeout=POLL_S)
@@ -136,12 +143,38 @@ def _conduct(
                 error = failure
             if _num_steps(run_dir) > num_steps:
                 supervisor.step_made()
-            cause = f"gave no answer for {HANG_S:.0f} s" if pulse.is_gone() else f"died: {error}"
+            if isinstance(error, StartLostError):
+                cause = f"lost what it was starting: {error}"
+            else:
+                cause = f"died: {error}"
+            if pulse.is_gone():
+                cause = f"gave no answer for {HANG_S:.0f} s"
+            _note(run_dir, "worker_died", actor="controller", cause=cause[:300])
             supervisor.controller_lost(StageError("controller", f"{cause}; see {run_dir.logs}"))
-            run_dir.append_event("worker_died", actor="controller", cause=cause[:300])
         if interrupt:
             break
     return INTERRUPTED
+
+
+def _note(run_dir: RunDir, kind: str, **fields: object) -> None:
+    """An event, unless the disk is full: the run has to go on, or to end for its own reason."""
+    try:
+        run_dir.append_event(kind, **fields)
+    except OSError as error:
+        logger.warning("%s could not be noted: %s", kind, error)
+
+
+def _note_failure(run_dir: RunDir, error: HoneError) -> None:
+    """Where the controller could not: it had died, or Redis was not to be started."""
+    known = status.read(run_dir.path)
+    if known is None or known.phase == "failed":
+        return
+    _note(run_dir, "run_failed", error=str(error))
+    now = time.time()
+    failed = msgspec.structs.replace(known, phase="failed", phase_detail="", error=str(error),
+                                     phase_started_at=now, updated_at=now)  # fmt: skip
+    with suppress(OSError):
+        status.write(run_dir.path, failed)
 
 
 def _remove_weights(run_dir: RunDir) -> None:
@@ -203,31 +236,13 @@ def ray_session(config: Config, run_dir: RunDir, address: str) -> Iterator[None]
 
 def _keep_worker_logs(temporary: Path, target: Path) -> None:
     """What the actors printed, beside the run; empty files are left out."""
-    for file in temporary.glob("session_2*/logs/worker-*"):
-        if file.stat().st_size:
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, target / file.name)
-
-
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of raising in the middle of something."""
-    before = {number: signal.getsignal(number) for number in INTERRUPTS}
-    seen: list[int] = []
-    _note_signals(seen)
     try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _note_signals(seen: list[int]) -> None:
-    def note(number: int, _frame: FrameType | None) -> None:
-        seen.append(number)
-
-    for number in INTERRUPTS:
-        signal.signal(number, note)
+        for file in temporary.glob("session_2*/logs/worker-*"):
+            if file.stat().st_size:
+                target.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, target / file.name)
+    except OSError as error:
+        logger.warning("what the actors printed could not be kept: %s", error)
 
 
 def _announce(config: Config, run_dir: RunDir, detail: str, expected_s: float) -> None:

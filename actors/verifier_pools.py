@@ -6,6 +6,8 @@ worker builds a verifier that lives elsewhere. Owned by `actors.reward_set` and
 """
 
 import asyncio
+import logging
+import time
 from typing import Any
 
 import msgspec
@@ -26,6 +28,8 @@ from rewards.rubric import Elsewhere
 MAX_CALLS = 4096  # concurrent calls of a pool's event loop
 IDLE_S = 30.0
 STATUS_S = 10.0
+HANG_S = 120.0
+logger = logging.getLogger(__name__)
 
 
 class PooledSignal(msgspec.Struct, frozen=True):
@@ -72,6 +76,7 @@ class VerifierPools:
         config = placement.config
         self._start_s = config.resources.start_timeout_s
         self._pools: dict[str, Any] = {}
+        self._silent: dict[str, float] = {}  # pools that gave no answer, since when
         for name, verifier in verifiers.items():
             pool = verifier.pool
             if pool is None:
@@ -110,13 +115,23 @@ class VerifierPools:
         )
 
     async def statuses(self) -> dict[str, PoolStatus]:
-        """A moment of each pool that answers."""
+        """A moment of each pool that answers. Ray starts one anew that has said nothing for
+        `HANG_S`, and asks it again what it was asked.
+        """
         names = list(self._pools)
         answers = await asyncio.gather(
             *(asyncio.wait_for(self._pools[name].status.remote(), STATUS_S) for name in names),
             return_exceptions=True,
         )
-        return {n: a for n, a in zip(names, answers, strict=True) if isinstance(a, PoolStatus)}
+        found = {n: a for n, a in zip(names, answers, strict=True) if isinstance(a, PoolStatus)}
+        now = time.monotonic()
+        self._silent = {n: self._silent.get(n, now) for n in names if n not in found}
+        for name, since in list(self._silent.items()):
+            if now - since > HANG_S:
+                logger.warning("the pool of rewards.verifiers.%s hangs: started anew", name)
+                ray.kill(self._pools[name], no_restart=False)
+                del self._silent[name]
+        return found
 
     def kill(self) -> None:
         for pool in self._pools.values():

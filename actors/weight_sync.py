@@ -122,6 +122,7 @@ class WeightSync:
             self._directory.mkdir(parents=True, exist_ok=True)  # whoever may have removed it
             workers = [(w, w.handle) for w in self._fleet.serving]
             sent = await self._send([w for w, _ in workers], policy_version)
+            before = self._probes, self._expected
             self._probe_s, began = 0.0, time.monotonic()
             if probes := self._next_probes:
                 requests = [ScoreRequest(probe.tolist(), num_context=1) for probe in probes]
@@ -132,7 +133,11 @@ class WeightSync:
                 *[self._take(w, s, policy_version) for (w, _), s in zip(workers, sent, strict=True)]
             )
             await self._fleet.notify()
-            await self._learner.export_weights(path)
+            try:
+                await self._learner.export_weights(path)
+            except BaseException:  # who catches up takes the version before, measured by its own
+                self._probes, self._expected = before
+                raise
             self._published = (path, policy_version)
             results = await asyncio.gather(
                 *[

@@ -17,6 +17,7 @@ import shutil
 import uuid
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -54,8 +55,7 @@ class CheckpointStore:
         with boundary(_STAGE):
             self._directory.mkdir(parents=True, exist_ok=True)
             for desk in list(self._directory.glob(".writing-*")):
-                # Out of the reach of who may still write there, then removed.
-                shutil.rmtree(desk.rename(self._directory / f".writing-void-{uuid.uuid4().hex}"))
+                self._void(desk)
             self._desk = self._directory / f".writing-{epoch}"
             self._desk.mkdir()
 
@@ -76,21 +76,23 @@ class CheckpointStore:
                 )
             path = self._draft(step)
             for remains in path.parent.iterdir():
-                shutil.rmtree(remains)
+                self._void(remains)
             path.mkdir()
             return path
 
     def abandon(self, step: int) -> None:
-        """Remove what was begun for `step`, for example to give a full disk its space back."""
-        shutil.rmtree(self._draft(step), ignore_errors=True)
+        """Remove what was begun for `step`, for example to give a full disk its space back. A
+        `commit` of it that still runs cannot publish it any more, or already has.
+        """
+        self._void(self._draft(step))
 
     def commit(self, step: int, state: RunState) -> Path:
         """Publish what the ranks wrote since `begin(step)`; durable on return.
 
-        Then removes all but the newest `keep` (run.keep_checkpoints). Raises `StageError` when
-        `begin` was not called, the state is of another step, or the disk refuses.
+        Then removes all but the newest `keep` (run.keep_checkpoints), as far as it can. Raises
+        `StageError` when `begin` was not called, the state is of another step, or the disk refuses.
         """
-        target = self._path(step)
+        target = self.path(step)
         source = self._draft(step)
         if state.step != step or not source.is_dir():
             raise StageError(
@@ -109,8 +111,11 @@ class CheckpointStore:
             _sync(source)
             source.rename(target)
             _sync(self._directory)
-            for old in self.steps()[: -self._keep]:
-                self._remove(self._path(old))
+        for old in self.steps()[: -self._keep]:
+            try:
+                self._void(self.path(old))
+            except OSError as error:
+                _log.warning("checkpoint %s could not be removed: %s", self.path(old), error)
         return target
 
     def latest(self) -> tuple[Path, RunState] | None:
@@ -119,7 +124,7 @@ class CheckpointStore:
         Every byte is checked. A damaged one is logged and renamed `*.corrupt`.
         """
         for step in reversed(self._published()):
-            path = self._path(step)
+            path = self.path(step)
             try:
                 return path, _verified_state(path)
             except (ValueError, FileNotFoundError) as error:
@@ -131,9 +136,9 @@ class CheckpointStore:
         whole: list[tuple[Path, RunState]] = []
         for step in self.steps():
             try:
-                whole.append((self._path(step), _verified_state(self._path(step))))
+                whole.append((self.path(step), _verified_state(self.path(step))))
             except (ValueError, FileNotFoundError) as error:
-                _log.error("checkpoint %s is damaged: %s", self._path(step), error)
+                _log.error("checkpoint %s is damaged: %s", self.path(step), error)
         return whole
 
     def states(self) -> list[tuple[Path, RunState]]:
@@ -141,15 +146,15 @@ class CheckpointStore:
         found: list[tuple[Path, RunState]] = []
         for step in self.steps():
             try:
-                text = (self._path(step) / _STATE).read_bytes()
-                found.append((self._path(step), msgspec.json.decode(text, type=RunState)))
+                text = (self.path(step) / _STATE).read_bytes()
+                found.append((self.path(step), msgspec.json.decode(text, type=RunState)))
             except (FileNotFoundError, msgspec.DecodeError):
                 continue  # removed or damaged meanwhile
         return found
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first; looks no further than COMPLETE."""
-        return [step for step in self._published() if (self._path(step) / _MARKER).is_file()]
+        return [step for step in self._published() if (self.path(step) / _MARKER).is_file()]
 
     def has_any(self) -> bool:
         """Something was published here, whatever became of it."""
@@ -161,18 +166,22 @@ class CheckpointStore:
         matches = (_NAME.fullmatch(entry.name) for entry in self._directory.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
+        """Where `step` is published, if it is."""
         return self._directory / f"step_{step:06d}"
 
     def _draft(self, step: int) -> Path:
         desk = self._desk or self._directory / ".writing-0"
         return desk / f"step_{step:06d}"
 
-    def _remove(self, path: Path) -> None:
-        """Rename first, so that a half-deleted directory never looks published."""
-        doomed = self._draft(0).parent / path.name
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+    def _void(self, path: Path) -> None:
+        """Put `path` out of the reach of who may still read or write there, by one rename, and then
+        remove it. What cannot be removed now is when the next writer takes over.
+        """
+        void = self._directory / f".writing-void-{uuid.uuid4().hex}"
+        with suppress(FileNotFoundError):
+            path.rename(void)
+        shutil.rmtree(void, ignore_errors=True)
 
     def _quarantine(self, path: Path, error: Exception) -> None:
         target = path.with_suffix(".corrupt")

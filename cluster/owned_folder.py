@@ -6,8 +6,11 @@ which. Taken by launchers, for weights and for Ray's files.
 """
 
 import fcntl
+import logging
 import os
 import shutil
+import socket
+import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,13 +18,17 @@ from pathlib import Path
 from cluster.errors import ConfigError
 
 PREFIX = "hone-"
-_LOCK = ".owner"
+# Of this host: on a shared disk another one's locks may not be seen.
+_LOCK = f".owner-{socket.gethostname()}"
+IN_USE_S, _PAUSE_S = 5.0, 0.05
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
 def owned(folder: Path) -> Generator[None]:
     """Make `folder`, whose name begins with `PREFIX`, for this user alone, keep it for the block,
-    and remove it. Raises `ConfigError` where something of another user lies.
+    and remove it. Raises `ConfigError` where something of another user lies, or the folder is in
+    use; where the file system has no locks it is kept all the same.
     """
     _remove_orphans(folder.parent)
     lock = _take(folder)
@@ -33,16 +40,37 @@ def owned(folder: Path) -> Generator[None]:
 
 
 def _take(folder: Path) -> int:
+    deadline = time.monotonic() + IN_USE_S
     while True:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-            raise ConfigError(f"{folder}: another user has put something there: remove it")
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):  # taken for an orphan between two of these calls
+            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+                raise ConfigError(f"{folder}: another user has put something there: remove it")
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if (folder / _LOCK).exists():
+            if _is_locked(lock) and _is_at(folder / _LOCK, lock):
                 return lock
-            os.close(lock)  # taken for an orphan between the two calls
+            os.close(lock)
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"{folder}: another launcher uses it; a run of the same path, in a container that "
+                "shares this memory, must have another run.dir or run.name"
+            )
+        time.sleep(_PAUSE_S)
+
+
+def _is_locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        _log.warning("no locks there: %s", error)
+    return True
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file is still the one of that name."""
+    return os.path.samestat(path.stat(), os.fstat(descriptor))
 
 
 def _remove_orphans(parent: Path) -> None:
@@ -51,6 +79,7 @@ def _remove_orphans(parent: Path) -> None:
             lock = os.open(file, os.O_RDWR | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(file.parent, ignore_errors=True)
+                if _is_at(file, lock):
+                    shutil.rmtree(file.parent, ignore_errors=True)
             finally:
                 os.close(lock)

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import ClusterDownError
 from redis.retry import Retry
 
 from cluster.config import BufferSection
@@ -28,6 +29,10 @@ _FIRST_PAUSE_S = 0.02
 _LONGEST_PAUSE_S = 1.0
 OUTAGE_S = 600.0  # how long a run waits for a server that is away
 CALL_S = 60.0  # how long a worker's call does, before its caller hears of it and asks again
+
+# A full disk, and what servers and their blocked clients hear while a replica takes over.
+_PASSING = ("MISCONF", "UNBLOCKED", "NOREPLICAS")
+_PASSING_ERRORS = (redis.ReadOnlyError, ClusterDownError)  # MASTERDOWN is one
 
 Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
@@ -75,11 +80,13 @@ class _BoundedRetry(Retry):
 
 
 def _passes(error: Exception) -> bool:
-    """Whether the same call may succeed later: no answer, a full disk, a replica not yet promoted;
-    never a bad password.
+    """Whether the same call may succeed later: no answer, a full disk, a failover; never a bad
+    password.
     """
+    if isinstance(error, _PASSING_ERRORS):
+        return True
     if isinstance(error, redis.ResponseError):
-        return isinstance(error, redis.ReadOnlyError) or str(error).startswith("MISCONF")
+        return str(error).startswith(_PASSING)
     return not isinstance(error, redis.AuthenticationError)
 
 
@@ -154,7 +161,7 @@ def translated_errors(action: str) -> Generator[None]:
             "buffer.capacity_groups, and run.checkpoint_every, because the groups of steps that no "
             f"checkpoint holds stay: {error}"
         ) from error
-    except (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError) as error:
+    except (redis.ConnectionError, redis.TimeoutError, *_PASSING_ERRORS) as error:
         raise BufferUnavailableError(
             f"{action}: the server at buffer.url did not answer for as long as was waited; a run "
             f"that ended for this goes on with `--resume` when it is back: {error}"
@@ -165,10 +172,11 @@ def translated_errors(action: str) -> Generator[None]:
                 f"{action}: a newer controller of this run has taken over ({error}): this one must "
                 "end"
             ) from error
-        if not str(error).startswith("MISCONF"):
+        if not str(error).startswith(_PASSING):
             raise
         raise BufferUnavailableError(
-            f"{action}: Redis must be able to write its disk: {error}"
+            f"{action}: Redis must be able to write its disk, and have replicas where it asks for "
+            f"some: {error}"
         ) from error
 
 

@@ -51,7 +51,7 @@ def dump_tasks(run_dir: str | os.PathLike[str]) -> Path:
 
 
 def _folder(run_dir: str | os.PathLike[str]) -> Path:
-    return Path(run_dir).absolute() / "logs" / "stacks"
+    return Path(run_dir).resolve() / "logs" / "stacks"
 
 
 def _has_open(pid: int, path: Path) -> bool:

@@ -15,7 +15,7 @@ import redis
 
 from actors import keepers
 from actors.keepers import Pulse, RedisKeeper
-from actors.train import STOP_DEADLINE_S
+from actors.train import STOP_S
 from cluster.embedded_redis import EmbeddedRedis
 from cluster.errors import DeadlineError, StageError
 from cluster.redis_client import connect
@@ -26,7 +26,7 @@ TRY_S, SOON_S = 0.2, 30.0
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddedRedis]:
     """Tries are short, and calls too."""
-    assert keepers.START_TRY_S < STOP_DEADLINE_S, "an interrupt is heard in time"
+    assert keepers.START_TRY_S < STOP_S, "an interrupt is heard in time"
     monkeypatch.setattr(keepers, "START_TRY_S", TRY_S)
     monkeypatch.setattr(keepers, "CALL_S", 1.0)
     with EmbeddedRedis(tmp_path / "redis") as server:

@@ -13,7 +13,7 @@ import redis
 from cluster import wire
 from cluster.embedded_redis import EmbeddedRedis
 from cluster.errors import BufferFullError, BufferUnavailableError, WireError
-from cluster.redis_client import connect
+from cluster.redis_client import connect, translated_errors
 from cluster.replay_buffer import AddResult, ReplayBuffer
 from cluster.replay_keys import Keys
 from tests.replay_checker import (
@@ -272,3 +272,22 @@ def test_server_that_refuses_writes_for_a_while_is_waited_for(server: EmbeddedRe
     promotion.join()
     assert claim(buffer) == ["a", "b"]
     audit(admin, "refusing", buffer)
+
+
+def test_a_blocked_call_that_a_failover_throws_out_is_made_again(server: EmbeddedRedis) -> None:
+    client, admin = connect(server.url, retry_s=20.0), connect(server.url)
+    client.client_setname("waits")
+
+    def throw_out() -> None:
+        waiting = [c for c in admin.client_list() if c["name"] == "waits" and c["cmd"] == "blpop"]
+        assert admin.execute_command("CLIENT", "UNBLOCK", waiting[0]["id"], "ERROR") == 1
+        admin.rpush("list", "late")
+
+    failover = threading.Timer(0.5, throw_out)
+    failover.start()
+    with translated_errors("wait"):
+        assert client.blpop(["list"], timeout=10) == (b"list", b"late")
+    failover.join()
+    client.close()
+    with pytest.raises(BufferUnavailableError, match="replicas"), translated_errors("add"):
+        raise redis.ResponseError("NOREPLICAS Not enough good replicas to write.")

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 import ray
 
@@ -222,3 +223,22 @@ async def test_pools_in_a_live_rubric_have_their_own_imports_and_are_swapped(
         finally:
             await admin.stop()
             pool.stop()
+
+
+@pytest.mark.timeout(120)
+async def test_a_pool_that_hangs_is_started_anew_and_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("actors.verifier_pools.HANG_S", 3.0)
+    monkeypatch.setattr("actors.verifier_pools.STATUS_S", 1.0)
+    async with pool_of(tmp_path, pool={"workers": "1"}) as (pools, equals):
+        processes = psutil.Process().children(recursive=True)
+        [pool] = [p for p in processes if p.cmdline() and "VerifierPool" in p.cmdline()[0]]
+        pool.suspend()
+        scored = asyncio.create_task(equals.score(group("a"), None))
+        for _ in range(60):
+            if await pools.statuses():
+                break
+            await asyncio.sleep(0.5)
+        assert [v.score for v in await asyncio.wait_for(scored, 30.0)] == [1.0, 0.0]
+        assert not pool.is_running()

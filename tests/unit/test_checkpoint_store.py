@@ -5,6 +5,7 @@ import itertools
 import os
 import shutil
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -178,13 +179,13 @@ def crash_at(call: int, patch: pytest.MonkeyPatch) -> None:
     for owner, name in SYSTEM_CALLS:
         original = getattr(owner, name)
 
-        def counted(*arguments: object, original: object = original) -> object:
+        def counted(*arguments: object, original: object = original, **settings: object) -> object:
             nonlocal count
             count += 1
             if count == call:
                 raise Crash
             assert callable(original)
-            return original(*arguments)
+            return original(*arguments, **settings)
 
         patch.setattr(owner, name, counted)
 
@@ -253,3 +254,51 @@ def test_a_successor_takes_over_while_the_old_ranks_still_write(tmp_path: Path) 
             is_over.set()
             rank.join()
         assert [path.name for path in tmp_path.iterdir()] == [f".writing-{2 * epoch + 1}"]
+
+
+def test_what_is_abandoned_while_it_is_committed_is_not_published(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each system call of the commit: it is published whole, or not at all."""
+    save(store, 1)
+    fates: list[bool] = []
+    for number in itertools.count():
+        calls = itertools.count()
+
+        def sync(_descriptor: int, calls: Iterator[int] = calls, number: int = number) -> None:
+            if next(calls) == number:
+                store.abandon(number + 2)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", sync)
+            with suppress(StageError):
+                save(store, number + 2)
+        found = store.latest()
+        assert found is not None
+        is_published = found[1].step == number + 2
+        fates.append(is_published)
+        if next(calls) <= number:
+            break
+    assert fates.count(False) > 3
+    assert is_published
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_kept_and_the_newer_one_is_good(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    save(store, 1)
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name == "step_000001":
+            raise PermissionError(errno.EACCES, "it is open elsewhere")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    save(store, 2)
+    assert store.steps() == [1, 2]
+    assert "it is open elsewhere" in caplog.text
+    monkeypatch.undo()
+    save(store, 3)
+    assert store.steps() == [3]

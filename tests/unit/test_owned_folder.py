@@ -1,5 +1,7 @@
 """What a killed process leaves outside of its run goes with the next one; what lives stays."""
 
+import errno
+import fcntl
 import subprocess
 import sys
 from pathlib import Path
@@ -66,3 +68,26 @@ def test_what_a_killed_owner_left_is_taken_by_the_next_of_the_same_name(tmp_path
         assert folder.is_dir()
         assert not (folder / "weights").exists()
     assert not folder.exists()
+
+
+def test_one_that_is_in_use_is_refused_rather_than_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.owned_folder.IN_USE_S", 0.2)
+    process = start(tmp_path / "hone-weights")
+    with pytest.raises(ConfigError, match="another launcher uses it"):
+        owned(tmp_path / "hone-weights").__enter__()
+    assert (tmp_path / "hone-weights" / "weights").exists()
+    process.communicate(timeout=10)
+
+
+def test_without_locks_a_folder_is_kept_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_descriptor: int, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with owned(tmp_path / "hone-weights"):
+        assert (tmp_path / "hone-weights").is_dir()
+        assert "No locks available" in caplog.text

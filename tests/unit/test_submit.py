@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from actors.train import STOP_DEADLINE_S
+from actors.train import CLUSTER_STOP_S
 from cluster.errors import ConfigError, StageError
 from serve import submit
 
@@ -138,7 +138,7 @@ def test_the_job_is_the_same_command_with_the_current_directory(head: Head) -> N
     assert body["runtime_env"]["working_dir"].startswith("gcs://")
     assert body["metadata"]["hone_run"] == "first"
     wait_s = int(body["runtime_env"]["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"])
-    assert wait_s > STOP_DEADLINE_S, "a run that is stopped has the time to save its state"
+    assert wait_s > CLUSTER_STOP_S, "a run that is stopped has the time to save its state"
 
 
 @pytest.mark.parametrize("num_failures", [1, 2, 5])
