@@ -38,18 +38,21 @@ ASYNC_AGE = 4
 
 @dataclass(frozen=True)
 class Case:
-    """Lengths to compare at; steps are those that count, of one turn."""
+    """Lengths to compare at; steps are those that count, of one turn, after `num_first`, a minute
+    or more in which the pipeline fills and a rollout worker is prepared to stand by.
+    """
 
     key: str
     name: str
     max_new_tokens: int
+    num_first: int
     num_steps: int
     num_peer_steps: int
     at_least: float  # samples/s of Hone over those of the peer
 
 
-LONG = Case("long", "long-tailed completions (geometric, cut at 256 tokens)", 256, 12, 5, 4.0)
-SHORT = Case("short", "short completions (at most 16 tokens)", 16, 40, 20, 0.9)
+LONG = Case("long", "long-tailed completions (geometric, cut at 256 tokens)", 256, 18, 12, 5, 4.0)
+SHORT = Case("short", "short completions (at most 16 tokens)", 16, 100, 40, 20, 0.9)
 
 
 @dataclass(frozen=True)
@@ -76,19 +79,16 @@ class Bench:
     def config(self, changes: Sequence[str]) -> Config:
         return config_file.load(CONFIG, [*self._start, *changes])
 
-    def hone(self, max_new_tokens: int, num_steps: int, max_policy_age: int, place: int) -> Turn:
-        """A run of `num_steps` after those in which the pipeline fills; parts that ask for the same
-        one, `place` included, share it.
-        """
-        name = f"tokens-{max_new_tokens}-age-{max_policy_age}-turn-{place}"
-        num_first = max_policy_age + 2
+    def hone(self, case: Case, max_policy_age: int, place: int) -> Turn:
+        """A run; parts that ask for the same one, `place` included, share it."""
+        name = f"tokens-{case.max_new_tokens}-age-{max_policy_age}-turn-{place}"
         changes = [
-            f"rollout.max_new_tokens={max_new_tokens}",
+            f"rollout.max_new_tokens={case.max_new_tokens}",
             f"rollout.max_policy_age={max_policy_age}",
-            f"run.steps={num_first + num_steps}",
+            f"run.steps={case.num_first + case.num_steps}",
         ]
         train(CONFIG, self._folder, name, [*self._start, *changes])
-        return turn_of(RunDir(self._folder / name), num_first)
+        return turn_of(RunDir(self._folder / name), case.num_first)
 
     def default_age(self) -> int:
         return self.config([]).rollout.max_policy_age
@@ -165,7 +165,7 @@ def against_trl(bench: Bench, case: Case, quick: bool) -> Iterator[Row]:
         if system == "trl":
             theirs.append(bench.peer(case, micro_batch, case.num_peer_steps, seed=place))
         else:
-            ours.append(bench.hone(case.max_new_tokens, case.num_steps, age, place))
+            ours.append(bench.hone(case, age, place))
     our_s = median(s for turn in ours for s in turn.step_s)
     their_s = median(s for run in theirs for s in run.step_s)
     our_tokens = fmean(turn.tokens for turn in ours)
@@ -192,9 +192,7 @@ def stages(bench: Bench) -> Iterator[Row]:
     """Overlap, and what the learner waits for: the long tail in all three modes."""
     alone = bench.ceilings()
     modes = {"sync": 0, "by default": bench.default_age(), "async": ASYNC_AGE}
-    turns = {
-        mode: bench.hone(LONG.max_new_tokens, LONG.num_steps, age, 0) for mode, age in modes.items()
-    }
+    turns = {mode: bench.hone(LONG, age, 0) for mode, age in modes.items()}
     efficiency = {mode: alone.bound_s / median(turn.step_s) for mode, turn in turns.items()}
     shown = "; ".join(
         f"{mode} (age {age}): {median(turns[mode].step_s):.2f} s a step, {efficiency[mode]:.2f}"
