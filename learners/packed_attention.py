@@ -99,7 +99,7 @@ def _rows(states: Float[Tensor, "T H D"], block: Block) -> Float[Tensor, "S H L 
     return tokens.unflatten(0, (block.num_rows, block.longest)).transpose(1, 2)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)  # on the device, one for a pack of alike sequences
 def _window(length: int, size: int | None, device: torch.device) -> Tensor | None:
     """Which of `length` tokens each may see, itself included; None where it is all before it."""
     if size is None or length <= size:

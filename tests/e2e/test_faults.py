@@ -109,9 +109,11 @@ def test_chaos_with_rollouts_ahead_of_the_learner_uses_each_group_once(
     run.start()
     try:
         run.wait_for_steps(1)
-        for kind in random.sample(KINDS, len(KINDS)):
-            recovery = run.hurt(kind)
-            record_property(f"{kind}_working_s", recovery.working_s)
+        harms = [(kind, "") for kind in KINDS]
+        harms.append(("controller", random.choice(["learner", "rollout"])))  # as it is started
+        for kind, then in random.sample(harms, len(harms)):
+            recovery = run.hurt(kind, then=then)
+            record_property(f"{recovery.kind}_working_s", recovery.working_s)
         assert run.finish(END_S) == 0, run.tail()
         assert not run.leftovers()
         audit = run.reconcile()
