@@ -19,6 +19,7 @@ from rewards.process_reward import SCORERS
 from rewards.rubric import Rubric
 from serve.check import CheckReport, _build_plugins
 from tests.conftest import TINY
+from tests.loss_cases import gradient, outputs_of, rows_of
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "algorithms.md").read_text()
@@ -65,6 +66,17 @@ def _is_here(verifier: VerifierConfig) -> bool:
 def test_every_built_in_method_has_a_block(name: str) -> None:
     shown = any(re.search(rf"use: {name}\b", block) for block in blocks("algorithms.md"))
     assert shown or f"{name}` (" in PAGE, name
+
+
+def test_the_loss_of_ones_own_is_one() -> None:
+    [block] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    outputs = outputs_of([-1.0, -2.0, -3.0], entropy=[0.1, 0.6, 0.9])
+    term = names["Unsure"](0.5).loss(rows_of([[1.0, 1.0], [-2.0]]), outputs)
+    term.total.backward()
+    assert gradient(outputs.logprobs) == [0.0, -1.0, 2.0]
+    assert term.metrics["policy/unsure_fraction"] == (2, 3)
 
 
 @pytest.mark.parametrize("name", ["entropy_study.svg", "guide_study.svg"])
