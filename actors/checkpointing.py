@@ -7,6 +7,7 @@ steps.
 """
 
 import asyncio
+import logging
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ DROP_S = 60.0  # for a publication when the learner is lost
 POLL_S = 0.05
 LAST_TRIES = 2
 LAST_PAUSE_S = 3.0  # between them
+log = logging.getLogger(__name__)
 
 
 class Checkpointing:
@@ -144,9 +146,12 @@ class Checkpointing:
 
     async def _fail(self, step: int, error: HoneError) -> None:
         """Unless it was published after all, if late."""
-        await asyncio.to_thread(self._store.abandon, step)
-        if step in await asyncio.to_thread(self._store.steps):
-            await self._published(step)
-            return
+        try:
+            await asyncio.to_thread(self._store.abandon, step)
+            if await asyncio.to_thread(self._store.is_durable, step):
+                await self._published(step)
+                return
+        except StageError as failure:
+            log.warning("what is left of the save of step %d stays: %s", step, failure)
         self._on_event("checkpoint_failed", step=step, reason=str(error)[:500])
         self._supervisor.save_failed(error)

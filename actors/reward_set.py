@@ -143,8 +143,7 @@ class WorkerSet:
                 knob="resources.start_timeout_s",
             )
         except StageError as error:
-            lost = isinstance(error, ActorLostError)  # which another start may do without
-            kind = ActorLostError if lost else StageError
+            kind = ActorLostError if isinstance(error, ActorLostError) else StageError
             raise kind("score", f"rubric {self.version.label}: {error}") from error
         self._pids = [fact.pid for fact in facts]
         if self._pooled:

@@ -63,6 +63,15 @@ def run(config: Config, *, run_dir: RunDir, address: str) -> int:
         connect(url).close()  # a server that is away is refused here, rather than waited for
         run_dir.own_buffer()
     config = on_this_machine(config) if address == "local" else config
+    try:
+        return _run(config, run_dir, address, url)
+    except HoneError as error:
+        _note_failure(run_dir, error)
+        raise
+
+
+def _run(config: Config, run_dir: RunDir, address: str, url: str | None) -> int:
+    """Redis, Ray and the controller, all of which end with it."""
     with ExitStack() as stack:
         interrupt = stack.enter_context(interrupts())
         _announce(config, run_dir, "starting Redis", 0.5)
@@ -79,12 +88,8 @@ def run(config: Config, *, run_dir: RunDir, address: str) -> int:
             run_dir.share_weights()
             _refuse_unfit_cluster(config, run_dir)
         _announce(config, run_dir, "starting the controller", 4.0)
-        try:
-            stop_s = STOP_S if address == "local" else CLUSTER_STOP_S
-            return _conduct(config, run_dir, url, interrupt, server, stop_s)
-        except HoneError as error:
-            _note_failure(run_dir, error)
-            raise
+        stop_s = STOP_S if address == "local" else CLUSTER_STOP_S
+        return _conduct(config, run_dir, url, interrupt, server, stop_s)
 
 
 def _conduct(
@@ -165,7 +170,7 @@ def _note(run_dir: RunDir, kind: str, **fields: object) -> None:
 
 
 def _note_failure(run_dir: RunDir, error: HoneError) -> None:
-    """Where the controller could not: it had died, or Redis was not to be started."""
+    """Where the controller could not: it had died, or there was none yet."""
     known = status.read(run_dir.path)
     if known is None or known.phase == "failed":
         return

@@ -218,7 +218,8 @@ class VerifierPool:
         except HoneError as error:
             self._members.remove(member)
             ray.kill(member.actor)
-            raise StageError(self._stage, last_line(error)) from error
+            kind = ActorLostError if isinstance(error, ActorLostError) else StageError
+            raise kind(self._stage, last_line(error)) from error
         async with self._changed:
             self._facts = self._facts or facts
             member.pid, member.idle_since = facts.pid, time.monotonic()

@@ -84,7 +84,16 @@ class CheckpointStore:
         """Remove what was begun for `step`, for example to give a full disk its space back. A
         `commit` of it that still runs cannot publish it any more, or already has.
         """
-        self._void(self._draft(step))
+        with boundary(_STAGE):
+            self._void(self._draft(step))
+
+    def is_durable(self, step: int) -> bool:
+        """Whether `step` is published, and stays so if the machine loses its power now."""
+        with boundary(_STAGE):
+            if step not in self.steps():
+                return False
+            _sync(self._directory)
+            return True
 
     def commit(self, step: int, state: RunState) -> Path:
         """Publish what the ranks wrote since `begin(step)`; durable on return.
@@ -111,11 +120,11 @@ class CheckpointStore:
             _sync(source)
             source.rename(target)
             _sync(self._directory)
-        for old in self.steps()[: -self._keep]:
-            try:
+        try:
+            for old in self.steps()[: -self._keep]:
                 self._void(self.path(old))
-            except OSError as error:
-                _log.warning("checkpoint %s could not be removed: %s", self.path(old), error)
+        except OSError as error:
+            _log.warning("older checkpoints could not be removed: %s", error)
         return target
 
     def latest(self) -> tuple[Path, RunState] | None:

@@ -18,8 +18,7 @@ from pathlib import Path
 from cluster.errors import ConfigError
 
 PREFIX = "hone-"
-# Of this host: on a shared disk another one's locks may not be seen.
-_LOCK = f".owner-{socket.gethostname()}"
+MEMORY = Path("/dev/shm")
 IN_USE_S, _PAUSE_S = 5.0, 0.05
 _log = logging.getLogger(__name__)
 
@@ -39,15 +38,23 @@ def owned(folder: Path) -> Generator[None]:
         os.close(lock)
 
 
+def _lock_name(parent: Path) -> str:
+    """On a disk that hosts share the locks of another may not be seen; containers that share
+    memory have names of their own and see each other's.
+    """
+    return ".owner" if parent == MEMORY else f".owner-{socket.gethostname()}"
+
+
 def _take(folder: Path) -> int:
     deadline = time.monotonic() + IN_USE_S
+    name = folder / _lock_name(folder.parent)
     while True:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # taken for an orphan between two of these calls
             if folder.is_symlink() or folder.stat().st_uid != os.getuid():
                 raise ConfigError(f"{folder}: another user has put something there: remove it")
-            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            if _is_locked(lock) and _is_at(folder / _LOCK, lock):
+            lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            if _is_locked(lock) and _is_at(name, lock):
                 return lock
             os.close(lock)
         if time.monotonic() > deadline:
@@ -70,11 +77,11 @@ def _is_locked(descriptor: int) -> bool:
 
 def _is_at(path: Path, descriptor: int) -> bool:
     """Whether the open file is still the one of that name."""
-    return os.path.samestat(path.stat(), os.fstat(descriptor))
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))
 
 
 def _remove_orphans(parent: Path) -> None:
-    for file in parent.glob(f"{PREFIX}*/{_LOCK}"):
+    for file in parent.glob(f"{PREFIX}*/{_lock_name(parent)}"):
         with suppress(OSError):  # of another user, or gone
             lock = os.open(file, os.O_RDWR | os.O_NOFOLLOW)
             try:

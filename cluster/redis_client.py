@@ -8,6 +8,7 @@ its calls blocks or retries without end. Called by every process that touches th
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ OUTAGE_S = 600.0  # how long a run waits for a server that is away
 CALL_S = 60.0  # how long a worker's call does, before its caller hears of it and asks again
 
 # A full disk, and what servers and their blocked clients hear while a replica takes over.
-_PASSING = ("MISCONF", "UNBLOCKED", "NOREPLICAS")
+_PASSING = re.compile(r"(?:^|caused error: )(?:MISCONF|UNBLOCKED|NOREPLICAS)\b")
 _PASSING_ERRORS = (redis.ReadOnlyError, ClusterDownError)  # MASTERDOWN is one
 
 Answer = TypeVar("Answer")
@@ -86,7 +87,7 @@ def _passes(error: Exception) -> bool:
     if isinstance(error, _PASSING_ERRORS):
         return True
     if isinstance(error, redis.ResponseError):
-        return str(error).startswith(_PASSING)
+        return _PASSING.search(str(error)) is not None
     return not isinstance(error, redis.AuthenticationError)
 
 
@@ -172,7 +173,7 @@ def translated_errors(action: str) -> Generator[None]:
                 f"{action}: a newer controller of this run has taken over ({error}): this one must "
                 "end"
             ) from error
-        if not str(error).startswith(_PASSING):
+        if not _PASSING.search(str(error)):
             raise
         raise BufferUnavailableError(
             f"{action}: Redis must be able to write its disk, and have replicas where it asks for "

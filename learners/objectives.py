@@ -161,7 +161,7 @@ class WeightedLosses:
         return {
             name: self._uses[name]
             for name, objective in self._objectives.items()
-            if getattr(objective, flag, False) is is_set
+            if bool(getattr(objective, flag, False)) is is_set
         }
 
     @property

@@ -2,8 +2,8 @@
 
 Invariant: every rank adds the same keys (empty micro-batches add zeros), so one all-reduce of one
 vector gives every rank the same totals, and with them the same decision to step or to skip. Of a
-name that ends in `_max` the largest value is kept, by a second all-reduce. Numbers of Python stay
-on the host and tensors on their device until `reduce`.
+name that ends in `_max` the largest value is kept, by a second all-reduce, and no mean is made.
+Numbers of Python stay on the host and tensors on their device until `reduce`.
 """
 
 from collections.abc import Mapping
@@ -43,8 +43,9 @@ class StepSums:
             term = value.to(self._device, torch.float64) if isinstance(value, Tensor) else value
             if name not in self._sums:
                 self._sums[name] = term
-            elif isinstance(term, Tensor) and name.endswith(LARGEST):
-                self._sums[name] = torch.maximum(torch.as_tensor(self._sums[name]), term)
+            elif name.endswith(LARGEST):
+                known = torch.as_tensor(self._sums[name], dtype=torch.float64)
+                self._sums[name] = torch.maximum(known, torch.as_tensor(term, dtype=torch.float64))
             else:
                 self._sums[name] = self._sums[name] + term
 
@@ -65,7 +66,7 @@ class StepSums:
         counts = {name: totals.pop(name) for name in [*totals] if name.endswith(_COUNT)}
         sums = {name: value for name, value in totals.items() if name + _COUNT not in counts}
         means = {
-            name: totals[name] / count
+            name: totals[name] / (1.0 if name.endswith(LARGEST) else count)
             for key, count in counts.items()
             if count > 0 and (name := key.removesuffix(_COUNT))
         }

@@ -289,5 +289,7 @@ def test_a_blocked_call_that_a_failover_throws_out_is_made_again(server: Embedde
         assert client.blpop(["list"], timeout=10) == (b"list", b"late")
     failover.join()
     client.close()
-    with pytest.raises(BufferUnavailableError, match="replicas"), translated_errors("add"):
-        raise redis.ResponseError("NOREPLICAS Not enough good replicas to write.")
+    refusal = "NOREPLICAS Not enough good replicas to write."
+    for text in (refusal, f"Command # 1 (EXPIRE key 1) of pipeline caused error: {refusal}"):
+        with pytest.raises(BufferUnavailableError, match="replicas"), translated_errors("add"):
+            raise redis.ResponseError(text)
