@@ -106,9 +106,12 @@ def test_hints_count_only_where_plain_rollouts_learn_nothing(
     assert ElementTree.parse(tmp_path / "guide_study.svg").getroot().tag.endswith("svg")
 
 
-@pytest.mark.parametrize(("age", "expected"), [(8.0, "holds"), (3.0, "falls short")])
-def test_a_study_of_young_groups_shows_nothing(
-    tmp_path: Path, left: dict[str, Sequence[Metrics]], age: float, expected: str
+@pytest.mark.parametrize(
+    ("age", "naive", "expected"),
+    [(8.0, 0.85, "holds"), (8.0, 0.9, "falls short"), (3.0, 0.85, "falls short")],
+)
+def test_young_groups_and_a_naive_run_that_is_as_good_show_nothing(
+    tmp_path: Path, left: dict[str, Sequence[Metrics]], age: float, naive: float, expected: str
 ):
     _warm(tmp_path / "policy-0", staleness_study.CONFIG)
     for name in staleness_study.METHODS:
@@ -116,7 +119,7 @@ def test_a_study_of_young_groups_shows_nothing(
         step = {
             "policy_age/mean": own,
             "policy_age/max": own,
-            "reward/mean": 0.9,
+            "reward/mean": naive if name == "naive" else 0.9,
             "ratio/mismatch_kl": 0.1,
             "ratio/clip_fraction": 0.1,
         }
