@@ -60,7 +60,7 @@ class Worker:
 
 
 async def end(actors: Sequence[Any]) -> None:
-    """Let engines shut down, then end their actors, None among them is nobody."""
+    """Let engines shut down, then end their actors; None stands for nobody."""
     handles = [actor for actor in actors if actor is not None]
     if handles:
         stopping = [asyncio.ensure_future(_quietly(handle.stop.remote())) for handle in handles]

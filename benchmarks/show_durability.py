@@ -21,7 +21,7 @@ END_S = 3600.0
 NOISE = 3.0  # standard errors
 PAIR_SHARE, AGAIN_SHARE = 0.3, 0.2  # of the kills, once each kind had its turn
 # The second dies while it comes up after the first.
-AGAIN = [("controller", "learner"), ("controller", "rollout"), ("learner", "learner")]
+AGAIN = [("controller", kind) for kind in ("learner", "rollout", "reward")] + [("learner",) * 2]
 # Seconds until work goes on, of a tiny policy on CPU (docs/durability.md). What hangs is noticed
 # when a call of it has had its time.
 TARGETS_S = {

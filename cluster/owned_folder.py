@@ -54,7 +54,7 @@ def _take(folder: Path) -> int:
             if folder.is_symlink() or folder.stat().st_uid != os.getuid():
                 raise ConfigError(f"{folder}: another user has put something there: remove it")
             lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            if _is_locked(lock) and _is_at(name, lock):
+            if _keeps(lock) and _is_at(name, lock):
                 return lock
             os.close(lock)
         if time.monotonic() > deadline:
@@ -65,7 +65,8 @@ def _take(folder: Path) -> int:
         time.sleep(_PAUSE_S)
 
 
-def _is_locked(descriptor: int) -> bool:
+def _keeps(descriptor: int) -> bool:
+    """Whether the folder is ours now; where there are no locks nobody can tell, and it is."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

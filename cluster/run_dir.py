@@ -20,6 +20,7 @@ from typing import TypeVar
 import msgspec
 
 from cluster.errors import ConfigError
+from cluster.owned_folder import MEMORY
 from cluster.types import Verdict
 
 LATEST = "latest"
@@ -101,7 +102,7 @@ class RunDir:
         """Where versions are handed to the engines: in memory on one machine; inside the run
         directory after `share_weights`, because another host does not see this one's memory.
         """
-        shared, memory = self.path / "weights", Path("/dev/shm")
+        shared, memory = self.path / "weights", MEMORY
         if shared.is_dir() or not memory.is_dir():
             return shared
         key = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:12]

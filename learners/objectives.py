@@ -146,8 +146,8 @@ class WeightedLosses:
         if len(nuclei) > 1:
             raise ConfigError(f"objective.losses: all must use one nucleus, got {nuclei}")
         self.nucleus: Nucleus | None = next(iter(nuclei), None)
-        self.needs_reference = bool(self.that("needs_reference"))
-        self.needs_sampled_context = bool(self.that("needs_sampled_context"))
+        self.needs_reference = bool(self.with_flag("needs_reference"))
+        self.needs_sampled_context = bool(self.with_flag("needs_sampled_context"))
         self.needs_survey = any(
             isinstance(objective, Surveying) and getattr(objective, "needs_survey", True)
             for objective in self._objectives.values()
@@ -156,7 +156,7 @@ class WeightedLosses:
             objective.denominator for objective in self._objectives.values()
         }
 
-    def that(self, flag: str, is_set: bool = True) -> dict[str, str]:
+    def with_flag(self, flag: str, is_set: bool = True) -> dict[str, str]:
         """Names of the losses that say `flag`, or do not, with the `use` of each."""
         return {
             name: self._uses[name]
@@ -174,14 +174,14 @@ class WeightedLosses:
             f"objective.losses.{name}: {use} would take the hint that rollout.program "
             "strips for a step of the policy, and clip it: use guide, or a program that leaves the "
             "hint in place (settings: strip false, or place completion)"
-            for name, use in self.that("takes_guided", is_set=False).items()
+            for name, use in self.with_flag("takes_guided", is_set=False).items()
         ]
         if wrong:
             raise ConfigError("\n".join(wrong))
 
     def refuse_token_credit(self) -> None:
         """Raise `ConfigError` naming a loss that would average what credit says of tokens."""
-        for name, use in self.that("needs_outcome_credit").items():
+        for name, use in self.with_flag("needs_outcome_credit").items():
             raise ConfigError(
                 f"objective.losses.{name}: {use} has one advantage per sequence, and "
                 "objective.credit gives one per token: use grpo, rloo or reinforce_pp"

@@ -118,7 +118,7 @@ def _build_plugins(config: Config, report: CheckReport) -> None:
         if is_per_token(build_credit(config.objective.credit)):
             losses.refuse_token_credit()
         has_one_update = config.learner.minibatches == config.learner.epochs == 1
-        idle = losses.that("needs_several_updates") if has_one_update else {}
+        idle = losses.with_flag("needs_several_updates") if has_one_update else {}
         report.warnings += [
             f"learner.minibatches, learner.epochs: {use} is 0 as long as a step has only one "
             "update: set either above 1"

@@ -110,7 +110,9 @@ def test_chaos_with_rollouts_ahead_of_the_learner_uses_each_group_once(
     try:
         run.wait_for_steps(1)
         harms = [(kind, "") for kind in KINDS]
-        harms.append(("controller", random.choice(["learner", "rollout"])))  # as it is started
+        harms.append(
+            ("controller", random.choice(["learner", "rollout", "reward"]))
+        )  # as it is started
         for kind, then in random.sample(harms, len(harms)):
             recovery = run.hurt(kind, then=then)
             record_property(f"{recovery.kind}_working_s", recovery.working_s)
