@@ -33,7 +33,9 @@ PROCESSES = ("rollout", "reward", "learner", "redis", "controller")
 HANG = "_hang"
 KINDS = (*PROCESSES, *(name + HANG for name in PROCESSES))
 HANG_SHARE = 0.25  # of those that die together
-TITLES = {"learner": "ray::LearnerRank", "rollout": "ray::RolloutWorker"}  # of processes
+TITLES = {  # of processes
+    "learner": "ray::LearnerRank", "rollout": "ray::RolloutWorker", "reward": "ray::RewardWorker",
+}  # fmt: skip
 COMING_UP_S = 5.0  # at most, until one that comes up is killed, too
 RECOVERY_S = 480.0
 START_S = 600.0  # on a machine that others use, too

@@ -110,9 +110,8 @@ def test_chaos_with_rollouts_ahead_of_the_learner_uses_each_group_once(
     try:
         run.wait_for_steps(1)
         harms = [(kind, "") for kind in KINDS]
-        harms.append(
-            ("controller", random.choice(["learner", "rollout", "reward"]))
-        )  # as it is started
+        second = random.choice(["learner", "rollout", "reward"])  # dies as it comes up
+        harms.append(("controller", second))
         for kind, then in random.sample(harms, len(harms)):
             recovery = run.hurt(kind, then=then)
             record_property(f"{recovery.kind}_working_s", recovery.working_s)
