@@ -117,6 +117,7 @@ class MicroBatch:
     num_tokens: int
     num_sequences: int  # with at least one loss token
     proximal_logprobs: Float[Tensor, " N"] | None = None  # None: those of the present learner
+    is_later_update: bool = False  # of its step, so that the present learner is not the proximal
     ref_logprobs: Float[Tensor, " N"] | None = None
     sampled_logprobs: Float[Tensor, " N"] | None = None  # proximal, given `Row.sampled_context`
     values: Float[Tensor, " N"] | None = None  # of the critic before the step

@@ -24,6 +24,7 @@ from learners.surrogates import PolicyGradient
 class EntropyBonus:
     """-coefficient times the mean full entropy of the loss tokens."""
 
+    needs_proximal = False
     takes_guided = True
 
     def __init__(
@@ -48,6 +49,7 @@ class AdaptiveEntropyBonus:
     """
 
     denominator: Denominator = "tokens"
+    needs_proximal = False
     takes_guided = True
 
     def __init__(self, target: float = 0.2, step: float = 1e-4, maximum: float = 0.005) -> None:

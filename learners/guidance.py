@@ -106,6 +106,7 @@ class GuidedPolicyGradient(PolicyGradient):
         self._quantile = gamma_quantile
         self._cap, self._engine_cap = cap, engine_cap
         self._gamma = 1.0 if gamma is None else gamma
+        self.needs_proximal = True
         self.needs_survey = shaping == "ratio" and gamma is None
 
     def survey(self, rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, "M 1"] | None:

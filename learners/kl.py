@@ -33,6 +33,7 @@ class KLPenalty:
     """
 
     needs_reference = True
+    needs_proximal = False
     takes_guided = True
 
     def __init__(

@@ -12,6 +12,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -195,13 +196,14 @@ class Learner:
         self._pending = {}
         if (kind := whitening_of(self._credit)) != "none":
             packs = whiten(packs, kind)
-        if rate is None:
+        if rate is None or len(order) * num_epochs > 1:
             self._update.anchor(packs)
-        elif len(order) * num_epochs > 1:
-            packs = self._update.with_proximal(packs)
+            if rate is not None and self._losses.needs_proximal:
+                packs = self._update.with_proximal(packs)
         shares = [packs[start:end] for start, end in itertools.pairwise([0, *ends])]
         results: list[UpdateResult] = []
-        for share in shares * num_epochs:
+        for number, share in enumerate(shares * num_epochs):
+            share = [replace(pack, is_later_update=number > 0) for pack in share]
             if rate is not None:
                 self._update.survey(share)
             for pack in share:

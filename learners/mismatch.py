@@ -1,7 +1,8 @@
 """How far the proximal policy, the learner at the start of a step, is from the one that sampled.
 
 Invariant: both are compared in the context that was sampled from, so a hint is no mismatch, and a
-token whose log-prob is not known there is in no mean. Measured by the learner on every step.
+token whose log-prob is not known there is in no mean; nor is one in a later update of a step that
+no loss needed a proximal pass for. Measured by the learner on every step.
 """
 
 # ruff: noqa: F722 (shapes in annotations)
@@ -22,6 +23,8 @@ def gaps(rows: MicroBatch, outputs: TokenOutputs) -> tuple[Float[Tensor, " N"], 
     """log of proximal / rollout without gradient, both in the context that was sampled from, and
     where that is known; it is 0 on guided tokens whose log-probs in that no loss asked for.
     """
+    if rows.is_later_update and rows.proximal_logprobs is None:
+        return torch.zeros_like(rows.rollout_logprobs), torch.zeros_like(rows.is_guided)
     proximal = proximal_logprobs(rows, outputs).detach()
     is_known = ~rows.is_guided
     if rows.sampled_logprobs is not None:

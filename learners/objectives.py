@@ -61,7 +61,9 @@ class Objective(Protocol):
     policy), `needs_sampled_context` (fill `rows.sampled_logprobs` of guided rows), `takes_guided`
     (it is right for rows whose `rollout_logprobs` are of another context), `needs_outcome_credit`
     (all tokens of a sequence must have one advantage), `needs_several_updates` (a step of a single
-    update teaches nothing). One that is `Surveying` with `needs_survey` False is not asked.
+    update teaches nothing). `needs_proximal` is True unless it says False: a step of several
+    updates then spares the pass for `rows.proximal_logprobs`. One that is `Surveying` with
+    `needs_survey` False is not asked.
     """
 
     denominator: Denominator  # global count that divides `total`: loss tokens, or their sequences
@@ -148,6 +150,9 @@ class WeightedLosses:
         self.nucleus: Nucleus | None = next(iter(nuclei), None)
         self.needs_reference = bool(self.with_flag("needs_reference"))
         self.needs_sampled_context = bool(self.with_flag("needs_sampled_context"))
+        self.needs_proximal = any(
+            getattr(objective, "needs_proximal", True) for objective in self._objectives.values()
+        )
         self.needs_survey = any(
             isinstance(objective, Surveying) and getattr(objective, "needs_survey", True)
             for objective in self._objectives.values()

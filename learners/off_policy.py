@@ -1,9 +1,9 @@
 """Importance weights between the policy that sampled and the one the update starts from.
 
 Three policies are kept apart: rollout (the engine that sampled, perhaps several versions ago),
-proximal (the learner at the start of the step) and learner (the one with a gradient). Invariant:
-weights carry no gradient and multiply the numerator only, so a rejected token still counts in the
-denominator. Called by the surrogates.
+proximal (the learner at the start of the step, or one that is interpolated) and learner (the one
+with a gradient). Invariant: weights carry no gradient and multiply the numerator only, so a
+rejected token still counts in the denominator. Called by the surrogates.
 """
 
 # ruff: noqa: F722 (shapes in annotations)
@@ -22,29 +22,47 @@ from learners.step_sums import Mean
 
 Level = Literal["token", "sequence", "geometric"]
 Action = Literal["truncate", "mask"]
-RatioTo = Literal["rollout", "proximal"]
+RatioTo = Literal["rollout", "proximal", "interpolated"]
 MAX_LOG = 20.0  # of any log-ratio, on either side
 
 
 def log_ratio(rows: MicroBatch, outputs: TokenOutputs, to: RatioTo) -> Float[Tensor, " N"]:
     """log of learner / `to`, with gradient, within +-20."""
-    base = rows.rollout_logprobs if to == "rollout" else proximal_logprobs(rows, outputs)
-    return (outputs.logprobs - base).clamp(-MAX_LOG, MAX_LOG)
+    return (outputs.logprobs - base_logprobs(rows, outputs, to)).clamp(-MAX_LOG, MAX_LOG)
+
+
+def base_logprobs(rows: MicroBatch, outputs: TokenOutputs, to: RatioTo) -> Float[Tensor, " N"]:
+    """Log-probs of `to`, without gradient.
+
+    `interpolated` is A-3PO (arXiv 2512.06547), which needs no pass of its own: rollout + age /
+    (age + 1) * (learner - rollout), the learner being one version after the proximal policy. With
+    log-probs -1.3 and -.9 and an age of 2 that is -1.033333.
+    """
+    if to == "rollout":
+        return rows.rollout_logprobs
+    if to == "proximal":
+        return proximal_logprobs(rows, outputs)
+    share = rows.policy_age / (rows.policy_age + 1)
+    return rows.rollout_logprobs + share * (outputs.logprobs.detach() - rows.rollout_logprobs)
 
 
 def proximal_logprobs(rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, " N"]:
     """Log-probs of the learner at the start of the step: its present ones when this is the first
     update of the step, so that no extra pass is needed.
+
+    Raises `ValueError` in a later update when the pass was spared.
     """
-    if rows.proximal_logprobs is None:
-        return outputs.logprobs.detach()
-    return rows.proximal_logprobs
+    if rows.proximal_logprobs is not None:
+        return rows.proximal_logprobs
+    if rows.is_later_update:
+        raise ValueError("a loss that reads the proximal policy must not say needs_proximal False")
+    return outputs.logprobs.detach()
 
 
 @dataclass(frozen=True)
 class RolloutCorrection:
     """w = proximal / rollout, made safe: truncated to at most `high` or set to 0 outside of [`low`,
-    `high`].
+    `high`]. Of an interpolated policy where the ratio is taken against that.
 
     level token: truncated importance sampling (TIS) and its masked form (IcePop); level sequence
     takes the product over the sequence for all its tokens (arXiv 2505.24298 discusses the
@@ -78,11 +96,12 @@ class RolloutCorrection:
             raise ValueError(f"correction.age_halflife must be positive, got {self.age_halflife}")
 
     def weights(
-        self, rows: MicroBatch, outputs: TokenOutputs, is_corrected: Bool[Tensor, " N"]
+        self, rows: MicroBatch, base: Float[Tensor, " N"], is_corrected: Bool[Tensor, " N"]
     ) -> tuple[Float[Tensor, " N"], dict[str, Mean]]:
-        """Weights without gradient, and metrics over the tokens that `is_corrected` names."""
-        logs = (proximal_logprobs(rows, outputs) - rows.rollout_logprobs).detach()
-        logs = logs.clamp(-MAX_LOG, MAX_LOG)
+        """Weights without gradient from the log-probs `base` of the proximal policy, and metrics
+        over the tokens that `is_corrected` names.
+        """
+        logs = (base.detach() - rows.rollout_logprobs).clamp(-MAX_LOG, MAX_LOG)
         if self.level == "token":
             judged = logs
         else:

@@ -37,6 +37,7 @@ class Siren:
     """
 
     denominator: Denominator = "sequences"
+    needs_proximal = False
     takes_guided = True
 
     def __init__(

@@ -2,7 +2,7 @@
 
 Invariant: advantages and importance weights carry no gradient; a token filter and a rollout
 correction multiply the numerator only. All are objectives (`learners.objectives`); their ratio is
-taken against the rollout policy or, decoupled from it, against the proximal one.
+taken against the rollout policy or, decoupled from it, against the proximal one or one between.
 """
 
 # ruff: noqa: F722 (shapes in annotations)
@@ -19,7 +19,7 @@ from learners.aggregation import Aggregation, Denominator, Name
 from learners.batch import MicroBatch
 from learners.logprobs import TokenOutputs
 from learners.objectives import LossTerm
-from learners.off_policy import RatioTo, RolloutCorrection, log_ratio
+from learners.off_policy import RatioTo, RolloutCorrection, base_logprobs, log_ratio
 from learners.segments import sequence_means
 from learners.step_sums import Mean
 from learners.token_filters import TokenFilter, build_filter
@@ -34,8 +34,9 @@ class Surrogate(ABC):
 
     `ratio_to="proximal"` is decoupled PPO (arXiv 2505.24298): the trust region lies around the
     learner at the start of the step, and `correction` (settings of `RolloutCorrection`) weights
-    tokens by proximal / rollout. `token_filter` is a plug-in `{use, settings}` that chooses the
-    tokens with a gradient.
+    tokens by proximal / rollout. `interpolated` guesses the proximal log-probs (A-3PO) instead of
+    computing them. `token_filter` is a plug-in `{use, settings}` that chooses the tokens with a
+    gradient.
     """
 
     ratio_to: RatioTo = field(default="rollout", kw_only=True)
@@ -46,17 +47,22 @@ class Surrogate(ABC):
 
     def __post_init__(self) -> None:
         if self.ratio_to not in get_args(RatioTo):
-            raise ValueError(f"ratio_to must be rollout or proximal, got {self.ratio_to!r}")
+            raise ValueError(
+                f"ratio_to must be one of {', '.join(get_args(RatioTo))}, got {self.ratio_to!r}"
+            )
         if self.correction is not None and self.ratio_to == "rollout":
             raise ValueError(
-                "correction weights by proximal / rollout and needs ratio_to=proximal; the ratio "
-                "to the rollout policy corrects for it already"
+                "correction weights by proximal / rollout and needs ratio_to=proximal or "
+                "interpolated; the ratio to the rollout policy corrects for it already"
             )
         self._correction = None if self.correction is None else RolloutCorrection(**self.correction)
         self._filter: TokenFilter | None = build_filter(self.token_filter)
         self._aggregation = Aggregation(self.aggregation, self.constant)
         self.denominator: Denominator = self._aggregation.denominator
         self.needs_survey = self._filter is not None
+        self.needs_proximal = self.ratio_to == "proximal" or (
+            self._filter is not None and getattr(self._filter, "needs_proximal", True)
+        )
 
     def loss(self, rows: MicroBatch, outputs: TokenOutputs) -> LossTerm:
         ratio_log = log_ratio(rows, outputs, self.ratio_to)
@@ -67,7 +73,8 @@ class Surrogate(ABC):
         }
         if self._correction is not None:
             is_corrected = self._is_corrected(rows)
-            weights, corrected = self._correction.weights(rows, outputs, is_corrected)
+            base = base_logprobs(rows, outputs, self.ratio_to)
+            weights, corrected = self._correction.weights(rows, base, is_corrected)
             losses = torch.where(is_corrected, losses * weights, losses)
             metrics |= corrected
         if self._filter is not None:

@@ -29,6 +29,8 @@ FILTERS = {
 
 
 class TokenFilter(Protocol):
+    """`needs_proximal` is True unless it says False, as of an objective."""
+
     def survey(self, rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, "M C"]:
         """As `learners.objectives.Surveying.survey`."""
         ...
@@ -56,6 +58,8 @@ class ForkingTokens:
     The threshold is the quantile of the full entropy over the whole update. Entropies .1 to 1.0 in
     steps of .1 have the threshold .82 and keep two.
     """
+
+    needs_proximal = False
 
     def __init__(self, fraction: float = 0.2) -> None:
         if not 0 < fraction <= 1:
@@ -86,6 +90,8 @@ class ClipCovariance:
     after a restart, another one for every rollout. A drawn token that PPO clipped anyway is left
     alone.
     """
+
+    needs_proximal = False
 
     def __init__(self, fraction: float = 2e-4, low: float = 1.0, high: float = 5.0) -> None:
         if not 0 < fraction <= 1 or not low < high:

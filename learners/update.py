@@ -89,8 +89,7 @@ class PolicyUpdate:
 
     @torch.no_grad()
     def with_proximal(self, packs: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """`packs`, all of a step, with the log-probs of the policy as it is now, and anchored."""
-        self.anchor(packs)
+        """`packs`, all of a step, with the log-probs of the policy as it is now."""
         result = [replace(pack, proximal_logprobs=self._policy(pack).logprobs) for pack in packs]
         cast(FSDPModule, self._policy).reshard()
         return result

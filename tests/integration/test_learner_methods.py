@@ -141,6 +141,13 @@ METHODS: dict[str, Config] = {
         },
         minibatches=2,
     ),
+    "interpolated": _config(
+        {
+            "policy": _loss("policy_gradient", ratio_to="interpolated", correction={"high": 2.0}),
+            "bonus": _loss("entropy_bonus", coefficient=0.1),
+        },
+        minibatches=2,
+    ),
     "epochs": _config(
         {
             "policy": _loss("policy_gradient", ratio_to="proximal"),
@@ -245,6 +252,23 @@ def test_microbatches_do_not_change_an_update(name: str, policy_dir: Path, tmp_p
     assert_same_weights(
         tmp_path / f"{CONTEXT_LENGTH}.safetensors", tmp_path / "4096.safetensors", 1e-5
     )
+
+
+@pytest.mark.parametrize("ratio_to", ["rollout", "proximal", "interpolated"])
+def test_only_a_loss_that_reads_the_proximal_policy_costs_a_pass(
+    ratio_to: str, policy_dir: Path
+) -> None:
+    """The mismatch is then that of the first update, whose learner is the proximal policy."""
+    config = _config({"policy": _loss("policy_gradient", ratio_to=ratio_to)}, minibatches=2)
+    passes: list[bool] = []
+    with open_learner(config, policy_dir) as learner:
+        module = learner._policy  # pyright: ignore[reportPrivateUsage]
+        module.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+        for step in range(2):
+            metrics = train_step(learner, step, minibatches=2).metrics
+    num_gradients = sum(passes)
+    assert len(passes) - num_gradients == (num_gradients if ratio_to == "proximal" else 0)
+    assert 0 < metrics["ratio/mismatch_abs_mean"] <= metrics["ratio/mismatch_abs_max"]
 
 
 def test_the_whole_first_step_anchors_siren_whatever_its_minibatches(policy_dir: Path) -> None:

@@ -5,11 +5,13 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.config import LossConfig, ObjectiveSection
 from cluster.errors import ConfigError
 from learners.objectives import WeightedLosses
-from learners.off_policy import RolloutCorrection
+from learners.off_policy import RolloutCorrection, base_logprobs
 from learners.surrogates import (
     ClippedImportance,
     GeometricMean,
@@ -120,10 +122,54 @@ def test_decoupled_and_naive_ppo() -> None:
     assert gradient(outputs.logprobs) == [0.0]
 
 
+# TV-D3
+def test_interpolated_proximal_policy() -> None:
+    """l = -.9, rollout -1.3, two versions old: proximal -1.033333, r = e^.133333, w = e^.266667."""
+    rows = rows_of([[1.0]], [[-1.3]], ages=[2.0])
+    outputs = outputs_of([-0.9])
+    [base] = base_logprobs(rows, outputs, "interpolated").tolist()
+    assert base == pytest.approx(-1.033333, abs=1e-6)
+    correction = {"action": "truncate", "high": 5.0}
+    for clip_high, loss, slope in [
+        (0.2, -math.exp(0.4), -math.exp(0.4)),
+        (0.1, -1.1 * math.exp(0.4 * 2 / 3), 0.0),
+    ]:
+        outputs = outputs_of([-0.9])
+        objective = PolicyGradient(0.2, clip_high, ratio_to="interpolated", correction=correction)
+        assert not objective.needs_proximal
+        term = objective.loss(rows, outputs)
+        term.total.backward()
+        assert term.total.item() == pytest.approx(loss, abs=1e-6)
+        assert gradient(outputs.logprobs) == pytest.approx([slope], abs=1e-6)
+
+
+@given(st.floats(-5, 0), st.floats(-5, 0), st.integers(0, 1000))
+def test_the_interpolated_policy_lies_between_rollout_and_learner(
+    rollout: float, learner: float, age: int
+) -> None:
+    """It is the rollout policy at age 0, and one part in age + 1 from the learner."""
+    outputs = outputs_of([learner])
+    base = base_logprobs(rows_of([[1.0]], [[rollout]], ages=[age]), outputs, "interpolated").item()
+    assert not base_logprobs(rows_of([[1.0]]), outputs, "interpolated").requires_grad
+    assert base == pytest.approx(learner + (rollout - learner) / (age + 1), abs=1e-5)
+
+
+def test_what_needs_the_proximal_policy_says_so() -> None:
+    """And one that did not cannot read it after the first update of a step."""
+    assert not PolicyGradient().needs_proximal
+    assert PolicyGradient(ratio_to="proximal").needs_proximal
+    assert PolicyGradient(token_filter={"use": "second_moment"}).needs_proximal
+    assert not PolicyGradient(token_filter={"use": "forking_tokens"}).needs_proximal
+    rows = dataclasses.replace(rows_of([[1.0]]), is_later_update=True)
+    with pytest.raises(ValueError, match="needs_proximal"):
+        PolicyGradient(ratio_to="proximal").loss(rows, outputs_of([0.0]))
+
+
 def _weights(correction: RolloutCorrection, logs: list[list[float]]) -> list[float]:
     rows = rows_of([[1.0] * len(row) for row in logs], [[-value for value in row] for row in logs])
     outputs = outputs_of([0.0] * sum(len(row) for row in logs))
-    weights, metrics = correction.weights(rows, outputs, torch.ones_like(rows.is_guided))
+    base = outputs.logprobs.detach()
+    weights, metrics = correction.weights(rows, base, torch.ones_like(rows.is_guided))
     assert not weights.requires_grad
     assert set(metrics) == {"ratio/rollout_weight_mean", "ratio/corrected_fraction"}
     return weights.tolist()
@@ -168,7 +214,7 @@ def test_old_tokens_count_less() -> None:
     rows = rows_of([[1.0], [1.0]], ages=[0.0, 4.0])
     everywhere = torch.ones_like(rows.is_guided)
     correction = RolloutCorrection(age_halflife=2.0)
-    weights, _ = correction.weights(rows, outputs_of([0.0, 0.0]), everywhere)
+    weights, _ = correction.weights(rows, torch.zeros(2), everywhere)
     assert weights.tolist() == pytest.approx([1.0, 0.25])
 
 
