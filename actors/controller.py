@@ -5,7 +5,8 @@
       └──────────────── slots come back when engines hold the weights ─┘
 
 Two loops, dispatch and learn, and a task per group between them: the slots bound what is under way,
-so no queue is needed, and a sync or an evaluation has its place in the step that it belongs to.
+so no queue is needed. While engines take over the weights of a step, the learner takes in groups of
+the next; an evaluation and a save have their place between two steps.
 
 Invariant: a slot is taken per admitted group and given back once, after the sync of the step that
 consumed the group or when it was dropped with a reason. A lost learner and a resumed run take the
@@ -21,11 +22,10 @@ import time
 from actors.bookkeeping import SKIPPED, Bookkeeping
 from actors.bring_up import Parts, bring_up
 from actors.checkpointing import Checkpointing
+from actors.dispatch import Dispatch
 from actors.gathering import Gathering
 from actors.held_out import HeldOut
 from actors.observer import Observer
-from actors.producer import Producer
-from actors.rollout import RolloutRequest
 from actors.stages import Stages
 from actors.staleness import StalenessPolicy
 from actors.statistics import RolloutStatistics
@@ -36,7 +36,6 @@ from cluster.config import Config
 from cluster.errors import HoneError, LearnerLostError, StageError
 from cluster.run_dir import RunDir
 from cluster.status import ActorStatus
-from cluster.types import StepResult
 
 STATUS_EVERY_S = 0.5
 
@@ -61,6 +60,8 @@ class Controller:
         self._held_out = HeldOut(config, self._stages, self._observer, self._stopping)
         self._gathering = Gathering(config, self._books, self._stages, self._stopping, self._drop)
         self._slots = StalenessPolicy(config.max_groups_in_flight)
+        parts = self._books, self._stages, self._slots, self._supervisor, self._statistics
+        self._dispatch = Dispatch(config, *parts, self._drop)
         self._starting: asyncio.Task[Parts] | None = None
         self._parts: Parts | None = None
         self._is_over = False
@@ -160,54 +161,12 @@ class Controller:
         """Dispatch runs beside learning; the first failure of either ends both."""
         try:
             async with asyncio.TaskGroup() as group:
-                producers: set[asyncio.Task[None]] = set()
-                dispatch = group.create_task(self._dispatch(parts, group, producers))
-                await group.create_task(self._learn(parts))
-                for task in (dispatch, *producers):
-                    task.cancel()
+                self._dispatch.start(parts, group)
+                await group.create_task(self._learn(parts, group))
+                self._dispatch.stop()
         except* HoneError as failures:
             errors = failures.exceptions
             raise min(errors, key=lambda e: isinstance(e, LearnerLostError)) from None
-
-    async def _dispatch(
-        self, parts: Parts, group: asyncio.TaskGroup, producers: set[asyncio.Task[None]]
-    ) -> None:
-        """Admit one group per free slot."""
-        program = self._config.rollout.program
-        producer = Producer(program, parts.fleet, parts.rewards, self._stages)
-        while True:
-            with self._stages.wait("dispatch", "a free slot (rollout.max_policy_age)"):
-                await self._slots.admit()
-            request = parts.curriculum.next(self._books.policy_version)
-            task = group.create_task(self._produce(parts, producer, request))
-            producers.add(task)
-            task.add_done_callback(producers.discard)
-
-    async def _produce(self, parts: Parts, producer: Producer, request: RolloutRequest) -> None:
-        """One group from task to buffer; a dropped group frees its slot at once."""
-        group_id = request.group_id
-        if parts.curriculum.is_held(group_id):
-            return
-        try:
-            production = await producer.produce(request)
-        except HoneError as error:
-            reason = self._supervisor.group_failed(error)
-            await self._drop([group_id], reason, str(error))
-            return
-        self._supervisor.group_made()
-        self._statistics.add(production)
-        summary = production.last
-        self._books.note_scored(summary)
-        known = [reward for reward in production.plain.rewards if reward is not None]
-        if known:
-            self._supervisor.group_scored()
-            is_idle = summary.is_uniform and self._config.tasks.skip_uniform
-            parts.curriculum.observe(is_idle, sum(known) / len(known))
-        else:
-            await asyncio.sleep(self._supervisor.group_unscored())
-        is_known = summary.outcome == "duplicate" and await self._books.is_stored(group_id)
-        if summary.outcome != "added" and not is_known:
-            await self._drop([group_id], summary.outcome)
 
     async def _drop(self, group_ids: list[str], reason: str, detail: str = "") -> None:
         """These groups will not be trained on: say why, and free their slots."""
@@ -217,11 +176,15 @@ class Controller:
         if self._parts is not None:
             await self._slots.release(self._parts.curriculum.settle(group_ids))
 
-    async def _learn(self, parts: Parts) -> None:
+    async def _learn(self, parts: Parts, group: asyncio.TaskGroup) -> None:
         """One optimizer step per `groups_per_step` groups, until the end."""
+        closing: asyncio.Task[None] | None = None  # of the step before
         while self._books.step < self._config.run.steps:
             started = time.monotonic()
             headers = await self._gathering.step(parts.learner, parts.curriculum)
+            if closing is not None:
+                with self._stages.wait("learn", "weight sync"):
+                    await closing
             if self._stopping.is_set():
                 await self._books.release(headers)
                 return
@@ -236,18 +199,41 @@ class Controller:
             shown = await self._books.commit(headers, result)
             self._supervisor.step_skipped() if is_skipped else self._supervisor.step_made()
             num_slots = parts.curriculum.settle([header.group_id for header in headers])
-            parts.sync.choose_probes(shown)
+            parts.sync.probes.choose(shown)
             chosen = self._observer.choose(shown)
             self._observer.samples(result.step, chosen, await parts.learner.inspect(chosen))
+            is_sent = asyncio.Event()
+            syncing = group.create_task(self._sync(parts, is_sent))
+            metrics = result.metrics | {
+                "policy_version": result.policy_version,
+                "policy_age/mean": sum(ages) / len(ages),
+                "policy_age/max": max(ages),
+                "buffer/depth": await self._books.depth(),
+            }
+            may_go_on = self._may_go_on(result.step)
             with self._stages.wait("learn", "weight sync"):
-                report = await self._sync(parts)
-            if result.step < self._config.run.steps:
-                await self._slots.release(num_slots)
-            await self._close_step(parts, ages, result, report, started)
+                await (is_sent.wait() if may_go_on else syncing)
+            metrics["time/step_s"] = time.monotonic() - started
+            closing = group.create_task(
+                self._close_step(parts, result.step, metrics, syncing, num_slots)
+            )
+            if not may_go_on:
+                await closing
 
-    async def _sync(self, parts: Parts) -> SyncReport:
+    def _may_go_on(self, step: int) -> bool:
+        """Whether the next step may begin while engines still take over the weights of this one."""
+        is_async = self._config.rollout.max_policy_age > 0
+        return is_async and not self._is_measured(step) and not self._is_saved(step)
+
+    def _is_measured(self, step: int) -> bool:
+        return step >= self._config.run.steps or step % self._config.eval.every == 0
+
+    def _is_saved(self, step: int) -> bool:
+        return step < self._config.run.steps and step % self._config.run.checkpoint_every == 0
+
+    async def _sync(self, parts: Parts, is_sent: asyncio.Event | None = None) -> SyncReport:
         with self._stages.busy("sync"):
-            report = await parts.sync.sync(self._books.policy_version)
+            report = await parts.sync.sync(self._books.policy_version, is_sent)
         figures = {n.removeprefix("sync/"): value for n, value in report.metrics().items()}
         self._observer.event("sync", policy_version=report.policy_version, **figures)
         return report
@@ -255,26 +241,21 @@ class Controller:
     async def _close_step(
         self,
         parts: Parts,
-        ages: list[int],
-        result: StepResult,
-        report: SyncReport,
-        started: float,
+        step: int,
+        metrics: dict[str, float],
+        syncing: asyncio.Task[SyncReport],
+        num_slots: int,
     ) -> None:
-        """Evaluate, log, save."""
-        is_last = result.step >= self._config.run.steps
-        metrics = result.metrics | self._statistics.drain() | report.metrics()
-        metrics |= {
-            "policy_version": result.policy_version,
-            "policy_age/mean": sum(ages) / len(ages),
-            "policy_age/max": max(ages),
-            "buffer/depth": await self._books.depth(),
-            "time/step_s": time.monotonic() - started,
-        }
-        if is_last or result.step % self._config.eval.every == 0:
+        """Let further groups come when engines hold the weights; evaluate, log, save."""
+        report = await syncing
+        if step < self._config.run.steps:
+            await self._slots.release(num_slots)
+        metrics = metrics | self._statistics.drain() | report.metrics()
+        if self._is_measured(step):
             with self._stages.wait("learn", "evaluation"):
                 metrics |= await self._measure(parts)
-        self._observer.log_step(result.step, metrics)
-        if result.step % self._config.run.checkpoint_every == 0 and not is_last:
+        self._observer.log_step(step, metrics)
+        if self._is_saved(step):
             await self._save(parts)
         else:
             await self._checkpoints.settle(parts.learner)

@@ -16,9 +16,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.placement import QUIET_ENV
+from actors.probes import NUM_SEQUENCES
 from actors.programs import strips_hints
 from actors.stages import within
-from actors.weight_sync import PROBE_SEQUENCES
 from cluster.config import Config
 from cluster.errors import StageError
 from cluster.run_dir import RunDir
@@ -130,5 +130,5 @@ def prepare_policy(
                 examples.append(
                     (render(tokenizer, task.messages), encode_completion(tokenizer, text))
                 )
-    prompts = [render(tokenizer, task.messages) for task in tasks[:PROBE_SEQUENCES]]
+    prompts = [render(tokenizer, task.messages) for task in tasks[:NUM_SEQUENCES]]
     return PreparedPolicy(policy_dir, stop, prompts, examples)

@@ -15,22 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from actors.fleet import EventSink, RolloutFleet, Worker, WorkerState
+from actors.probes import Probes
 from actors.stages import within
 from actors.weight_broadcast import WeightBroadcast
 from actors.weight_sharing import WeightSharing
 from cluster import published
 from cluster.config import SyncSection
 from cluster.errors import DeadlineError, StageError
-from cluster.types import TrajectoryGroup
 from learners.group import LearnerGroup
-from learners.records import ScoreRequest
 
-# Weights that differ show at any few tokens. The mismatch metrics of a step compare
-# engine and learner on all that was sampled.
-PROBE_SEQUENCES, PROBE_TOKENS = 4, 64
 logger = logging.getLogger(__name__)
 
 Outcome = tuple[float, float | None]  # pause_s and probe error of a worker that serves
@@ -39,12 +33,14 @@ Outcome = tuple[float, float | None]  # pause_s and probe error of a worker that
 @dataclass(frozen=True)
 class SyncReport:
     """One sync. `probe_error` is the largest mean |engine - learner| log-prob over engines, in
-    nats; None when all of them had to be replaced. `probe_s` is what it took the learner and the
-    slowest engine. `num_without_file` of the `num_engines` needed no file.
+    nats; None when all of them had to be replaced. `hold_s` is until the learner is free again,
+    `probe_s` what the probe took it and the slowest engine. `num_without_file` of the
+    `num_engines` needed no file.
     """
 
     policy_version: int
     total_s: float
+    hold_s: float
     pause_s: float
     probe_error: float | None
     probe_s: float
@@ -53,7 +49,11 @@ class SyncReport:
 
     def metrics(self) -> dict[str, float]:
         """Metric keys of docs/reference.md; a probe that was not made has none."""
-        metrics = {"sync/total_s": self.total_s, "sync/pause_s": self.pause_s}
+        metrics = {
+            "sync/total_s": self.total_s,
+            "sync/hold_s": self.hold_s,
+            "sync/pause_s": self.pause_s,
+        }
         if self.probe_error is None:
             return metrics
         return metrics | {"sync/probe_error": self.probe_error, "sync/probe_s": self.probe_s}
@@ -85,35 +85,15 @@ class WeightSync:
             self._transfer = WeightBroadcast(config, learner, fleet.engine_size, on_event)
         elif config.transport == "shared":
             self._transfer = WeightSharing(config, learner, on_event)
-        # An engine adds one token to what it scores.
-        self._max_probe_tokens = min(PROBE_TOKENS, context_length - 1)
-        # In force, and the learner's log-probs of them; `_next_probes` take their place in a sync,
-        # so that whoever catches up meanwhile is not measured by those of others.
-        self._probes: list[np.ndarray] = []
-        self._expected: list[np.ndarray] = []
-        self._next_probes: list[np.ndarray] = []
+        self.probes = Probes(prompts, context_length)
         self._probe_s = 0.0  # of the slowest engine in this sync
         self._published: tuple[Path, int] | None = None
         self._lock = asyncio.Lock()
-        self._probe_with([np.asarray(prompt) for prompt in prompts])
         fleet.catch_up = self.catch_up
 
-    def choose_probes(self, groups: list[TrajectoryGroup]) -> None:
-        """Take beginnings of real trajectories as the next probes, in place of those before, which
-        were `prompts` at first; keeps them if there are none.
-        """
-        trajectories = [t for group in groups for t in group.trajectories if len(t.token_ids)]
-        self._probe_with([np.concatenate([t.context_tokens, t.token_ids]) for t in trajectories])
-
-    def _probe_with(self, sequences: list[np.ndarray]) -> None:
-        step = max(1, len(sequences) // PROBE_SEQUENCES)
-        chosen = sequences[::step][:PROBE_SEQUENCES]
-        if chosen:
-            self._next_probes = [tokens[: self._max_probe_tokens] for tokens in chosen]
-
-    async def sync(self, policy_version: int) -> SyncReport:
+    async def sync(self, policy_version: int, is_sent: asyncio.Event | None = None) -> SyncReport:
         """Bring every serving engine to `policy_version`; `StageError` when none is left that
-        agrees.
+        agrees. `is_sent` is set when nothing more is asked of the learner.
         """
         started = time.monotonic()
         await self._learner.rest()
@@ -122,23 +102,21 @@ class WeightSync:
             self._directory.mkdir(parents=True, exist_ok=True)  # whoever may have removed it
             workers = [(w, w.handle) for w in self._fleet.serving]
             sent = await self._send([w for w, _ in workers], policy_version)
-            before = self._probes, self._expected
             self._probe_s, began = 0.0, time.monotonic()
-            if probes := self._next_probes:
-                requests = [ScoreRequest(probe.tolist(), num_context=1) for probe in probes]
-                self._expected = await self._learner.score(requests)
-                self._probes = probes
+            await self.probes.renew(self._learner)
             scoring_s = time.monotonic() - began
-            proven = await asyncio.gather(
-                *[self._take(w, s, policy_version) for (w, _), s in zip(workers, sent, strict=True)]
-            )
-            await self._fleet.notify()
+            taking = asyncio.create_task(self._take_all(workers, sent, policy_version))
             try:
                 await self._learner.export_weights(path)
             except BaseException:  # who catches up takes the version before, measured by its own
-                self._probes, self._expected = before
+                taking.cancel()
+                self.probes.restore()
                 raise
             self._published = (path, policy_version)
+            hold_s = time.monotonic() - started
+            if is_sent is not None:
+                is_sent.set()
+            proven = await taking
             results = await asyncio.gather(
                 *[
                     self._catch_up(worker, handle, how, outcome)
@@ -160,6 +138,7 @@ class WeightSync:
         return SyncReport(
             policy_version=policy_version,
             total_s=time.monotonic() - started,
+            hold_s=hold_s,
             pause_s=max(pause for pause, _ in done),
             probe_error=max((e for _, e in done if e is not None), default=None),
             probe_s=scoring_s + self._probe_s,
@@ -176,6 +155,19 @@ class WeightSync:
         for worker in workers:
             worker.state = WorkerState.STALE
         return await self._transfer.send(workers, policy_version)
+
+    async def _take_all(
+        self,
+        workers: Sequence[tuple[Worker, Any]],
+        sent: Sequence[float | StageError | None],
+        policy_version: int,
+    ) -> Sequence[Outcome | None]:
+        """What became of each; those that serve do so before the file is written."""
+        proven = await asyncio.gather(
+            *[self._take(w, s, policy_version) for (w, _), s in zip(workers, sent, strict=True)]
+        )
+        await self._fleet.notify()
+        return proven
 
     async def _take(
         self, worker: Worker, sent: float | StageError | None, policy_version: int
@@ -264,12 +256,12 @@ class WeightSync:
 
     async def _probe(self, worker: Worker) -> float | None:
         """Mean |engine - learner| log-prob over all probe tokens, in nats; None without probes."""
-        if not self._probes:
+        if not self.probes.sequences:
             return None
         started = time.monotonic()
-        measured = await self._call(worker, "score", self._probes)
+        measured = await self._call(worker, "score", self.probes.sequences)
         self._probe_s = max(self._probe_s, time.monotonic() - started)
-        return float(np.abs(np.concatenate(measured) - np.concatenate(self._expected)).mean())
+        return self.probes.error(measured)
 
     async def _call(self, worker: Worker, method: str, *arguments: object):
         return await within(

@@ -1,10 +1,11 @@
 """A run as discrete events: what a split of the devices will give, before it is bought.
 
 Invariant: groups, slots, seats and versions obey the rules of the conductor: slots are
-`(max_policy_age + 1) * groups_per_step` and come back after the sync, in `sync` mode groups are
+`(max_policy_age + 1) * groups_per_step` and come back after the sync; in `sync` mode groups are
 taken in draw order in quarters of a step, otherwise as they come with seats kept for those that
-others overtook (`actors.intake`). Only durations are models, and they come from a measured
-`StageProfile`. Time is simulated, in seconds. Called by `serve.scaling` and the benchmarks.
+others overtook (`actors.intake`), from when the sync needs the learner no more. Only durations are
+models, and they come from a measured `StageProfile`. Time is simulated, in seconds. Called by
+`serve.scaling` and the benchmarks.
 """
 
 import heapq
@@ -74,7 +75,9 @@ class _Run:
         self._intake = intake_of(layout.max_policy_age, layout.groups_per_step)
         self._num_free = layout.num_slots
         self._pace = Pace()
-        self._version = 0  # that the engines hold
+        self._version = 0  # of the learner
+        self._is_synced = True  # the engines hold it, too
+        self._waits_for_sync = False  # the end of the next step
         self._step = 0
         self._num_left = layout.groups_per_step
         self._is_learning = False
@@ -194,8 +197,10 @@ class _Run:
         if self._num_left:
             self._is_learning = False
             self._take_in()
-        else:
+        elif self._is_synced:
             self._stepped()
+        else:
+            self._waits_for_sync = True
 
     def _stepped(self) -> None:
         """The step is committed; its weights go to the engines, which pause for a moment."""
@@ -205,7 +210,12 @@ class _Run:
         for engine in self._engines:
             engine.pause(self._now)
         self._pace = self._rng.choice(self._profile.paces)
+        self._is_synced = False
+        hold_s = self._profile.hold_s
+        if hold_s is None or self._layout.max_policy_age == 0:
+            hold_s = self._profile.sync_s
         self._after(self._profile.pause_s * self._pace.sync, self._resume)
+        self._after(hold_s * self._pace.sync, self._begin)
         self._after(self._profile.sync_s * self._pace.sync, self._synced)
 
     def _resume(self) -> None:
@@ -213,12 +223,19 @@ class _Run:
             engine.resume(self._now)
             self._plan(index)
 
-    def _synced(self) -> None:
+    def _begin(self) -> None:
+        """The learner is free for the next step."""
         self._version += 1
         self._step += 1
         self._is_learning = False
         self._num_left = self._layout.groups_per_step
         self._intake.begin(self._version)
+        self._take_in()
+
+    def _synced(self) -> None:
+        self._is_synced = True
         self._num_free += self._layout.groups_per_step
         self._admit()
-        self._take_in()
+        if self._waits_for_sync:
+            self._waits_for_sync = False
+            self._stepped()

@@ -49,6 +49,7 @@ class StageProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     learn_token_s: float
     sync_s: float  # from the step to engines that hold it
     pause_s: float  # of which engines stand still
+    hold_s: float | None = None  # and the learner, unless in `sync` mode; None: all the time
     drop_fraction: float  # of scored groups, uniform ones above all
     lengths: list[list[int]]  # sampled tokens of each trajectory of groups as they came
     world_size: int
@@ -66,7 +67,7 @@ class StageProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         durations = (self.iteration_s, self.sequence_s, self.learn_token_s, self.learn_group_s)
         latencies = (self.score_s, self.score_latency_s)
-        if min(*durations, *latencies, self.sync_s, self.pause_s) < 0:
+        if min(*durations, *latencies, self.sync_s, self.pause_s, self.hold_s or 0.0) < 0:
             raise ValueError("durations must be at least 0")
         if self.iteration_s + self.sequence_s <= 0:
             raise ValueError("iteration_s + sequence_s must be above 0")
@@ -129,6 +130,7 @@ class StageProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             learn_token_s=learn.second,
             sync_s=sync_s,
             pause_s=fmean(w.row["sync/pause_s"] for w in windows),
+            hold_s=fmean(w.row["sync/hold_s"] for w in windows),
             drop_fraction=sum(w.num_dropped for w in windows) / len(groups),
             lengths=random.Random(0).sample(lengths, min(NUM_GROUPS, len(lengths))),
             world_size=config.learner.world_size,
@@ -162,6 +164,7 @@ class StageProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             learn_group_s=self.learn_group_s * scale,
             sync_s=self.sync_s * scale,
             pause_s=self.pause_s * scale,
+            hold_s=None if self.hold_s is None else self.hold_s * scale,
         )
 
     def with_lengths(self, mean: float, sigma: float, cap: int) -> "StageProfile":

@@ -75,7 +75,7 @@ async def test_engine_and_learner_agree_before_and_after_a_sync(
     assert probe_error(first) <= 1e-4  # by the prompts: engines are proven before they serve
     for version in (1, 2):
         group = await rollout(parts, request(f"before-{version}"))
-        parts.sync.choose_probes([group])
+        parts.sync.probes.choose([group])
         await move_weights(parts, version)
         report = await parts.sync.sync(version)
         assert report.policy_version == version
@@ -102,7 +102,7 @@ async def test_a_lost_learner_starts_anew_and_goes_on_from_its_checkpoint(
     parts: Parts, tmp_path: Path
 ) -> None:
     """Kill -9 of the rank: the engines live on and agree with what it then holds."""
-    parts.sync.choose_probes([await rollout(parts, request("before the loss"))])
+    parts.sync.probes.choose([await rollout(parts, request("before the loss"))])
     engine_pid, lost_pid = parts.fleet.workers[0].pid, parts.learner.pids[0]
     await parts.learner.begin_save(tmp_path / "checkpoint")
     await parts.learner.finish_save()
@@ -179,7 +179,7 @@ async def test_a_trajectory_as_long_as_the_context_is_a_probe_like_any_other(
     long = await rollout(parts, RolloutRequest("to the end", TASK, 4, Sampling(200, 1.0, [], 3)))
     lengths = [len(t.context_tokens) + len(t.token_ids) for t in long.trajectories]
     assert max(lengths) == guided_config.policy.context_length
-    parts.sync.choose_probes([long])
+    parts.sync.probes.choose([long])
     await parts.sync.sync(parts.fleet.workers[0].policy_version)
     assert parts.fleet.workers[0].state is WorkerState.HEALTHY
 
@@ -310,12 +310,50 @@ async def test_a_sync_in_which_every_worker_dies_waits_for_a_replacement(
 async def test_who_catches_up_is_not_measured_by_the_probes_of_the_next_sync(parts: Parts) -> None:
     worker = parts.fleet.workers[0]
     asked = RolloutRequest("probes", TASK, 4, Sampling(24, 1.0, [], 3))
-    parts.sync.choose_probes([await rollout(parts, asked)])
+    parts.sync.probes.choose([await rollout(parts, asked)])
     await parts.sync.catch_up(worker)
     assert worker.state is WorkerState.HEALTHY
-    before = parts.sync._probes
+    before = parts.sync.probes.sequences
     assert probe_error(await parts.sync.sync(worker.policy_version)) <= 1e-4
-    assert parts.sync._probes is not before
+    assert parts.sync.probes.sequences is not before
+
+
+async def test_the_learner_is_free_before_the_engines_hold_the_weights(parts: Parts) -> None:
+    """And what it does meanwhile does not change what they get."""
+    worker = parts.fleet.workers[0]
+    version = worker.policy_version + 1
+    await move_weights(parts, version)
+    is_sent = asyncio.Event()
+    syncing = asyncio.create_task(parts.sync.sync(version, is_sent))
+    await asyncio.wait_for(is_sent.wait(), 60)
+    assert not syncing.done()
+    assert worker.policy_version == version - 1
+    await move_weights(parts, version + 1)
+    report = await asyncio.wait_for(syncing, 60)
+    assert probe_error(report) <= 1e-4
+    assert 0 < report.hold_s < report.total_s
+    assert worker.policy_version == version
+
+
+async def test_a_learner_lost_in_a_sync_leaves_the_probes_of_the_weights_that_are_published(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lost(path: Path) -> None:
+        raise LearnerLostError("learn", f"in the midst of {path}")
+
+    worker = parts.fleet.workers[0]
+    version = worker.policy_version
+    await parts.sync.sync(version)
+    before = parts.sync.probes.sequences
+    await move_weights(parts, version + 1)
+    parts.sync.probes.choose([await rollout(parts, request("of the lost sync"))])
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.learner, "export_weights", lost)
+        with pytest.raises(LearnerLostError):
+            await parts.sync.sync(version + 1)
+    assert parts.sync.probes.sequences is before
+    await parts.sync.catch_up(worker)
+    assert (worker.state, worker.policy_version) == (WorkerState.HEALTHY, version)
 
 
 async def test_the_probe_catches_a_stale_output_head(parts: Parts) -> None:

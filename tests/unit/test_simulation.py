@@ -69,6 +69,17 @@ def test_with_rollouts_to_spare_a_step_ahead_costs_what_the_learner_and_the_sync
     assert result.age_max == 3
 
 
+def test_the_learner_goes_on_while_engines_take_over_the_weights() -> None:
+    """But no step ends before they hold those of the step before, and in `sync` mode it waits."""
+    held = msgspec.structs.replace(EVEN, hold_s=0.05)
+    assert forecast(held, 3, workers=64).step_s == pytest.approx(LEARN_S + 0.05)
+    assert forecast(held, 0) == forecast(EVEN, 0)
+    slow = msgspec.structs.replace(held, sync_s=2 * LEARN_S)
+    result = forecast(slow, 3, workers=64)
+    assert result.step_s == pytest.approx(2 * LEARN_S)
+    assert result.learner_idle == pytest.approx(0.5)
+
+
 def test_with_a_learner_to_spare_a_step_ahead_costs_what_its_tokens_cost_the_engine() -> None:
     result = forecast(EVEN, 3, world_size=1000)
     most = 4 * NUM_GROUPS * GROUP_SIZE
@@ -238,7 +249,7 @@ def record(run: RunDir, steps: int, num_dropped: int = 0) -> None:
                "learner/num_loss_tokens": used,
                "rollout/tokens_per_s": sum(map(sum, lengths)) / step_s,
                "reward/correct/latency_s": 0.5, "sync/total_s": EVEN.sync_s,
-               "sync/pause_s": EVEN.pause_s}  # fmt: skip
+               "sync/hold_s": 0.04, "sync/pause_s": EVEN.pause_s}  # fmt: skip
         for stage, seconds in busy.items():
             row[f"time/wait_s/{stage}"] = step_s - seconds
             name = "learner" if stage == "learn" else stage
@@ -257,6 +268,7 @@ def test_the_profile_of_a_run_has_the_rates_it_was_made_with(
     assert profile.learn_group_s == pytest.approx(EVEN.learn_group_s)
     assert profile.learn_token_s == pytest.approx(EVEN.learn_token_s)
     assert (profile.sync_s, profile.pause_s) == pytest.approx((EVEN.sync_s, EVEN.pause_s))
+    assert profile.hold_s == pytest.approx(0.04)
     assert profile.score_latency_s == pytest.approx(0.5)
     num_groups = 8 + num_dropped
     assert profile.score_s == pytest.approx(0.2 / num_groups)
