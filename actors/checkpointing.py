@@ -2,8 +2,8 @@
 
 Invariant: at most one save is in flight, and a group is acknowledged only after the checkpoint
 that holds its step is published. A save that fails (a full disk) leaves the checkpoint before it in
-force and the run going, unless it is the last one. Owned by the controller, which calls between
-steps.
+force and the run going, unless it is the last one. Owned by the controller, which begins one
+between steps.
 """
 
 import asyncio

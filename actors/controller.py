@@ -154,7 +154,8 @@ class Controller:
         self._observer.phase("starting", "first weight sync", 3.0)
         await self._sync(parts)
         if is_new:
-            self._observer.log_step(0, parts.warm_start | await self._measure(parts))
+            first = parts.warm_start | await self._measure(parts)
+            self._observer.log_step(0, first | self._observer.drain_stages())
         self._observer.phase("training", "", 0.0)
 
     async def _loop(self, parts: Parts) -> None:
@@ -178,10 +179,16 @@ class Controller:
 
     async def _learn(self, parts: Parts, group: asyncio.TaskGroup) -> None:
         """One optimizer step per `groups_per_step` groups, until the end."""
-        closing: asyncio.Task[None] | None = None  # of the step before
+        syncing: asyncio.Task[SyncReport] | None = None  # of the step before
+        closing: asyncio.Task[None] | None = None
         while self._books.step < self._config.run.steps:
             started = time.monotonic()
-            headers = await self._gathering.step(parts.learner, parts.curriculum)
+            try:
+                headers = await self._gathering.step(parts.learner, parts.curriculum)
+            except LearnerLostError:
+                if syncing is not None:  # it needs no learner any more, and engines need its end
+                    await asyncio.wait([syncing])
+                raise
             if closing is not None:
                 with self._stages.wait("learn", "weight sync"):
                     await closing
@@ -214,6 +221,8 @@ class Controller:
             with self._stages.wait("learn", "weight sync"):
                 await (is_sent.wait() if may_go_on else syncing)
             metrics["time/step_s"] = time.monotonic() - started
+            if may_go_on:  # what comes now is of the next step
+                metrics |= self._statistics.drain() | self._observer.drain_stages()
             closing = group.create_task(
                 self._close_step(parts, result.step, metrics, syncing, num_slots)
             )
@@ -232,8 +241,12 @@ class Controller:
         return step < self._config.run.steps and step % self._config.run.checkpoint_every == 0
 
     async def _sync(self, parts: Parts, is_sent: asyncio.Event | None = None) -> SyncReport:
-        with self._stages.busy("sync"):
-            report = await parts.sync.sync(self._books.policy_version, is_sent)
+        try:
+            with self._stages.busy("sync"):
+                report = await parts.sync.sync(self._books.policy_version, is_sent)
+        finally:
+            if is_sent is not None:
+                is_sent.set()  # also when it failed: whoever awaits this task is told how
         figures = {n.removeprefix("sync/"): value for n, value in report.metrics().items()}
         self._observer.event("sync", policy_version=report.policy_version, **figures)
         return report
@@ -250,10 +263,13 @@ class Controller:
         report = await syncing
         if step < self._config.run.steps:
             await self._slots.release(num_slots)
-        metrics = metrics | self._statistics.drain() | report.metrics()
-        if self._is_measured(step):
-            with self._stages.wait("learn", "evaluation"):
-                metrics |= await self._measure(parts)
+        metrics = metrics | report.metrics()
+        if not self._may_go_on(step):
+            metrics |= self._statistics.drain()
+            if self._is_measured(step):
+                with self._stages.wait("learn", "evaluation"):
+                    metrics |= await self._measure(parts)
+            metrics |= self._observer.drain_stages()
         self._observer.log_step(step, metrics)
         if self._is_saved(step):
             await self._save(parts)

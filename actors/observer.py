@@ -83,13 +83,18 @@ class Observer:
         self.phase("failed", "", 0.0)
         self.event("run_failed", error=self._error)
 
+    def drain_stages(self) -> dict[str, float]:
+        """Metrics of what each stage waited and worked since the last call."""
+        metrics: dict[str, float] = {}
+        for stage, (waited_s, busy_fraction) in self._stages.drain().items():
+            metrics[f"time/wait_s/{stage}"] = waited_s
+            metrics[f"{'learner' if stage == 'learn' else stage}/busy_fraction"] = busy_fraction
+        return metrics
+
     def log_step(self, step: int, metrics: dict[str, float]) -> None:
-        """One row of `metrics.jsonl`, with the stage waits and drops since the last row."""
+        """One row of `metrics.jsonl`, with all drops so far."""
         log.set_progress(step=step, policy_version=int(metrics.get("policy_version", 0)))
         row = dict(metrics)
-        for stage, (waited_s, busy_fraction) in self._stages.drain().items():
-            row[f"time/wait_s/{stage}"] = waited_s
-            row[f"{'learner' if stage == 'learn' else stage}/busy_fraction"] = busy_fraction
         row["buffer/dropped"] = float(sum(self._drops.values()))
         for reason, count in self._drops.items():
             row[f"buffer/dropped/{reason}"] = float(count)

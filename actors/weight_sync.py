@@ -110,6 +110,7 @@ class WeightSync:
                 await self._learner.export_weights(path)
             except BaseException:  # who catches up takes the version before, measured by its own
                 taking.cancel()
+                await asyncio.wait([taking])
                 self.probes.restore()
                 raise
             self._published = (path, policy_version)
@@ -162,7 +163,7 @@ class WeightSync:
         sent: Sequence[float | StageError | None],
         policy_version: int,
     ) -> Sequence[Outcome | None]:
-        """What became of each; those that serve do so before the file is written."""
+        """What became of each; those that can serve do not wait for the file."""
         proven = await asyncio.gather(
             *[self._take(w, s, policy_version) for (w, _), s in zip(workers, sent, strict=True)]
         )

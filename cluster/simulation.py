@@ -76,7 +76,8 @@ class _Run:
         self._num_free = layout.num_slots
         self._pace = Pace()
         self._version = 0  # of the learner
-        self._is_synced = True  # the engines hold it, too
+        self._held = 0  # by the engines
+        self._is_synced = True  # they are the same
         self._waits_for_sync = False  # the end of the next step
         self._step = 0
         self._num_left = layout.groups_per_step
@@ -128,7 +129,7 @@ class _Run:
         begun: set[int] = set()
         for _ in range(self._num_free):
             lengths = self._rng.choice(self._profile.lengths)
-            group = Group(sum(lengths), len(lengths), self._version)
+            group = Group(sum(lengths), len(lengths), self._held)
             self._num_drawn += 1
             self._intake.draw(group)
             index = self._least_loaded()
@@ -233,7 +234,7 @@ class _Run:
         self._take_in()
 
     def _synced(self) -> None:
-        self._is_synced = True
+        self._held, self._is_synced = self._version, True
         self._num_free += self._layout.groups_per_step
         self._admit()
         if self._waits_for_sync:

@@ -130,7 +130,7 @@ class StageProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             learn_token_s=learn.second,
             sync_s=sync_s,
             pause_s=fmean(w.row["sync/pause_s"] for w in windows),
-            hold_s=fmean(w.row["sync/hold_s"] for w in windows),
+            hold_s=fmean(w.row.get("sync/hold_s", w.sync_s) for w in windows),
             drop_fraction=sum(w.num_dropped for w in windows) / len(groups),
             lengths=random.Random(0).sample(lengths, min(NUM_GROUPS, len(lengths))),
             world_size=config.learner.world_size,

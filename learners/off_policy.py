@@ -35,8 +35,9 @@ def base_logprobs(rows: MicroBatch, outputs: TokenOutputs, to: RatioTo) -> Float
     """Log-probs of `to`, without gradient.
 
     `interpolated` is A-3PO (arXiv 2512.06547), which needs no pass of its own: rollout + age /
-    (age + 1) * (learner - rollout), the learner being one version after the proximal policy. With
-    log-probs -1.3 and -.9 and an age of 2 that is -1.033333.
+    (age + 1) * (learner - rollout). The proximal policy is the one at the start of the step, from
+    which age counts, and the learner one version on. With log-probs -1.3 and -.9 and an age of 2
+    that is -1.033333.
     """
     if to == "rollout":
         return rows.rollout_logprobs

@@ -36,7 +36,8 @@ class Surrogate(ABC):
     learner at the start of the step, and `correction` (settings of `RolloutCorrection`) weights
     tokens by proximal / rollout. `interpolated` guesses the proximal log-probs (A-3PO) instead of
     computing them. `token_filter` is a plug-in `{use, settings}` that chooses the tokens with a
-    gradient.
+    gradient. `needs_proximal` follows from these: a subclass that reads the proximal policy by
+    itself sets it after `__post_init__`.
     """
 
     ratio_to: RatioTo = field(default="rollout", kw_only=True)
