@@ -21,7 +21,7 @@ from cluster import traces
 from cluster.checkpoint_store import CheckpointStore
 from cluster.config import Config
 from cluster.config_file import config_hash
-from cluster.errors import ConfigError, HoneError, StageError
+from cluster.errors import ConfigError, HoneError, StageError, WireError
 from cluster.group_log import Fate, GroupLine, GroupLog
 from cluster.ledger import Ledger
 from cluster.redis_client import OUTAGE_S, connect
@@ -137,11 +137,13 @@ class Bookkeeping:
         return len(held)
 
     def _roll_back(self) -> dict[str, int]:
-        """Ledger and buffer to the present step; the policy version of each group still held."""
-        undone = self._ledger.truncate_after(self.step)
+        """Ledger and buffer to the present step; the policy version of each group still held. The
+        ledger comes last: it alone knows what a roll-back that is cut short has still to do.
+        """
         self.buffer.acknowledge(self.step)
         self.buffer.restore(self.step)
-        self._correct_buffer([g for r in undone for g in (*r.group_ids, *r.skipped)])
+        self._correct_buffer()
+        self._ledger.truncate_after(self.step)
         if self._config.rollout.max_policy_age == 0:
             for group_id in self.buffer.discard_newer(self.policy_version):
                 self._groups.dropped(group_id, LOST_WEIGHTS)
@@ -152,14 +154,16 @@ class Bookkeeping:
             self._groups.append(GroupLine(group_id=group_id, fate=Fate.HELD))
         return held
 
-    def _correct_buffer(self, undone: list[str]) -> None:
+    def _correct_buffer(self) -> None:
         """Where it differs from ledger and checkpoint, which decide. A Redis that lost its last
         second still holds groups that have moved the weights: they go. What it has let go of though
         its steps are undone, as those of a damaged checkpoint and of skipped steps, may be sampled
         again.
         """
         held = self.buffer.versions()
-        used = {g for record in self._ledger.records() for g in record.group_ids}
+        records = self._ledger.records()
+        used = {g for r in records if r.step <= self.step for g in r.group_ids}
+        undone = [g for r in records if r.step > self.step for g in (*r.group_ids, *r.skipped)]
         if back := [group_id for group_id in held if group_id in used]:
             self.buffer.consume(back, step=self.step)
             self.buffer.acknowledge(self.step)
@@ -238,11 +242,19 @@ class Bookkeeping:
             await asyncio.to_thread(self.buffer.drop, group_id, SKIPPED)
         for group_id in group_ids:
             traces.end(group_id, step=result.step, policy_version=result.policy_version)
-        return await asyncio.to_thread(self.buffer.fetch, group_ids[:NUM_SHOWN_GROUPS])
+        try:
+            return await asyncio.to_thread(self.buffer.fetch, group_ids[:NUM_SHOWN_GROUPS])
+        except WireError as error:  # the step is committed all the same
+            log.warning("no samples of step %d: %s", result.step, error)
+            return []
 
     async def depth(self) -> int:
         """Scored groups that wait for the learner."""
         return (await asyncio.to_thread(self.buffer.stats)).ready
+
+    async def stored(self) -> set[str]:
+        """All groups that the buffer holds."""
+        return set(await asyncio.to_thread(self.buffer.versions))
 
     async def is_stored(self, group_id: str) -> bool:
         return await asyncio.to_thread(self.buffer.holds, group_id)

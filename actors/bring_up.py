@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import ray
 
-from actors import devices, prepared_policy
+from actors import devices, prepared_policy, programs
 from actors.capacity import away_from_gpus, cluster_nodes
 from actors.curriculum import Curriculum
 from actors.fleet import RolloutFleet
@@ -137,6 +137,13 @@ async def _start_parts(
     sampling = Sampling(
         config.rollout.max_new_tokens, config.rollout.temperature, [policy.stop_token_id]
     )
+    curriculum = Curriculum(
+        train_tasks,
+        config.run.seed,
+        sampling,
+        config.rollout.group_size,
+        programs.prefix_length(config),
+    )
 
     num_workers = config.rollout.workers
     loading = f"loading {num_workers} vLLM engine(s) and the learner"
@@ -195,7 +202,7 @@ async def _start_parts(
             context_length=config.policy.context_length,
             prompts=policy.prompts,
         ),
-        curriculum=Curriculum(train_tasks, config.run.seed, sampling, config.rollout.group_size),
+        curriculum=curriculum,
         sampling=sampling,
         eval_tasks=eval_tasks,
         warm_start=warm_metrics,

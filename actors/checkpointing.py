@@ -124,8 +124,12 @@ class Checkpointing:
                 return
             await asyncio.sleep(POLL_S)
 
-    async def drop(self) -> None:
-        """The learner is lost: a save that it had not finished is void, a finished one is not."""
+    async def drop(self, learner: LearnerGroup | None = None) -> None:
+        """The learner is lost: a save that it had not finished is void, a finished one is not. One
+        that is only to be started anew finishes it first.
+        """
+        if learner is not None:
+            await self.settle(learner, should_wait=True)
         if self._commit is not None:
             with suppress(HoneError):
                 await self._end_of(self._commit, DROP_S)

@@ -4,15 +4,14 @@
       ^                                                                │
       └──────────────── slots come back when engines hold the weights ─┘
 
-Two loops, dispatch and learn, and a task per group between them: the slots bound what is under way,
-so no queue is needed. While engines take over the weights of a step, the learner takes in groups of
-the next; an evaluation and a save have their place between two steps.
+Two loops, dispatch and learn, and a task per group between them; the slots bound what is under way.
+While engines take over the weights of a step, the learner takes in groups of the next one; an
+evaluation and a save have their place between two steps.
 
 Invariant: a slot is taken per admitted group and given back once, after the sync of the step that
 consumed the group or when it was dropped with a reason. A lost learner and a resumed run take the
-same way: become the writer, go back to the last durable state, go on. One Ray actor per run,
-created by `actors.train`; anything with an `if` about policy lives in staleness, curriculum,
-intake, supervisor, fleet or weight_sync.
+same way: become the writer, go back to the last durable state, go on. One Ray actor per run; any
+`if` about policy is in staleness, curriculum, intake, supervisor, fleet or weight_sync.
 """
 
 import asyncio
@@ -58,10 +57,11 @@ class Controller:
             self._books.store, self._books.buffer, self._supervisor, self._observer.event
         )
         self._held_out = HeldOut(config, self._stages, self._observer, self._stopping)
-        self._gathering = Gathering(config, self._books, self._stages, self._stopping, self._drop)
         self._slots = StalenessPolicy(config.max_groups_in_flight)
         parts = self._books, self._stages, self._slots, self._supervisor, self._statistics
         self._dispatch = Dispatch(config, *parts, self._drop)
+        waits = self._stages, self._stopping, self._drop, self._dispatch.producing
+        self._gathering = Gathering(config, self._books, *waits)
         self._starting: asyncio.Task[Parts] | None = None
         self._parts: Parts | None = None
         self._is_over = False
@@ -129,10 +129,10 @@ class Controller:
 
     async def _start_learner_anew(self, parts: Parts, lost: LearnerLostError) -> None:
         """Engines and reward workers live on; who still writes for the lost steps is fenced off."""
-        self._observer.event("worker_died", actor="learner", cause=lost.reason[:300])
+        self._observer.event(lost.event, actor="learner", cause=lost.reason[:300])
         self._observer.phase("recovering", "starting the learner anew", 15.0)
+        await self._checkpoints.drop(parts.learner if lost.is_learner_well else None)
         parts.learner.shutdown()
-        await self._checkpoints.drop()
         await self._books.take_over()
         await parts.learner.restart()
         self._observer.event("worker_restarted", actor="learner")
@@ -187,7 +187,8 @@ class Controller:
                 headers = await self._gathering.step(parts.learner, parts.curriculum)
             except LearnerLostError:
                 if syncing is not None:  # it needs no learner any more, and engines need its end
-                    await asyncio.wait([syncing])
+                    with self._stages.wait("learn", "weight sync"):
+                        await asyncio.wait([syncing])
                 raise
             if closing is not None:
                 with self._stages.wait("learn", "weight sync"):
@@ -206,6 +207,7 @@ class Controller:
             shown = await self._books.commit(headers, result)
             self._supervisor.step_skipped() if is_skipped else self._supervisor.step_made()
             num_slots = parts.curriculum.settle([header.group_id for header in headers])
+            parts.curriculum.end_step(header.passes for header in headers)
             parts.sync.probes.choose(shown)
             chosen = self._observer.choose(shown)
             self._observer.samples(result.step, chosen, await parts.learner.inspect(chosen))
@@ -247,7 +249,7 @@ class Controller:
         finally:
             if is_sent is not None:
                 is_sent.set()  # also when it failed: whoever awaits this task is told how
-        figures = {n.removeprefix("sync/"): value for n, value in report.metrics().items()}
+        figures = {name.removeprefix("sync/"): v for name, v in report.metrics().items()}
         self._observer.event("sync", policy_version=report.policy_version, **figures)
         return report
 

@@ -8,12 +8,13 @@ where it stopped. Every pass over the taskset is a new permutation. Called by th
 import math
 import random
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import takewhile
 
+from actors.prefix_length import PrefixLength
 from actors.rollout import RolloutRequest, Sampling
 from cluster.errors import StageError
-from cluster.types import CurriculumState, Task
+from cluster.types import CurriculumState, Passes, Task
 
 WINDOW = 256  # groups
 MAX_EMPTY_WINDOWS = 4
@@ -22,11 +23,19 @@ MAX_EMPTY_WINDOWS = 4
 class Curriculum:
     """Seeded sampler over a taskset plus the gate that notices when nothing can be learned."""
 
-    def __init__(self, tasks: list[Task], seed: int, sampling: Sampling, group_size: int) -> None:
+    def __init__(
+        self,
+        tasks: list[Task],
+        seed: int,
+        sampling: Sampling,
+        group_size: int,
+        prefix: PrefixLength | None = None,
+    ) -> None:
         self._tasks = tasks
         self._seed = seed
         self._sampling = sampling
         self._group_size = group_size
+        self._prefix = prefix
         self._num_drawn = 0
         self._pending: dict[str, int] = {}  # group_id -> draw
         self._drawn_at: dict[str, int] = {}  # group_id -> policy version
@@ -78,7 +87,15 @@ class Curriculum:
             stop_token_ids=self._sampling.stop_token_ids,
             seed=random.Random(f"{self._seed}/{epoch}/{task.task_id}").getrandbits(31),
         )
-        return RolloutRequest(group_id, task, self._group_size, sampling)
+        prefix_tokens = self._prefix.tokens if self._prefix else 0
+        return RolloutRequest(
+            group_id, task, self._group_size, sampling, prefix_tokens=prefix_tokens
+        )
+
+    @property
+    def unsettled(self) -> set[str]:
+        """Groups that were drawn or held, and neither consumed nor dropped since."""
+        return self._pending.keys() | self._held
 
     def is_held(self, group_id: str) -> bool:
         """Whether the buffer has held this group since before the last restart."""
@@ -121,11 +138,24 @@ class Curriculum:
                 "rollout.group_size or rollout.temperature, or warm-start longer",
             )
 
+    def note_passes(self, passes: Passes) -> None:
+        """Of a scored group that is dropped now."""
+        if self._prefix:
+            self._prefix.settle(passes)
+
+    def end_step(self, consumed: Iterable[Passes]) -> None:
+        """An optimizer step has consumed these groups; later draws may differ by their results."""
+        if self._prefix:
+            for passes in consumed:
+                self._prefix.settle(passes)
+            self._prefix.end_step()
+
     def state(self) -> CurriculumState:
         return CurriculumState(
             num_drawn=self._num_drawn,
             pending=sorted([*self._pending.values(), *self._again]),
             early=sorted(self._early),
+            prefix=self._prefix.state() if self._prefix else None,
         )
 
     def restore(self, state: CurriculumState, held: Mapping[str, int] | None = None) -> None:
@@ -136,4 +166,6 @@ class Curriculum:
         self._again = deque(state.pending)
         self._pending, self._drawn_at = {}, dict(held or {})
         self._early, self._held = set(state.early), set(self._drawn_at)
+        if self._prefix:
+            self._prefix.restore(state.prefix)
         self._num_uniform_in_a_row = 0

@@ -8,6 +8,7 @@ import asyncio
 
 from actors.bookkeeping import Bookkeeping
 from actors.bring_up import Parts
+from actors.fleet_worker import oldest_version
 from actors.gathering import Drop
 from actors.producer import Producer
 from actors.rollout import RolloutRequest
@@ -40,6 +41,11 @@ class Dispatch:
         self._statistics = statistics
         self._drop = drop
         self._tasks: set[asyncio.Task[None]] = set()
+        self._producing: set[str] = set()
+
+    def producing(self) -> set[str]:
+        """Groups under way from their task to the buffer."""
+        return set(self._producing)
 
     def start(self, parts: Parts, group: asyncio.TaskGroup) -> None:
         """In `group`, which a failure ends, until `stop`."""
@@ -60,8 +66,14 @@ class Dispatch:
         while True:
             with self._stages.wait("dispatch", "a free slot (rollout.max_policy_age)"):
                 await self._slots.admit()
-            request = parts.curriculum.next(self._books.policy_version)
-            self._keep(group.create_task(self._produce(parts, producer, request)))
+            held = oldest_version(parts.fleet.staying)
+            request = parts.curriculum.next(self._books.policy_version if held is None else held)
+            self._producing.add(request.group_id)
+            producing = group.create_task(self._produce(parts, producer, request))
+            producing.add_done_callback(
+                lambda _, group_id=request.group_id: self._producing.discard(group_id)
+            )
+            self._keep(producing)
 
     async def _produce(self, parts: Parts, producer: Producer, request: RolloutRequest) -> None:
         """One group from task to buffer; a dropped group frees its slot at once."""
@@ -87,4 +99,5 @@ class Dispatch:
             await asyncio.sleep(self._supervisor.group_unscored())
         is_known = summary.outcome == "duplicate" and await self._books.is_stored(group_id)
         if summary.outcome != "added" and not is_known:
+            parts.curriculum.note_passes(production.plain.passes)
             await self._drop([group_id], summary.outcome, "")

@@ -14,7 +14,8 @@ from typing import Any
 
 import ray
 
-from actors.fleet_worker import Worker, WorkerState, end
+from actors.fleet_watch import watch
+from actors.fleet_worker import PING_S, Worker, WorkerState, answers, end
 from actors.placement import Placement
 from actors.rollout import RolloutRequest
 from actors.rollout_actors import RolloutActors
@@ -25,7 +26,6 @@ from cluster.status import ActorStatus
 MAX_RESTARTS = 5  # of one worker without a finished group in between
 MAX_TRIES = 3
 MAX_HANGS = 2  # workers that one group may hold up before it is the group's fault
-PING_S = 10.0
 DRAIN_S = 30.0  # a worker that leaves may finish its groups; the rest is produced elsewhere
 MAX_CROWD = 2  # times the groups that an engine was sized for; more wait here
 EventSink = Callable[..., None]
@@ -50,6 +50,7 @@ class RolloutFleet:
         self.may_load.set()
         self._next_index = self._config.rollout.workers  # an index is never used again
         self.is_started = False
+        self._watching: asyncio.Task[None] | None = None
         self.catch_up: Callable[[Worker], Awaitable[None]] | None = None
         self.workers = [Worker(i, None) for i in range(self._config.rollout.workers)]
 
@@ -60,6 +61,7 @@ class RolloutFleet:
         await asyncio.to_thread(self.actors.take_over)
         await asyncio.gather(*[self._launch(worker) for worker in self.workers])
         self.is_started = True
+        self._watching = asyncio.create_task(watch(lambda: self.serving, self.bury))
 
     async def add(self, place: str) -> Worker:
         """One more worker, in the bundles `place`: it loads, takes the current weights, is probed,
@@ -138,7 +140,7 @@ class RolloutFleet:
                 if num_hangs == MAX_HANGS:
                     raise
             except StageError:
-                if not worker.is_leaving and await self._serves(worker):
+                if not worker.is_leaving and await answers(worker):
                     raise  # the task's or the program's fault, which another engine would repeat
                 self.bury(worker, handle)
             except asyncio.CancelledError:
@@ -164,6 +166,8 @@ class RolloutFleet:
         return [w.status() for w in self.workers]
 
     async def stop(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
         for worker in self.workers:
             if worker.repair is not None:
                 worker.repair.cancel()
@@ -223,20 +227,6 @@ class RolloutFleet:
         worker = min(free, key=lambda w: w.num_running)
         worker.num_running += 1
         return worker
-
-    async def _serves(self, worker: Worker) -> bool:
-        """Whether the actor answers and its engine process lives."""
-        try:
-            await within(
-                worker.handle.ping.remote(),
-                stage="rollout",
-                what=f"{worker.name} to answer",
-                deadline_s=PING_S,
-                knob="a fixed bound",
-            )
-        except StageError:
-            return False
-        return True
 
     async def _launch(self, worker: Worker) -> None:
         if worker.handle is not None:

@@ -6,16 +6,19 @@ more. Owned by `actors.fleet`; `actors.weight_sync` moves the state and the vers
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 import ray
 
+from actors.stages import within
+from cluster.errors import StageError
 from cluster.status import ActorStatus
 
 END_S = 2.0
+PING_S = 10.0
 logger = logging.getLogger(__name__)
 
 
@@ -74,3 +77,25 @@ async def _quietly(reference: Any) -> None:
         await reference
     except Exception:
         logger.debug("an actor was gone before it could stop", exc_info=True)
+
+
+def oldest_version(workers: Iterable[Worker]) -> int | None:
+    """The oldest policy version that a group which is sent out now may be sampled by; None while
+    all wait for newer weights.
+    """
+    return min((w.policy_version for w in workers if w.state is WorkerState.HEALTHY), default=None)
+
+
+async def answers(worker: Worker) -> bool:
+    """Whether the actor does, within `PING_S`, and its engine process lives."""
+    try:
+        await within(
+            worker.handle.ping.remote(),
+            stage="rollout",
+            what=f"{worker.name} to answer",
+            deadline_s=PING_S,
+            knob="a fixed bound",
+        )
+    except StageError:
+        return False
+    return True

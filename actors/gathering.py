@@ -9,12 +9,12 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-from actors.bookkeeping import DEAD_LETTER, TOO_OLD, Bookkeeping, Claim
+from actors.bookkeeping import DEAD_LETTER, LOST_WEIGHTS, TOO_OLD, Bookkeeping, Claim
 from actors.curriculum import Curriculum
 from actors.intake import BATCHES_PER_STEP, InDrawOrder, Intake, WithinAge
 from actors.stages import Stages
 from cluster.config import Config
-from cluster.errors import BufferUnavailableError, StageError, WireError
+from cluster.errors import BufferUnavailableError, GroupsVanishedError, StageError, WireError
 from cluster.redis_client import OUTAGE_S
 from cluster.replay_policy import Fifo, policy_of
 from cluster.replay_records import DeadLetter
@@ -22,12 +22,15 @@ from cluster.types import GroupHeader
 from learners.group import LearnerGroup
 
 CLAIM_WAIT_S = 0.5
+LOOK_S = 15.0  # without a group, until it is asked whether any has vanished; twice, to be sure
 MAX_UNREADABLE = 16  # more than a step's groups, of one step
 Drop = Callable[[list[str], str, str], Awaitable[None]]
 
 
 class Gathering:
-    """`drop(group_ids, reason, detail)` is told of groups that the step cannot use."""
+    """`drop(group_ids, reason, detail)` is told of groups that the step cannot use; `producing()`
+    are those on their way to the buffer.
+    """
 
     def __init__(
         self,
@@ -36,6 +39,7 @@ class Gathering:
         stages: Stages,
         stopping: asyncio.Event,
         drop: Drop,
+        producing: Callable[[], set[str]],
     ) -> None:
         self._num_groups = config.rollout.groups_per_step
         self._max_policy_age = config.rollout.max_policy_age
@@ -48,12 +52,16 @@ class Gathering:
         self._stages = stages
         self._stopping = stopping
         self._drop = drop
+        self._producing = producing
+        self._looked_at = 0.0
+        self._missing: set[str] = set()  # when it was looked at
 
     async def step(self, learner: LearnerGroup, curriculum: Curriculum) -> list[GroupHeader]:
         """Claim and take in the groups of one step; when the run is stopping, those claimed so
         far.
         """
         self._num_unreadable = 0
+        self._see_groups()
         intake = self._intake(curriculum)
         batches = intake.offer([])
         num_taken = 0
@@ -67,7 +75,7 @@ class Gathering:
             if self._stopping.is_set():
                 return [*intake.claimed, *intake.waiting]
             await learner.rest()
-            claim = await self._claim(self._num_groups - len(intake.claimed))
+            claim = await self._claim(self._num_groups - len(intake.claimed), curriculum)
             await self._drop(claim.too_old, TOO_OLD, "")
             await self._bury(claim.dead, intake)
             strays = [h.group_id for h in claim.headers if not curriculum.is_expected(h.group_id)]
@@ -90,7 +98,7 @@ class Gathering:
         else:
             await self._books.release(headers)
 
-    async def _claim(self, num_groups: int) -> Claim:
+    async def _claim(self, num_groups: int, curriculum: Curriculum) -> Claim:
         """What the buffer has next; nothing when the run is stopping. One wait, however long: the
         watchdog goes by it.
         """
@@ -98,10 +106,31 @@ class Gathering:
             while True:
                 claim = await self._books.claim(num_groups, CLAIM_WAIT_S)
                 if claim.headers or claim.too_old or claim.dead or self._stopping.is_set():
+                    self._see_groups()
                     return claim
+                await self._look_for_vanished(curriculum)
                 if num_groups <= 0:  # enough, but not all of them can be handed out yet
                     await asyncio.sleep(CLAIM_WAIT_S)
                     return claim
+
+    def _see_groups(self) -> None:
+        self._looked_at, self._missing = time.monotonic(), set()
+
+    async def _look_for_vanished(self, curriculum: Curriculum) -> None:
+        """Raise `GroupsVanishedError` for groups that nobody has: a Redis that came back without
+        its last second has replied to adds that it no longer knows, and no step would end.
+        """
+        if time.monotonic() - self._looked_at < LOOK_S:
+            return
+        unsettled = curriculum.unsettled - self._producing()
+        missing = unsettled - await self._books.stored()
+        if gone := sorted(missing & self._missing & curriculum.unsettled):
+            for group_id in gone:
+                self._books.note_dropped(group_id, LOST_WEIGHTS, "Redis has lost it")
+            raise GroupsVanishedError(
+                "learn", f"Redis has lost {len(gone)} groups, the first of them {gone[0]}"
+            )
+        self._looked_at, self._missing = time.monotonic(), missing
 
     def forget(self) -> None:
         """The run goes back to its last durable state: nothing is left over from a step."""
@@ -129,10 +158,10 @@ class Gathering:
                     raise
                 await asyncio.sleep(CLAIM_WAIT_S)
                 await self._books.depth()
-            except WireError:
+            except WireError as error:
                 lost = await self._bury((await self._books.claim(0, 0.0)).dead, intake)
                 if not lost & {header.group_id for header in batch}:
-                    raise
+                    raise GroupsVanishedError("learn", str(error)) from error
                 batch = [header for header in batch if header.group_id not in lost]
         return len(batch)
 

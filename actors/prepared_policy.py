@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.placement import QUIET_ENV
 from actors.probes import NUM_SEQUENCES
-from actors.programs import strips_hints
+from actors.programs import needs_guided_loss
 from actors.stages import within
 from cluster.config import Config
 from cluster.errors import StageError
@@ -111,7 +111,7 @@ def prepare_policy(
     from learners.policy_dir import CACHE_DIR, prepare
     from learners.tokenizer import encode_completion, load_tokenizer, render
 
-    if strips_hints(config):
+    if needs_guided_loss(config):
         WeightedLosses(config.objective).require_guided()
     texts = [m.content for t in tasks for m in t.messages]
     texts += [t.solution or t.reference for t in tasks]

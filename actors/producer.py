@@ -30,6 +30,7 @@ class Production:
     hinted: dict[int, GroupSummary] = field(default_factory=dict[int, GroupSummary])
     num_hint_errors: int = 0
     can_be_guided: bool = False
+    prefix_tokens: int = 0  # that some of the rollouts were asked to begin with
 
     @property
     def last(self) -> GroupSummary:
@@ -68,7 +69,9 @@ class Producer:
             plain = await self._fleet.rollout(request)
         with self._stages.busy("score"):
             summary = await self._rewards.score_and_add(plain, must_solve=num_levels > 0)
-        production = Production(summary, can_be_guided=num_levels > 0)
+        production = Production(
+            summary, can_be_guided=num_levels > 0, prefix_tokens=request.prefix_tokens
+        )
         if guiding is None:
             return production
         for level in range(1, num_levels + 1):

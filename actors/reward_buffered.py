@@ -138,6 +138,7 @@ class BufferedGroups:
             elif not is_kept:
                 if await asyncio.to_thread(self._buffer.drop, group_id, REASON, owner):
                     dropped.append(group_id)
+                    await self.on_drop([group_id], REASON)  # at once, or it seems to have vanished
                 else:
                     log.warning("%s was to be dropped too late: its lease had ended", group_id)
 
@@ -145,7 +146,6 @@ class BufferedGroups:
             results = await asyncio.gather(*map(treat, held), return_exceptions=True)
         finally:
             renewal.cancel()
-            await self.on_drop(dropped, REASON)  # first: it needs no Redis
             kept = [group_id for group_id in held if group_id not in dropped]
             await asyncio.to_thread(self._buffer.release, kept, owner)
         for error in results:

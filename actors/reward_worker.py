@@ -21,7 +21,7 @@ from cluster.redis_client import CALL_S, connect
 from cluster.replay_buffer import ReplayBuffer
 from cluster.replay_policy import build_policy
 from cluster.reward_state import RUBRIC
-from cluster.types import Task, Trajectory, TrajectoryGroup, TrajectoryStatus
+from cluster.types import Passes, Task, Trajectory, TrajectoryGroup, TrajectoryStatus
 from rewards.base import COST, TIMED_OUT
 from rewards.golden import golden_check
 from rewards.rubric import Rubric
@@ -29,7 +29,6 @@ from rewards.self_check import gold_check, junk_probe
 
 BACK_OFF_S = (0.05, 2.0)
 UNSOLVED = "unsolved"
-PASSED = 0.5  # the least score of the first verifier that counts as a pass
 
 
 class GroupSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,12 +41,14 @@ class GroupSummary(msgspec.Struct, frozen=True, kw_only=True):
     passed: list[bool | None]  # by the first verifier of the config; None where it abstained
     signals: dict[str, list[float | None]]
     reward_versions: dict[str, str]
-    completion_tokens: list[int]
+    completion_tokens: list[int]  # without those that it was begun with
     arms: list[str]
     num_truncated: int
     is_uniform: bool
     min_policy_version: int
     max_latency_s: float
+    begun_tokens: list[int] = []
+    passes: Passes = Passes()
     latency_s: dict[str, float] = {}  # by signal
     num_timed_out: dict[str, int] = {}  # abstentions because time ran out, by signal
     cost: dict[str, float] = {}  # of its calls, by signal; not of signals that make none
@@ -172,8 +173,8 @@ class RewardWorker:
         group = await self._rubric.score(msgspec.structs.replace(given, trajectories=both))
         count = len(given.trajectories)
         hinted, plain = group.trajectories[:count], group.trajectories[count:]
-        passes = [t for t in hinted if is_passed(t)]
-        failures = [t for t in plain if is_passed(t) is False]
+        passes = [t for t in hinted if t.passed]
+        failures = [t for t in plain if t.passed is False]
         return msgspec.structs.replace(group, trajectories=(passes + failures) or plain)
 
     async def _add(self, group: TrajectoryGroup, deadline_s: float, epoch: int) -> str:
@@ -189,17 +190,11 @@ class RewardWorker:
                 waited, pause = waited + pause, min(limit, 2 * pause)
 
 
-def is_passed(trajectory: Trajectory) -> bool | None:
-    """By the first verifier of the config; None where it abstained."""
-    score = trajectory.verdicts[0].score
-    return None if score is None else score >= PASSED
-
-
 def is_failed(trajectory: Trajectory) -> bool:
     """Known not to have passed: by its verdict, or because the program gave it up, as with a hinted
     rollout that leans on its hint. An abstention is no failure.
     """
-    return trajectory.status is TrajectoryStatus.ERROR or is_passed(trajectory) is False
+    return trajectory.status is TrajectoryStatus.ERROR or trajectory.passed is False
 
 
 def summarize(group: TrajectoryGroup, outcome: str) -> GroupSummary:
@@ -215,10 +210,12 @@ def summarize(group: TrajectoryGroup, outcome: str) -> GroupSummary:
         task_id=group.task.task_id,
         outcome=outcome,
         rewards=group.rewards,
-        passed=[is_passed(t) for t in trajectories],
+        passed=[t.passed for t in trajectories],
+        passes=Passes.of(trajectories),
         signals=scores,
         reward_versions=group.reward_versions,
-        completion_tokens=[len(t.token_ids) for t in trajectories],
+        completion_tokens=[len(t.token_ids) - t.num_begun for t in trajectories],
+        begun_tokens=[t.num_begun for t in trajectories],
         arms=[t.arm for t in trajectories],
         num_truncated=sum(t.status is TrajectoryStatus.TRUNCATED for t in trajectories),
         is_uniform=group.is_uniform,

@@ -1,8 +1,8 @@
 """What a rollout program sees of an engine, and how its segments become trajectories.
 
-Invariant: a trajectory's loss mask is true exactly on the tokens the policy wrote. Called by
-programs (P2) and by the rollout worker; imports no vllm, so programs can be tested and checked
-anywhere.
+Invariant: a trajectory's loss mask is true exactly on the tokens that the policy wrote and on given
+ones that it is to learn. Called by programs (P2) and by the rollout worker; imports no vllm, so
+programs can be tested and checked anywhere.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from actors.prefix_length import PrefixRule
 from cluster.types import (
     Author,
     Message,
@@ -46,6 +47,8 @@ class RolloutRequest:
     """One group to produce. `seed` differs per group, so resumed runs repeat themselves.
 
     `hint_level` 0 asks for plain rollouts; 1, 2, ... for ones with an ever stronger hint.
+    `prefix_tokens` is what a program that begins rollouts for the policy begins them with; 0 in
+    evaluations.
     """
 
     group_id: str
@@ -53,6 +56,7 @@ class RolloutRequest:
     num_trajectories: int
     sampling: Sampling
     hint_level: int = 0
+    prefix_tokens: int = 0
 
 
 class RolloutIO(Protocol):
@@ -79,7 +83,9 @@ class RolloutIO(Protocol):
 
 
 class RolloutProgram(Protocol):
-    """Extension point P2: how a task becomes a group of trajectories."""
+    """Extension point P2: how a task becomes a group of trajectories. It shares an event loop with
+    the engine: what blocks belongs into a thread, or the actor is taken for one that hangs.
+    """
 
     async def run(self, request: RolloutRequest, io: RolloutIO) -> TrajectoryGroup: ...
 
@@ -97,6 +103,22 @@ class Guiding(Protocol):
         """Hint levels of `task`: it is asked for 1 .. this until a rollout passes."""
         ...
 
+
+@runtime_checkable
+class Prefixing(Protocol):
+    """A program in which `num_prefixed` rollouts of a group go on from a beginning that is given,
+    as long as `prefix_rule` says; with `learns_prefix` that is learned, too.
+    """
+
+    prefix_rule: PrefixRule
+    num_prefixed: int
+    learns_prefix: bool
+
+
+@runtime_checkable
+class ChecksTasks(Protocol):
+    """A program that can be wrong for the tasks of a run."""
+
     def check(self, tasks: Sequence[Task]) -> None:
         """Raise `ConfigError` when these tasks have nothing to make hints of."""
         ...
@@ -110,7 +132,9 @@ def build_trajectory(
     status: TrajectoryStatus,
     text: str,
 ) -> Trajectory:
-    """Join segments into one flat record; version spans are shifted to trajectory positions."""
+    """Join segments into one flat record; version spans are shifted to trajectory positions. Only
+    the first segment may be a given one.
+    """
     spans: list[VersionSpan] = []
     start = 0
     for segment in segments:
@@ -119,17 +143,19 @@ def build_trajectory(
             for span in segment.version_spans
         ]
         start += len(segment.token_ids)
-    authored = [np.full(len(s.token_ids), s.author is Author.POLICY) for s in segments]
+    learned = (Author.POLICY, Author.GIVEN)
+    learnable = [np.full(len(s.token_ids), s.author in learned) for s in segments]
     return Trajectory(
         trajectory_id=f"{request.group_id}/{index}",
         group_id=request.group_id,
         task_id=request.task.task_id,
         context_tokens=context,
         token_ids=np.concatenate([s.token_ids for s in segments]),
-        loss_mask=np.concatenate(authored),
+        loss_mask=np.concatenate(learnable),
         rollout_logprobs=np.concatenate([s.logprobs for s in segments]),
         version_spans=spans,
         status=status,
         text=text,
         temperature=request.sampling.temperature,
+        num_given=len(segments[0].token_ids) if segments[0].author is Author.GIVEN else 0,
     )

@@ -10,8 +10,8 @@ import asyncio
 from collections.abc import Awaitable, Sequence
 from typing import Any
 
-from actors.fleet import PING_S, EventSink
-from actors.fleet_worker import Worker
+from actors.fleet import EventSink
+from actors.fleet_worker import PING_S, Worker
 from actors.stages import within
 from cluster.config import SyncSection
 from cluster.errors import LearnerLostError, StageError

@@ -46,13 +46,17 @@ TINY = [
     "warm_start.examples=640", "tasks.train.settings.size=1000",
     "rollout.groups_per_step=4", "rollout.group_size=4", "rollout.max_new_tokens=24",
     "eval.tasks=4", "eval.samples_per_task=1", "eval.every=100000",
-    "rewards.verifiers.correct={use: 'benchmarks.chaos:even_length'}",
+    "rewards.verifiers.correct={use: 'benchmarks.chaos:even_digits'}",
 ]  # fmt: skip
 
 
-def even_length(_prompt: str, completion: str, reference: str) -> float:
-    """A reward that an untrained policy gets half of the time; the gold answer is paid."""
-    return float(completion.strip() == reference or len(completion) % 2 == 0)
+def even_digits(_prompt: str, completion: str, reference: str) -> float:
+    """The share of characters that are even digits, which a policy learns bit by bit; the gold
+    answer is paid.
+    """
+    if completion.strip() == reference:
+        return 1.0
+    return sum(letter in "02468" for letter in completion) / max(1, len(completion))
 
 
 class Recovery(NamedTuple):

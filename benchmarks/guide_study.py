@@ -3,9 +3,11 @@
 Tasks are messages in a secret code (`benchmarks.secret_code`). The policy starts from a warm start
 on codes drawn anew each time, so it can follow a hint, not quite reliably, and can only guess where
 there is none. Nothing ever shows it the secret code but the hints of tasks whose plain rollouts all
-failed. Held-out messages are never trained on and never hinted. Guide-PPO does not whiten: its
-critic foresees that plain rollouts fail, and whitening would push them down for that. Each seed has
-a code, a warm start and messages of its own. `benchmarks.show_learner` has rows of it.
+failed: passes among hinted rollouts join the plain failures of their task, in one arm the hinted
+group stands alone, and in one some hints are wrong. Held-out messages are never trained on and
+never hinted. Guide-PPO does not whiten: its critic foresees that plain rollouts fail, and whitening
+would push them down for that. Each seed has a code, a warm start and messages of its own.
+`benchmarks.show_learner` has rows of it.
 """
 
 import json
@@ -16,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.proofs import ROOT
-from benchmarks.secret_code import TEMPLATE, warm_tasks, write_tasks
+from benchmarks.secret_code import TEMPLATE, WRONG_FRACTION, warm_tasks, write_tasks
 from benchmarks.show import Row, judged
 from benchmarks.study import Run, figure, main, mean_curve, train, warm_started
 from cluster.config import Config
@@ -25,14 +27,22 @@ from serve.charts import Chart, Series
 
 CONFIG = ROOT / "benchmarks" / "secret_code.yaml"
 MOST_PLAIN = 0.02  # bound of pass@1
-LEARNING, LEAST = ("Guide-GRPO", "Guide-PPO"), 0.30
+LEAST = 0.30  # of every arm with hints
 PASS = "eval/pass@1"
-MERGE = {"merge": "fill_wrong", "reject": ""}  # hinted passes join the plain failures
-PROGRAM = {"use": "guide", "settings": {"template": TEMPLATE, **MERGE}}
-GUIDED = f"rollout.program={json.dumps(PROGRAM)}"
+
+
+def _program(merge: str) -> str:
+    settings = {"template": TEMPLATE, "merge": merge, "reject": ""}
+    return f"rollout.program={json.dumps({'use': 'guide', 'settings': settings})}"
+
+
+GUIDED = _program("fill_wrong")  # hinted passes join the plain failures
+LOSS = "objective.losses={policy: {use: guide}}"
 APART = {"use": "guide", "settings": {"factors": "apart", "shaping": "truncate"}}
 ARMS: dict[str, list[str]] = {
-    "Guide-GRPO": [GUIDED, "objective.losses={policy: {use: guide}}"],
+    "Guide-GRPO": [GUIDED, LOSS],
+    "hinted alone": [_program("replace"), LOSS],
+    "misled": [GUIDED, LOSS],
     "Guide-PPO": [
         GUIDED,
         f"objective.losses={json.dumps({'policy': APART})}",
@@ -41,6 +51,12 @@ ARMS: dict[str, list[str]] = {
         "learner.minibatches=2",
     ],
     "GRPO": [],
+}
+HOW = {
+    "Guide-GRPO": "merge: fill_wrong",
+    "Guide-PPO": "merge: fill_wrong",
+    "hinted alone": "Guide-GRPO, merge: replace, the default",
+    "misled": f"Guide-GRPO, {WRONG_FRACTION:.0%} of the tasks with wrong hints",
 }
 Results = dict[str, list[Run]]
 
@@ -57,7 +73,9 @@ def measure(folder: Path, seeds: Sequence[int], arms: Sequence[str]) -> Results:
             *(f"tasks.{split}.settings.path={place / split}.jsonl" for split in ("train", "eval")),
         ]
         for arm in arms:
-            results[arm].append(train(CONFIG, place, arm, [*start, *ARMS[arm]]))
+            misled = [f"tasks.train.settings.path={place / 'misled.jsonl'}"]
+            changes = [*start, *ARMS[arm], *(misled if arm == "misled" else [])]
+            results[arm].append(train(CONFIG, place, arm.replace(" ", "-"), changes))
     return results
 
 
@@ -99,14 +117,15 @@ def rows(quick: bool, folder: Path) -> Iterator[Row]:
     results = measure(folder, range(1 if quick else 3), list(ARMS))
     (folder / "guide_study.svg").write_text(drawing(results))
     Console().print(table(results))
-    plain = max(run.last(PASS) for run in results["GRPO"])
+    plain = max(value for run in results["GRPO"] for _, value in run.curve(PASS))
     for arm, runs in results.items():
         last = [run.last(PASS) for run in runs]
         bound, held = f"under {MOST_PLAIN}", plain < MOST_PLAIN
-        if arm in LEARNING:
+        if arm != "GRPO":
             bound, held = f"over {LEAST}", min(last) > LEAST
+        how = f" ({HOW[arm]})" if arm in HOW else ""
         yield judged(
-            f"a task that plain rollouts never solve: {arm}, held-out pass@1 without a hint, "
+            f"a task that plain rollouts never solve: {arm}{how}, held-out pass@1 without a hint, "
             + ("one seed (reduced)" if quick else "three seeds"),
             ", ".join(f"{value:.3f}" for value in last),
             bound,

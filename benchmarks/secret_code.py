@@ -18,6 +18,7 @@ from rewards.base import VerifierIO
 LENGTH, SHOWN = 6, 4  # digits of a message, and of the answer that the weak hint shows
 TRAIN_TASKS, EVAL_TASKS = 2000, 100
 PLAIN_FRACTION, UNCHANGED_FRACTION = 0.3, 0.5  # of warm-start examples, and of the plain ones
+WRONG_FRACTION = 0.2  # of the tasks in `misled.jsonl`
 SLIP = 0.12  # share of digits that do not follow the hint
 TEMPLATE = "{prompt}\n{hint}"
 DIGITS = "0123456789"
@@ -46,10 +47,13 @@ def hints(answer: str) -> list[str]:
 
 
 def write_tasks(folder: Path, seed: int) -> None:
-    """`train.jsonl` and `eval.jsonl`: different messages in one code."""
+    """`train.jsonl` and `eval.jsonl`: different messages in one code; `misled.jsonl`: those of
+    `train.jsonl`, `WRONG_FRACTION` of them with hints in another code.
+    """
     rng = random.Random(f"tasks/{seed}")
     code = draw_code(rng)
     texts = list(dict.fromkeys(message(rng) for _ in range(2 * (TRAIN_TASKS + EVAL_TASKS))))
+    rows: list[dict[str, str | list[str]]] = []
     for name, part in (
         ("eval", texts[:EVAL_TASKS]),
         ("train", texts[EVAL_TASKS : EVAL_TASKS + TRAIN_TASKS]),
@@ -60,6 +64,12 @@ def write_tasks(folder: Path, seed: int) -> None:
             for text, answer in answers.items()
         ]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    misled = random.Random(f"misled/{seed}")
+    other = draw_code(misled)
+    for row in rows:  # of train
+        if misled.random() < WRONG_FRACTION:
+            row["hints"] = hints(encode(str(row["prompt"]), other))
+    (folder / "misled.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 def draw_code(rng: random.Random) -> str:

@@ -186,6 +186,7 @@ def against_trl(bench: Bench, case: Case, quick: bool) -> Iterator[Row]:
         ratio >= case.at_least and is_same_work,
         "" if is_same_work else "the two did not sample the same lengths",
     )
+    yield synced(f"weight sync of these runs, {case.name}", ours)
 
 
 def stages(bench: Bench) -> Iterator[Row]:
@@ -211,13 +212,24 @@ def stages(bench: Bench) -> Iterator[Row]:
         f"async below {WAIT:.0%}",
         turns["async"].waits < WAIT,
     )
-    turn = turns["by default"]
-    share = turn.probe_s / median(turn.step_s)
-    yield judged(
-        "weight sync of the same runs, by default: engines stand still; the probe",
-        f"median pause {turn.pause_s:.3f} s; probe {turn.probe_s:.3f} s, {share:.1%} of a step",
+    yield synced("weight sync of the same runs, by default", [turns["by default"]])
+
+
+def synced(claim: str, turns: Sequence[Turn]) -> Row:
+    """How long engines stand still, and what the probe takes of a step, most of it beside the next
+    one.
+    """
+    pause_s = max(turn.pause_s for turn in turns)
+    probe_s, step_s = (
+        median(values)
+        for values in ([t.probe_s for t in turns], [s for t in turns for s in t.step_s])
+    )
+    share = probe_s / step_s
+    return judged(
+        f"{claim}: engines stand still; the probe",
+        f"median pause {pause_s:.3f} s; probe {probe_s:.3f} s, {share:.1%} of a step",
         f"below {PAUSE_S:g} s; below {PROBE:.0%}",
-        turn.pause_s < PAUSE_S and share < PROBE,
+        pause_s < PAUSE_S and share < PROBE,
     )
 
 

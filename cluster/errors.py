@@ -49,7 +49,21 @@ class HintError(HoneError):
 
 
 class LearnerLostError(StageError):
-    """A learner rank died, hung or failed: the group must be started again from durable state."""
+    """A learner rank died, hung or failed: the group must be started again from durable state.
+    `event` is what it is called in `events.jsonl`.
+    """
+
+    event = "worker_died"
+    is_learner_well = False
+
+
+class GroupsVanishedError(LearnerLostError):
+    """Redis no longer knows groups that it had taken in. What came of them goes with the learner's
+    memory: the run goes on from durable state, and samples them again.
+    """
+
+    event = "groups_vanished"
+    is_learner_well = True
 
 
 class StartLostError(StageError):

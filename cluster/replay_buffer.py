@@ -22,7 +22,7 @@ from typing import Any, cast
 import redis
 
 from cluster import wire
-from cluster.errors import BufferFullError, StageError, WireError
+from cluster.errors import BufferFullError, GroupsVanishedError, StageError, WireError
 from cluster.redis_client import translated_errors
 from cluster.replay_reader import BufferReader, decoded
 from cluster.replay_records import AddResult
@@ -174,12 +174,16 @@ class ReplayBuffer(BufferReader):
 
         A group whose lease ran out is taken back from ready: it has moved the weights. Call before
         the checkpoint of `step` is committed. Raises `StageError` when another step has consumed
-        one of them, or the buffer does not hold it.
+        one of them, `GroupsVanishedError` when the buffer does not hold it.
         """
         answer = self._run(Script.CONSUME, step, *group_ids)
         if answer:
             texts = [item.decode() for item in answer]
-            conflicts = (f"{g} is {r}" for g, r in zip(texts[::2], texts[1::2], strict=True))
+            reasons = dict(zip(texts[::2], texts[1::2], strict=True))
+            if set(reasons.values()) == {"not in the buffer"}:
+                lost = ", ".join(reasons)
+                raise GroupsVanishedError(_STAGE, f"Redis has lost groups of step {step}: {lost}")
+            conflicts = (f"{g} is {r}" for g, r in reasons.items())
             raise StageError(
                 _STAGE,
                 f"step {step} must consume groups that it alone holds (a lease not renewed ends "

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 GUIDED = "guided"
+PASSED = 0.5  # the least score of the first verifier that counts as a pass
 
 
 class TrajectoryStatus(StrEnum):
@@ -22,6 +23,7 @@ class TrajectoryStatus(StrEnum):
 class Author(StrEnum):
     POLICY = "policy"  # sampled from the policy: carries policy gradient
     FORCED = "forced"  # put into the policy's mouth (prefix, hint echo): no gradient
+    GIVEN = "given"  # likewise, and to be learned
     TOOL = "tool"
     ENV = "env"
 
@@ -93,7 +95,9 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     [L].
 
     `train_context_tokens`, when set, is what the learner conditions on instead (a stripped hint).
-    `arm` is how it was made; a program that shows the policy a hint says "guided".
+    `arm` is how it was made; a program that shows the policy a hint says "guided". Its first
+    `num_given` tokens are no policy's and are learned all the same; as they were certain to come,
+    their log-probs are 0.
     """
 
     trajectory_id: str
@@ -101,7 +105,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     task_id: str
     context_tokens: np.ndarray  # [C] int32
     token_ids: np.ndarray  # [L] int32
-    loss_mask: np.ndarray  # [L] bool: True where the policy is the author
+    loss_mask: np.ndarray  # [L] bool: True where the policy is the author, or is to become it
     rollout_logprobs: np.ndarray  # [L] float32, temperature-scaled, by the engine that sampled
     version_spans: list[VersionSpan]
     status: TrajectoryStatus
@@ -111,6 +115,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     train_context_tokens: np.ndarray | None = None
     verdicts: list[Verdict] = []
     reward: float | None = None  # rubric total; None when a weighted verdict abstained
+    num_given: int = 0
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
@@ -127,19 +132,59 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
     @property
     def num_tokens(self) -> int:
-        """Context plus completion: what the learner has to process."""
-        context = (
-            self.context_tokens if self.train_context_tokens is None else self.train_context_tokens
-        )
-        return len(context) + len(self.token_ids)
+        """Completion plus the longer context: a learner may also have to see the one that was
+        sampled from.
+        """
+        stripped = self.train_context_tokens
+        context = max(len(self.context_tokens), 0 if stripped is None else len(stripped))
+        return context + len(self.token_ids)
 
     @property
     def num_loss_tokens(self) -> int:
         return int(self.loss_mask.sum())
 
     @property
+    def num_begun(self) -> int:
+        """Tokens before the first one that the policy wrote."""
+        if self.num_given:
+            return self.num_given
+        return int(np.argmax(self.loss_mask)) if self.loss_mask.any() else len(self.token_ids)
+
+    @property
+    def passed(self) -> bool | None:
+        """By the first verifier of the config; None where it abstained or was not asked."""
+        score = self.verdicts[0].score if self.verdicts else None
+        return None if score is None else score >= PASSED
+
+    @property
     def min_policy_version(self) -> int:
         return min((span.policy_version for span in self.version_spans), default=0)
+
+
+class Passes(msgspec.Struct, frozen=True, kw_only=True):
+    """Verdicts of the first verifier on rollouts of a group, and the most tokens that one of them
+    was begun with.
+    """
+
+    num_passed: int = 0
+    num_judged: int = 0
+    longest_prefix: int = 0
+
+    @classmethod
+    def of(cls, trajectories: list[Trajectory]) -> "Passes":
+        known = [t.passed for t in trajectories if t.passed is not None]
+        return cls(
+            num_passed=sum(known),
+            num_judged=len(known),
+            longest_prefix=max((t.num_begun for t in trajectories if t.arm == GUIDED), default=0),
+        )
+
+    def __add__(self, other: "Passes") -> "Passes":
+        return Passes(
+            num_passed=self.num_passed + other.num_passed,
+            num_judged=self.num_judged + other.num_judged,
+            longest_prefix=max(self.longest_prefix, other.longest_prefix),
+        )
 
 
 class TrajectoryGroup(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -154,7 +199,9 @@ class TrajectoryGroup(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
     @property
     def min_policy_version(self) -> int:
-        return min((t.min_policy_version for t in self.trajectories), default=0)
+        """Of the trajectories that a policy has written anything of."""
+        sampled = [t.min_policy_version for t in self.trajectories if t.version_spans]
+        return min(sampled, default=0)
 
     @property
     def rewards(self) -> list[float | None]:
@@ -182,6 +229,7 @@ class GroupHeader(msgspec.Struct, frozen=True, kw_only=True):
     num_loss_tokens: int
     reward_versions: dict[str, str]
     priority: float
+    passes: Passes = Passes()
 
     @classmethod
     def of(cls, group: TrajectoryGroup) -> "GroupHeader":
@@ -193,6 +241,7 @@ class GroupHeader(msgspec.Struct, frozen=True, kw_only=True):
             num_loss_tokens=sum(t.num_loss_tokens for t in group.trajectories),
             reward_versions=group.reward_versions,
             priority=group.priority,
+            passes=Passes.of(group.trajectories),
         )
 
 
@@ -216,6 +265,17 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     skipped: list[str] = []  # dropped instead: no gradient of them was finite
 
 
+class PrefixState(msgspec.Struct, frozen=True, kw_only=True):
+    """How long the beginnings of prefixed rollouts are, the accuracies of the last steps with the
+    longest beginning in them, and the settled groups since then.
+    """
+
+    tokens: int
+    accuracies: list[float] = []
+    longest: int = 0
+    passes: Passes = Passes()
+
+
 class CurriculumState(msgspec.Struct, frozen=True, kw_only=True):
     """How far the task order got: draws made, and those whose groups were not settled yet.
 
@@ -225,6 +285,7 @@ class CurriculumState(msgspec.Struct, frozen=True, kw_only=True):
     num_drawn: int = 0
     pending: list[int] = []
     early: list[str] = []
+    prefix: PrefixState | None = None
 
 
 class RunState(msgspec.Struct, frozen=True, kw_only=True):

@@ -33,6 +33,7 @@ class Row:
     is_truncated: bool = False  # ended by the token limit
     sampled_context: np.ndarray | None = None  # [C'] if sampled from another one: a guided row
     is_hinted: bool = False  # sampled with a hint, which may still be in what the learner sees
+    num_given: int = 0  # first tokens that no policy sampled
 
     def __post_init__(self) -> None:
         if len(self.context) == 0 and self.loss_mask[:1].any():
@@ -62,6 +63,7 @@ class Row:
             is_truncated=trajectory.status is TrajectoryStatus.TRUNCATED,
             sampled_context=None if context is None else trajectory.context_tokens,
             is_hinted=trajectory.arm == GUIDED,
+            num_given=trajectory.num_given,
         )
 
     @classmethod
@@ -111,7 +113,8 @@ class MicroBatch:
     advantages: Float[Tensor, " N"]
     sequence_loss_tokens: Int[Tensor, " S"]
     policy_age: Float[Tensor, " N"]
-    is_guided: Bool[Tensor, " N"]  # sampled in another context than the learner sees
+    is_guided: Bool[Tensor, " N"]  # sampled in another context than the learner sees, or given
+    is_given: Bool[Tensor, " N"]  # sampled by no policy: `rollout_logprobs` 0
     is_hinted: Bool[Tensor, " N"]  # these, and those that still have their hint
     is_truncated: Bool[Tensor, " N"]
     num_tokens: int
@@ -151,6 +154,7 @@ class MicroBatch:
                 [column[indices] for column, indices in zip(columns, written, strict=True)]
             )
 
+        given = joined([np.arange(len(row.completion)) < row.num_given for row in rows])
         return cls(
             token_ids=put(
                 np.concatenate([part for row in rows for part in (row.context, row.completion)])
@@ -181,7 +185,8 @@ class MicroBatch:
                 ),
                 torch.float32,
             ),
-            is_guided=put(repeated([row.is_guided for row in rows]), torch.bool),
+            is_guided=put(given | repeated([row.is_guided for row in rows]), torch.bool),
+            is_given=put(given, torch.bool),
             is_hinted=put(repeated([row.is_guided or row.is_hinted for row in rows]), torch.bool),
             is_truncated=put(repeated([row.is_truncated for row in rows]), torch.bool),
             num_tokens=num_tokens,

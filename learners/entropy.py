@@ -113,7 +113,9 @@ class CovarianceKL:
         if len(table):
             num_chosen = max(1, int(self._fraction * len(table)))
             values = self._covariance(table)
-            self._threshold = values.topk(num_chosen).values[-1].item()
+            values = values[values > 0]  # without contrast there is none to choose
+            if len(values):
+                self._threshold = values.topk(min(num_chosen, len(values))).values[-1].item()
         return {}
 
     def loss(self, rows: MicroBatch, outputs: TokenOutputs) -> LossTerm:

@@ -8,6 +8,9 @@ With g the hint, mu the engine that sampled and prox the learner at the start of
 
     pi(y|x) / mu(y|x,g) = pi(y|x) / prox(y|x) . prox(y|x) / prox(y|x,g) . prox(y|x,g) / mu(y|x,g)
                           policy step           context shift             engine and policy age
+
+Given tokens, which no policy sampled (`Trajectory.num_given`), are guided ones of a mu and a prox
+that were certain of them: r = pi, and f(r) = r / (r + .1) is LUFFY's (arXiv 2504.14945).
 """
 
 # ruff: noqa: F722 (shapes in annotations)
@@ -38,7 +41,8 @@ _MIN_GAMMA = 1e-4
 
 @torch.no_grad()
 def annotate(policy: PolicyModel, rows: Sequence[Row], pack: MicroBatch) -> MicroBatch:
-    """`pack` of `rows` with `sampled_logprobs`, 0 on plain rows; one pass over guided rows.
+    """`pack` of `rows` with `sampled_logprobs`, 0 on plain rows and where given; one pass over
+    guided rows.
 
     Collective: every rank makes the pass, also without a guided row.
     """
@@ -49,7 +53,8 @@ def annotate(policy: PolicyModel, rows: Sequence[Row], pack: MicroBatch) -> Micr
     if isinstance(policy, FSDPModule):
         policy.reshard()
     zeros = known.new_zeros(pack.num_loss_tokens)
-    return replace(pack, sampled_logprobs=zeros.masked_scatter(pack.is_guided, known))
+    is_hinted = pack.is_guided & ~pack.is_given
+    return replace(pack, sampled_logprobs=zeros.masked_scatter(is_hinted, known))
 
 
 class GuidedPolicyGradient(PolicyGradient):

@@ -21,7 +21,8 @@ WEIGHT, WEIGHT_SQUARE = "w", "w^2"  # until they are all summed up
 
 def gaps(rows: MicroBatch, outputs: TokenOutputs) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
     """log of proximal / rollout without gradient, both in the context that was sampled from, and
-    where that is known; it is 0 on guided tokens whose log-probs in that no loss asked for.
+    where that is known; it is 0 on guided tokens whose log-probs in that no loss asked for, and on
+    given ones.
     """
     if rows.is_later_update and rows.proximal_logprobs is None:
         return torch.zeros_like(rows.rollout_logprobs), torch.zeros_like(rows.is_guided)
@@ -29,7 +30,7 @@ def gaps(rows: MicroBatch, outputs: TokenOutputs) -> tuple[Float[Tensor, " N"], 
     is_known = ~rows.is_guided
     if rows.sampled_logprobs is not None:
         proximal = torch.where(rows.is_guided, rows.sampled_logprobs, proximal)
-        is_known = torch.ones_like(is_known)
+        is_known = ~rows.is_given
     return torch.where(is_known, proximal - rows.rollout_logprobs, 0.0), is_known
 
 

@@ -62,7 +62,7 @@ class Nucleus:
         before = held.gather(-1, (crossing - 1).clamp(min=0)).squeeze(-1)
         before = before.where(crossing[:, 0] > 0, 0.0)
         is_inside = bins == crossing
-        inside = (p * is_inside).topk(int(is_inside.sum(-1).max())).values
+        inside = (p * is_inside).topk(max(1, int(is_inside.sum(-1).max()))).values  # 1: mass 1
         above = torch.where(bins < crossing, p, torch.inf).amin(-1)
         return self._smallest_kept(inside, before, above)
 

@@ -177,8 +177,9 @@ class WeightedLosses:
         """Raise `ConfigError` naming every loss that is wrong for guided rows."""
         wrong = [
             f"objective.losses.{name}: {use} would take the hint that rollout.program "
-            "strips for a step of the policy, and clip it: use guide, or a program that leaves the "
-            "hint in place (settings: strip false, or place completion)"
+            "strips, or the text that it gives, for a step of the policy, and clip it: use guide, "
+            "or a program that leaves the hint in place (settings: strip false, or place "
+            "completion) and has nothing given learned (learn false)"
             for name, use in self.with_flag("takes_guided", is_set=False).items()
         ]
         if wrong:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from cluster.errors import ConfigError
 from learners.batch import MicroBatch
 from learners.logprobs import TokenOutputs
 from learners.segments import sequence_means, sequence_sums
@@ -51,12 +52,12 @@ def proximal_logprobs(rows: MicroBatch, outputs: TokenOutputs) -> Float[Tensor, 
     """Log-probs of the learner at the start of the step: its present ones when this is the first
     update of the step, so that no extra pass is needed.
 
-    Raises `ValueError` in a later update when the pass was spared.
+    Raises `ConfigError` in a later update when the pass was spared.
     """
     if rows.proximal_logprobs is not None:
         return rows.proximal_logprobs
     if rows.is_later_update:
-        raise ValueError("a loss that reads the proximal policy must not say needs_proximal False")
+        raise ConfigError("a loss that reads the proximal policy must not say needs_proximal False")
     return outputs.logprobs.detach()
 
 

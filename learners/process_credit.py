@@ -1,8 +1,8 @@
 """Step-level credit: scores of a process verifier at the ends of reasoning steps.
 
-Invariant: a token is credited with what happens at or after it, never with what came before; a
-trajectory whose step scores are unknown gets none. An alternative to the outcome credits of
-`learners.credit`.
+Invariant: a token is credited with what happens at or after it, never with what came before, nor
+compared with steps that were given; a trajectory whose step scores are unknown gets none. An
+alternative to the outcome credits of `learners.credit`.
 """
 
 from typing import NamedTuple
@@ -54,6 +54,9 @@ class ProcessNormalized:
     def _known(self, trajectory: Trajectory) -> "_Known | None":
         """None leaves a trajectory out of its own credit and of its siblings'."""
         steps = step_scores(trajectory, self._signal)
+        if steps is not None and trajectory.loss_mask.any():
+            start = int(np.argmax(trajectory.loss_mask))
+            steps = [(end, score) for end, score in steps if end > start]
         reward = trajectory.reward if self._outcome_weight else 0.0
         return None if steps is None or reward is None else _Known(steps, reward)
 

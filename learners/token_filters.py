@@ -127,9 +127,16 @@ class ClipCovariance:
 
     @staticmethod
     def _draws(rows: MicroBatch) -> Float[Tensor, " N"]:
-        """A number in [0, 1) per token: a multiplicative hash of what identifies it."""
+        """A number in [0, 1) per token: a multiplicative hash of it, its place and its sequence, so
+        that siblings which begin alike are drawn apart.
+        """
         bits = rows.rollout_logprobs.contiguous().view(torch.int32).long() & 0xFFFFFFFF
-        mixed = bits * 2654435761 + rows.labels * 40503
+        counts = rows.sequence_loss_tokens
+        place = torch.arange(len(bits), device=bits.device)
+        place = place - (counts.cumsum(0) - counts)[rows.sequence_ids]
+        token = (bits * 2654435761 + rows.labels * 40503 + place * 2246822519) & 0xFFFFFFFF
+        whole = torch.zeros_like(counts).index_add(0, rows.sequence_ids, token)
+        mixed = (token + whole[rows.sequence_ids] * 3266489917) & 0xFFFFFFFF
         mixed = ((mixed ^ (mixed >> 15)) * 2246822519) & 0xFFFFFFFF
         mixed = ((mixed ^ (mixed >> 13)) * 3266489917) & 0xFFFFFFFF
         return (mixed ^ (mixed >> 16)).double() / 2**32

@@ -54,8 +54,9 @@ class FormatVerifier:
 class LengthVerifier:
     """Soft overlong punishment of DAPO (arXiv 2503.14476, eq. 13), shifted by 1 into [0, 1].
 
-    1.0 up to `max_tokens - soft_tokens` completion tokens, then linear to 0.0 at `max_tokens`. The
-    shift changes no group-relative advantage. Example: with 100 and 20, 90 tokens score 0.5.
+    1.0 up to `max_tokens - soft_tokens` tokens of the policy's own, then linear to 0.0 at
+    `max_tokens`. The shift changes no group-relative advantage. Example: with 100 and 20, 90 tokens
+    score 0.5.
     """
 
     def __init__(self, max_tokens: int, soft_tokens: int = 0) -> None:
@@ -67,7 +68,7 @@ class LengthVerifier:
         self._soft_tokens = soft_tokens
 
     async def score(self, group: TrajectoryGroup, io: VerifierIO) -> list[Verdict]:
-        return [self._verdict(len(t.token_ids)) for t in group.trajectories]
+        return [self._verdict(t.num_loss_tokens) for t in group.trajectories]
 
     def _verdict(self, num_tokens: int) -> Verdict:
         left = self._max_tokens - num_tokens

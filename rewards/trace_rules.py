@@ -35,7 +35,7 @@ MIN_WORDS = 5
 
 
 class EfficiencyVerifier:
-    """Right and short beats right and long: the completion's length against its right siblings.
+    """Right and short beats right and long, against right siblings; given tokens are no length.
 
     `correct` names the verifier that says what is right (at least `threshold`); that verdict must
     exist, so an abstention of it abstains here. With lengths l in tokens of the right ones of the
@@ -62,7 +62,7 @@ class EfficiencyVerifier:
 
     async def score(self, group: TrajectoryGroup, io: VerifierIO) -> list[Verdict]:
         verdicts = await self._correct.score(group, io)
-        lengths = [len(t.token_ids) for t in group.trajectories]
+        lengths = [t.num_loss_tokens for t in group.trajectories]
         right = [
             length
             for length, verdict in zip(lengths, verdicts, strict=True)

@@ -74,7 +74,7 @@ def build(config: Config, *, address: str, announce: Announce) -> CheckReport:
         tasks["train"], tasks["eval"] = load_splits(config.tasks)
         announce(f"  {len(tasks['train'])} train tasks, {len(tasks['eval'])} eval tasks")
     with report.collect("rollout.program"):
-        _check_hints(config, tasks.get("train", []))
+        _check_program(config, tasks.get("train", []))
     prompts = None
     if tasks.get("train"):
         with report.collect("policy"):
@@ -158,23 +158,26 @@ def _check_buffer(config: Config, address: str) -> None:
         redis_client.connect(url, retry_s=BUFFER_RETRY_S).close()
 
 
-def _check_hints(config: Config, tasks: list[Task]) -> None:
-    from actors.programs import PROGRAMS
-    from actors.rollout import Guiding
+def _check_program(config: Config, tasks: list[Task]) -> None:
+    from actors.programs import PROGRAMS, prefix_length
+    from actors.rollout import ChecksTasks
 
+    prefix_length(config)
     program = config.rollout.program
     built = plugins.build(program.use, program.settings, PROGRAMS, "rollout.program")
-    if tasks and isinstance(built, Guiding):
+    if tasks and isinstance(built, ChecksTasks):
         built.check(tasks)
 
 
 def _check_guided(config: Config, report: CheckReport) -> None:
-    """What a hint that training does not see asks of losses and credit."""
-    from actors.programs import strips_hints
+    """What a hint that training does not see, or a given text that is learned, asks of losses and
+    credit.
+    """
+    from actors.programs import needs_guided_loss
     from learners.credit import ValueBased, build_credit, whitening_of
     from learners.objectives import WeightedLosses
 
-    if not strips_hints(config):
+    if not needs_guided_loss(config):
         return
     WeightedLosses(config.objective).require_guided()
     credit = build_credit(config.objective.credit)

@@ -3,6 +3,7 @@
 Invariant: all is drawn from the step number, so every process and test sees the same groups.
 """
 
+import msgspec
 import numpy as np
 
 from cluster.types import Task, Trajectory, TrajectoryGroup, TrajectoryStatus, VersionSpan
@@ -34,6 +35,30 @@ def _trajectory(
         temperature=float(rng.choice([0.7, 1.0])),
         reward=reward,
     )
+
+
+def with_given(groups: list[TrajectoryGroup]) -> list[TrajectoryGroup]:
+    """The first trajectory of each group is given as a whole, the third to its fourth token."""
+
+    def given(trajectory: Trajectory, num_given: int) -> Trajectory:
+        logprobs = trajectory.rollout_logprobs.copy()
+        logprobs[:num_given] = 0.0
+        length = len(logprobs)
+        spans = [VersionSpan(0, num_given, length)] if num_given < length else []
+        return msgspec.structs.replace(
+            trajectory, rollout_logprobs=logprobs, version_spans=spans, num_given=num_given
+        )
+
+    return [
+        msgspec.structs.replace(
+            group,
+            trajectories=[
+                given(t, {0: len(t.token_ids), 2: 4}[i]) if i in (0, 2) else t
+                for i, t in enumerate(group.trajectories)
+            ],
+        )
+        for group in groups
+    ]
 
 
 def make_groups(step: int) -> list[TrajectoryGroup]:

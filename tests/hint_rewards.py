@@ -1,6 +1,7 @@
 """A verifier and a program for tests of hints, importable by actors."""
 
 from actors.guide import Guide
+from actors.prefix import SolutionPrefix
 from actors.rollout import RolloutIO, RolloutRequest
 from cluster.types import TrajectoryGroup, Verdict
 from rewards.base import VerifierIO
@@ -21,7 +22,9 @@ class PassesAtLevel:
 
 
 class RejectsAfter(Guide):
-    """`guide` that rejects every completion after a hint with `word`, and no other one."""
+    """`guide` that rejects every completion after a hint with `word`, and no other one; a request
+    with prefix tokens is one of `prefix`.
+    """
 
     def __init__(self, word: str) -> None:
         super().__init__(reject="")
@@ -29,6 +32,8 @@ class RejectsAfter(Guide):
         self._strict = Guide(reject=r"\A")
 
     async def run(self, request: RolloutRequest, io: RolloutIO) -> TrajectoryGroup:
+        if request.prefix_tokens:
+            return await SolutionPrefix(tokens=1).run(request, io)
         level = request.hint_level
         if level and self._word in request.task.hints[level - 1]:
             return await self._strict.run(request, io)

@@ -18,7 +18,8 @@ from tests.reference_grpo import ReferenceSettings, advantages
 @dataclass(frozen=True)
 class Scored:
     """One sequence: log-probs [L], all-token distributions [L, V], rollout log-probs, advantage;
-    `hinted` are the log-probs in the context it was sampled from.
+    `hinted` are the log-probs in the context it was sampled from, `given` [L] marks tokens that
+    nobody sampled.
     """
 
     logprobs: Tensor
@@ -27,6 +28,7 @@ class Scored:
     advantage: float
     is_guided: bool
     hinted: Tensor
+    given: Tensor
 
 
 def scored(causal_lm: Any, groups: list[TrajectoryGroup]) -> list[Scored]:
@@ -53,6 +55,7 @@ def scored(causal_lm: Any, groups: list[TrajectoryGroup]) -> list[Scored]:
                     advantage,
                     stripped is not None,
                     hinted[at][kept],
+                    (torch.arange(len(targets)) < trajectory.num_given)[kept],
                 )
             )
     return result
@@ -118,6 +121,72 @@ def nucleus_entropies(row: Scored, mass: float) -> Tensor:
     return torch.stack(values)
 
 
+def clipped(rows: list[Scored]) -> Tensor:
+    """PPO with the dual clip at 3; mean over all tokens."""
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        losses = _clipped((row.logprobs - row.rollout).exp(), row.advantage, 0.2, 0.28)
+        if row.advantage < 0:
+            losses = losses.clamp(max=-3.0 * row.advantage)
+        total = total + losses.sum()
+    return total / sum(len(row.logprobs) for row in rows)
+
+
+def truncated(rows: list[Scored]) -> Tensor:
+    """Decoupled PPO in the first update, where the ratio is 1, weighted by min(w, 2)."""
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        weight = (row.logprobs.detach() - row.rollout).exp().clamp(max=2.0)
+        ratio = (row.logprobs - row.logprobs.detach()).exp()
+        total = total - (weight * ratio * row.advantage).sum()
+    return total / sum(len(row.logprobs) for row in rows)
+
+
+def second_moment(rows: list[Scored], bound: float) -> Tensor:
+    """PPO without tokens whose (log w)^2 lift the running mean, smallest first, over `bound`."""
+    squares = torch.cat([(row.logprobs.detach() - row.rollout).square() for row in rows])
+    ordered = squares.sort().values.tolist()
+    kept = [v for i, v in enumerate(ordered) if sum(ordered[: i + 1]) / (i + 1) <= bound]
+    assert 0 < len(kept) < len(ordered)
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        losses = _clipped((row.logprobs - row.rollout).exp(), row.advantage, 0.2, 0.28)
+        total = total + losses[(row.logprobs.detach() - row.rollout).square() <= kept[-1]].sum()
+    return total / len(squares)
+
+
+def entropy_bonus(rows: list[Scored], coefficient: float) -> Tensor:
+    pooled = torch.cat([entropies(row) for row in rows])
+    return -coefficient * pooled.mean()
+
+
+def entropy_advantage(rows: list[Scored]) -> Tensor:
+    """PPO on A + min(.4 H, |A| / 2), H fixed."""
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        bonus = (0.4 * entropies(row).detach()).clamp(max=abs(row.advantage) / 2)
+        ratio = (row.logprobs - row.rollout).exp()
+        advantage = row.advantage + bonus
+        losses = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
+        total = total - losses.sum()
+    return total / sum(len(row.logprobs) for row in rows)
+
+
+def kl(rows: list[Scored], estimator: str) -> Tensor:
+    """To a reference that has the rollout's log-probs less .3; hinted rows only in the divisor."""
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        gap = row.logprobs - (row.rollout.float() - 0.3).double()
+        if estimator == "k3":
+            losses = ((-gap).exp() - 1 + gap).clamp(max=10.0)
+        else:
+            fixed = gap.detach()
+            to_go = torch.stack([fixed[i:].sum() for i in range(len(fixed))])
+            losses = to_go * row.logprobs
+        total = total + (0.0 if row.is_guided else losses.sum())
+    return total / sum(len(row.logprobs) for row in rows)
+
+
 def siren_penalty(rows: list[Scored], anchor: float, beta: float, mass: float) -> Tensor:
     """beta (H - anchor)^2, squared after the mean over all sequences."""
     total = torch.zeros((), dtype=torch.float64)
@@ -153,6 +222,35 @@ def guide(rows: list[Scored]) -> Tensor:
         else:
             losses = _clipped(ratio, row.advantage, 0.2, 0.2)
         total = total + losses.mean()
+    return total / len(rows)
+
+
+def luffy(rows: list[Scored]) -> Tensor:
+    """PPO on sampled tokens, r / (r + .1) on hinted ones, pi / (pi + .1) on given ones."""
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        ratio = (row.logprobs - row.rollout).exp()
+        probability = row.logprobs.exp()
+        shaped = -ratio / (ratio + 0.1) * row.advantage
+        learned = -probability / (probability + 0.1) * row.advantage
+        sampled = shaped if row.is_guided else _clipped(ratio, row.advantage, 0.2, 0.2)
+        total = total + torch.where(row.given, learned, sampled).mean()
+    return total / len(rows)
+
+
+def luffy_apart(rows: list[Scored]) -> Tensor:
+    """Likewise with pi's shaped share held fixed, as the weight of a policy step."""
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        own = (row.logprobs - row.logprobs.detach()).exp()
+        shift = (row.logprobs.detach() - row.hinted).exp()
+        engine = (row.hinted - row.rollout).exp().clamp(max=2.0)
+        probability = row.logprobs.detach().exp()
+        step = _clipped(own, row.advantage, 0.2, 0.2)
+        plain = _clipped((row.logprobs - row.rollout).exp(), row.advantage, 0.2, 0.2)
+        sampled = shift / (shift + 0.1) * engine * step if row.is_guided else plain
+        learned = probability / (probability + 0.1) * step
+        total = total + torch.where(row.given, learned, sampled).mean()
     return total / len(rows)
 
 

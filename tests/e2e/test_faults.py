@@ -29,7 +29,8 @@ STEPS = 60
 MAX_POLICY_AGE = 2
 OPTIONS = [
     f"run.steps={STEPS}", "run.checkpoint_every=4", "rollout.timeout_s=45", "sync.timeout_s=45",
-    "learner.timeout_s=60",
+    "learner.timeout_s=60", "eval.every=8", "rollout.program.use=prefix",
+    "rollout.program.settings.tokens=4",
 ]  # fmt: skip
 END_S = 300.0
 DELAY_S, CUT_S, NUM_CUTS = 0.02, 20.0, 6
@@ -169,6 +170,45 @@ def test_a_run_outlasts_a_redis_that_is_away_for_longer_than_one_call(
         assert run.run.buffer_id.startswith("outage-")
         assert_same_bits(calm, run, server.url, record_property)
         assert connect(server.url).ttl(Keys(run.run.buffer_id).epoch) > 0, "the run is done"
+
+
+FORGET = """
+local ready, leased, entries, headers, payloads, counters = unpack(KEYS)
+local id = redis.call('ZRANGE', leased, 0, 0)[1]
+id = id or string.sub(redis.call('ZRANGE', ready, 0, 0)[1] or '', 17)
+if id == '' then return '' end
+local entry = cmsgpack.unpack(redis.call('HGET', entries, id))
+redis.call('ZREM', ready, entry.place)
+redis.call('ZREM', leased, id)
+for _, hash in ipairs({entries, headers, payloads}) do redis.call('HDEL', hash, id) end
+redis.call('HINCRBY', counters, 'added', -1)
+redis.call('HINCRBY', counters, 'payload_bytes', -entry.size)
+return id
+"""
+
+
+@pytest.mark.timeout(1200)
+def test_groups_that_redis_has_forgotten_are_sampled_again(
+    calm: LiveRun, folder: Path, record_property: Record
+) -> None:
+    """As by one that comes back without its last second; the run lives on, and ends the same."""
+    with (
+        EmbeddedRedis(folder / "forgetful") as server,
+        shared_run(folder, "forgotten", server.url) as run,
+    ):
+        client = connect(server.url)
+        for step in (5, 25):
+            run.wait_for_steps(step)
+            keys = Keys(run.run.buffer_id)
+            names = keys.ready, keys.leased, keys.entries, keys.headers, keys.payloads
+            deadline = time.monotonic() + 60
+            while not client.eval(FORGET, 6, *names, keys.counters):
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+        assert run.finish(END_S) == 0, run.tail()
+        kinds = [event.kind for event in run.run.read_events()]
+        assert kinds.count("groups_vanished") == 2
+        assert_same_bits(calm, run, server.url, record_property)
 
 
 @pytest.mark.timeout(1200)

@@ -66,6 +66,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
     )
 
 
+@pytest.mark.slow
 def test_an_interrupt_before_the_first_step_leaves_no_process(tmp_path: Path) -> None:
     process = start(tmp_path, "warm_start.steps=100000")
     deadline = time.monotonic() + 200
@@ -86,7 +87,10 @@ def test_two_ranks_and_two_engines_train_together(
 ) -> None:
     with collecting() as collector:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", f"{collector.url}/v1/traces")
-        process = start(tmp_path, "run.steps=2", "learner.world_size=2", "rollout.workers=2")
+        process = start(
+            tmp_path, "run.steps=2", "learner.world_size=2", "rollout.workers=2",
+            "rollout.program.use=prefix", "rollout.program.settings.tokens=4",
+        )  # fmt: skip
         output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     run = tmp_path / "runs" / "demo"
@@ -101,6 +105,8 @@ def test_two_ranks_and_two_engines_train_together(
     assert any(role.startswith("reward-") for role in roles)
     last = rows(run, "metrics.jsonl")[-1]
     assert last["step"] == 2
+    assert last["guide/prefix_tokens"] == 4
+    assert 0 <= float(str(last["guide/prefixed_pass_rate"])) <= 1
     assert float(str(last["ratio/mismatch_abs_mean"])) <= 1e-4
     assert float(str(last["sync/probe_error"])) <= 1e-4
     state = read(run)

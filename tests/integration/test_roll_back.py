@@ -14,13 +14,13 @@ from actors.intake import InDrawOrder
 from actors.rollout import Sampling
 from actors.stages import Stages
 from cluster.config import Config
-from cluster.errors import StageError
+from cluster.errors import GroupsVanishedError, StageError
 from cluster.group_log import Fate, GroupLog
 from cluster.ledger import Ledger
 from cluster.replay_buffer import AddResult
 from cluster.replay_records import DeadLetter
 from cluster.run_dir import RunDir
-from cluster.types import RunState, StepRecord, StepResult
+from cluster.types import RunState, StepRecord, StepResult, Task
 from learners.group import LearnerGroup
 from tests.replay_checker import claim, fill, make_group
 
@@ -78,6 +78,25 @@ async def test_groups_of_a_damaged_checkpoint_are_sampled_again(
     assert (line.fate, line.reason) == (Fate.DROPPED, LOST_WEIGHTS)
 
 
+async def test_a_roll_back_that_was_cut_short_is_done_again(
+    books: Bookkeeping, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis went away amid it, and the controller with it."""
+    fill(books.buffer, "a")
+    claim(books.buffer)
+    books.buffer.consume(["a"], step=1)
+    books._ledger.commit(used(1, "a"))
+    books.buffer.acknowledge(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(books.buffer, "readmit", None)
+        with pytest.raises(TypeError):
+            books._roll_back()
+    assert len(Ledger(run.ledger).records()) == 1
+    assert books._roll_back() == {}
+    assert Ledger(run.ledger).records() == []
+    assert books.buffer.add(make_group("a")) is AddResult.ADDED
+
+
 async def test_the_groups_of_a_skipped_step_that_is_undone_are_sampled_again(
     books: Bookkeeping, run: RunDir
 ) -> None:
@@ -120,7 +139,7 @@ async def test_a_buffer_of_dead_letters_alone_ends_the_run(
         dropped.extend(group_ids)
 
     num_groups = tiny_config.rollout.groups_per_step
-    gathering = Gathering(tiny_config, books, Stages(["learn"]), asyncio.Event(), drop)
+    gathering = Gathering(tiny_config, books, Stages(["learn"]), asyncio.Event(), drop, set)
     intake = InDrawOrder(Curriculum([], 0, Sampling(8, 1.0, [1]), 4), num_groups)
     letters = [
         DeadLetter(
@@ -145,3 +164,27 @@ async def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_nothi
         assert books.has_checkpoint
         with pytest.raises(StageError, match=r"every checkpoint in .* is damaged"):
             await books.restore(LearnerGroup(list, tiny_config.learner), curriculum)
+
+
+async def test_groups_that_neither_redis_nor_a_producer_has_are_missed_at_the_second_look(
+    books: Bookkeeping, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.gathering.LOOK_S", 0.0)
+    tasks = [Task(task_id=name, taskset="t", messages=[]) for name in ("a", "b", "c")]
+    curriculum = Curriculum(tasks, 0, Sampling(8, 1.0, [1]), 4)
+    stored, produced, lost = (curriculum.next().group_id for _ in tasks)
+    fill(books.buffer, stored)
+
+    async def drop(_ids: list[str], _reason: str, _detail: str) -> None:
+        raise AssertionError("nothing is dropped")
+
+    gathering = Gathering(
+        tiny_config, books, Stages(["learn"]), asyncio.Event(), drop, lambda: {produced}
+    )
+    await gathering._look_for_vanished(curriculum)
+    with pytest.raises(GroupsVanishedError, match=f"lost 1 groups, the first of them {lost}"):
+        await gathering._look_for_vanished(curriculum)
+    curriculum.settle([lost])
+    await gathering._look_for_vanished(curriculum)
+    with pytest.raises(GroupsVanishedError, match="lost groups of step 1"):
+        books.buffer.consume([lost], step=1)

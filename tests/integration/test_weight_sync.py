@@ -17,6 +17,7 @@ import pytest
 import pytest_asyncio
 
 from actors.fleet import WorkerState
+from actors.fleet_worker import oldest_version
 from actors.reward_worker import UNSOLVED
 from actors.rollout import RolloutRequest, Sampling
 from actors.statistics import RolloutStatistics
@@ -118,6 +119,27 @@ async def test_a_lost_learner_starts_anew_and_goes_on_from_its_checkpoint(
     assert probe_error(report) <= 1e-4
 
 
+async def test_a_rollout_goes_on_from_the_beginning_of_a_solution(
+    parts: Parts, guided_config: Config, redis_url: str, tmp_path: Path
+) -> None:
+    """The learner sees the beginning, and agrees on the log-probs of all that follows it."""
+    task = msgspec.structs.replace(TASK, task_id="begun", solution="1 + 2 = 3", reference="3")
+    asked = RolloutRequest("begun", task, 4, Sampling(8, 1.0, [1], 7), prefix_tokens=3)
+    async with producer(parts, guided_config, redis_url, tmp_path, level=1) as (made, _):
+        production = await made.produce(asked)
+    assert production.prefix_tokens == 3
+    group = await rollout(parts, asked)
+    assert [t.arm for t in group.trajectories] == ["plain"] * 3 + ["guided"]
+    [*plain, begun] = group.trajectories
+    assert begun.loss_mask.tolist()[:4] == [False] * 3 + [True]
+    assert begun.text.startswith("1 +")
+    assert {t.context_tokens.tobytes() for t in plain} == {begun.context_tokens.tobytes()}
+    tokens = [*begun.context_tokens.tolist(), *begun.token_ids.tolist()]
+    [known] = await parts.learner.score([ScoreRequest(tokens, len(begun.context_tokens) + 3)])
+    assert np.abs(known - begun.rollout_logprobs[3:]).max() < 1e-4
+    assert begun.version_spans[-1].end == len(begun.token_ids)
+
+
 HINTED = msgspec.structs.replace(TASK, task_id="hinted", hints=["copy 3", "2 + 2 = 5", "1 + 2 = 3"])
 
 
@@ -190,7 +212,9 @@ async def test_requests_in_flight_survive_a_sync_and_report_both_versions(parts:
     running = asyncio.create_task(rollout(parts, asked))
     await asyncio.sleep(0.1)
     await move_weights(parts, 11)
+    assert oldest_version(parts.fleet.staying) == before, "what is drawn now is sampled by these"
     await parts.sync.sync(11)
+    assert oldest_version(parts.fleet.staying) == 11
     group = await asyncio.wait_for(running, 60)
     versions = {span.policy_version for t in group.trajectories for span in t.version_spans}
     assert versions == {before, 11}
@@ -261,6 +285,25 @@ async def test_a_dead_engine_is_replaced_and_its_group_produced(parts: Parts) ->
     assert worker.num_restarts == 1
     assert worker.state is WorkerState.HEALTHY
     assert group.min_policy_version == worker.policy_version == version
+
+
+@pytest.mark.slow
+async def test_an_actor_that_hangs_is_replaced_though_nobody_asks_it_for_anything(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.fleet_watch.PING_EVERY_S", 0.5)
+    monkeypatch.setattr("actors.fleet_worker.PING_S", 1.0)
+    worker = parts.fleet.workers[0]
+    pid, num_restarts = worker.pid, worker.num_restarts
+    os.kill(pid, signal.SIGSTOP)
+    deadline = time.monotonic() + 120
+    while worker.num_restarts == num_restarts or worker.state is not WorkerState.HEALTHY:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.2)
+    assert worker.pid != pid
+    died = [fields for kind, fields in parts.events if kind == "worker_died"]
+    assert died[-1]["cause"] == "gave no answer to 3 pings"
+    await rollout(parts, request("after it hung"))
 
 
 async def test_a_lost_actor_is_replaced_by_the_one_that_stands_by(

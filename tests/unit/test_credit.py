@@ -150,6 +150,22 @@ def test_process_scores_credit_the_tokens_before_them() -> None:
     assert third is None, "an abstained process verifier gives no credit"
 
 
+def test_steps_that_were_given_are_compared_with_nothing() -> None:
+    """A trajectory begun with two right steps credits its siblings like one without them."""
+    group = _group([1.0, 0.0, 0.0], length=4)
+    mask = np.array([False, False, True, True])
+    begun = msgspec.structs.replace(group.trajectories[2], loss_mask=mask)
+    given = msgspec.structs.replace(group, trajectories=[*group.trajectories[:2], begun])
+    ours = [[(2, 1.0), (4, 0.0)], [(2, 0.0), (4, 0.0)]]
+    credit = ProcessNormalized("prm", epsilon=0.0)
+    expected = credit.assign(_scored(group, [*ours, [(4, 1.0)]]))
+    found = credit.assign(_scored(given, [*ours, [(1, 1.0), (2, 1.0), (4, 1.0)]]))
+    for one, other in zip(expected, found, strict=True):
+        assert one is not None
+        assert other is not None
+        assert one.tolist() == pytest.approx(other.tolist())
+
+
 def test_who_is_left_out_does_not_shape_the_process_credit_of_the_others() -> None:
     """Scores 1, .9 and 0, the last of a trajectory without reward: the others are high and low."""
     group = _scored(_group([1.0, 1.0, None]), [[(4, 1.0)], [(4, 0.9)], [(4, 0.0)]])

@@ -15,15 +15,14 @@ from hypothesis import strategies as st
 
 from actors.guide import Guide, with_hint
 from actors.hints import SOURCES, names
-from actors.rollout import Completion, RolloutRequest, Sampling
+from actors.rollout import RolloutRequest, Sampling
 from cluster import plugins
 from cluster.errors import ConfigError, HintError
-from cluster.types import Message, Segment, Task, TrajectoryStatus, VersionSpan
+from cluster.types import Message, Task, TrajectoryStatus
 from learners.batch import MicroBatch, Row
-from learners.tokenizer import render, train_tokenizer
+from tests.random_policy import RandomPolicy
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=40)
-TOKENIZER = train_tokenizer(["1 + 2 = 3", "Hint: think"] * 5, 300)
 TASK = Task(
     task_id="t",
     taskset="demo",
@@ -71,40 +70,6 @@ def test_a_writer_gives_hints_by_strength_and_never_the_answer(writer: str) -> N
     for level, problem in ((2, "gave the answer away"), (3, "empty hint"), (4, "status 401")):
         with pytest.raises(HintError, match=problem):
             hint("writer", level, **values)
-
-
-class RandomPolicy:
-    """A policy of random tokens behind the interface that programs see; it keeps its contexts."""
-
-    def __init__(self, sampling: Sampling, context_length: int = 4096) -> None:
-        self.sampling = sampling
-        self.context_length = context_length
-        self.contexts: list[np.ndarray] = []
-
-    def render(self, messages: list[Message]) -> np.ndarray:
-        return np.array(render(TOKENIZER, messages), dtype=np.int32)
-
-    def decode(self, token_ids: np.ndarray) -> str:
-        return str(TOKENIZER.decode(token_ids.tolist(), skip_special_tokens=True))
-
-    def encode(self, text: str) -> np.ndarray:
-        return np.array(TOKENIZER.encode(text, add_special_tokens=False), dtype=np.int32)
-
-    async def generate(self, context: np.ndarray, n: int) -> list[Completion]:
-        self.contexts.append(context)
-        rng = np.random.default_rng(self.sampling.seed)
-        lengths = rng.integers(1, self.sampling.max_new_tokens + 1, n)
-        return [
-            Completion(
-                Segment(
-                    token_ids=rng.integers(2, 290, length).astype(np.int32),
-                    logprobs=-rng.random(length).astype(np.float32),
-                    version_spans=[VersionSpan(3, 0, 1), VersionSpan(4, 1, int(length))],
-                ),
-                TrajectoryStatus.COMPLETED,
-            )
-            for length in lengths
-        ]
 
 
 def request(task: Task, level: int, seed: int = 0) -> RolloutRequest:

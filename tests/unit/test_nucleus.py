@@ -131,3 +131,20 @@ def test_a_nucleus_of_one_token_has_exactly_no_entropy_and_no_gradient() -> None
 def test_wrong_settings_are_refused(settings: dict) -> None:
     with pytest.raises(ValueError, match="nucleus"):
         Nucleus(**settings)
+
+
+@pytest.mark.parametrize("mass", [1.0, 0.9999999])
+@pytest.mark.parametrize("rule", ["crossing_in", "crossing_out"])
+def test_a_nucleus_of_all_mass_has_the_full_entropy_in_chunks_of_any_size(
+    mass: float, rule: NucleusRule
+) -> None:
+    """Sums of float32 may end below 1, so that no bin crosses the mass."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(1 + 128 * (seed % 2), 8, generator=generator)
+        head = 0.1 * torch.randn(259 + 741 * (seed % 3), 8, generator=generator)
+        labels, temperature = torch.zeros(len(hidden)).long(), torch.ones(len(hidden))
+        outputs = token_outputs(hidden, head, labels, temperature, Nucleus(mass, rule))
+        torch.testing.assert_close(outputs.nucleus_entropy, outputs.entropy, rtol=0, atol=1e-2)
+    even = torch.full((2, 1000), 1e-3)
+    assert Nucleus(mass, rule).thresholds(even).tolist() == pytest.approx([1e-3] * 2)

@@ -9,7 +9,7 @@ from actors.reward_worker import GroupSummary, is_failed, summarize
 from actors.statistics import RolloutStatistics
 from cluster.errors import DeadlineError, HoneError
 from cluster.reward_state import MAX_REMEMBERED, RewardState
-from cluster.types import Task, TrajectoryStatus, Verdict
+from cluster.types import GUIDED, Task, TrajectoryStatus, Verdict
 from rewards.base import COST, abstention
 from rewards.self_check import group_of
 
@@ -44,6 +44,36 @@ def test_the_cost_of_hinted_attempts_counts():
     metrics = statistics.drain()
     assert metrics["reward/judge/mean"] == 0.0
     assert metrics["reward/judge/cost"] == 0.75
+
+
+def test_rollouts_with_a_given_beginning_do_not_flatter_the_reward_curve():
+    statistics = RolloutStatistics()
+    group = msgspec.structs.replace(
+        summary([0.0, 1.0, None, 1.0], 4.0),
+        passed=[False, True, None, True],
+        arms=["plain", "plain", GUIDED, GUIDED],
+        begun_tokens=[0, 0, 4, 2],
+    )
+    statistics.add(Production(group, prefix_tokens=6))
+    metrics = statistics.drain()
+    assert metrics["reward/mean"] == metrics["reward/judge/mean"] == 0.5
+    assert metrics["reward/pass_rate"] == 0.5
+    assert metrics["reward/judge/abstain_fraction"] == 0.0
+    assert metrics["reward/judge/timeout_fraction"] == 0.25
+    assert metrics["guide/prefix_tokens"] == 3
+    assert metrics["guide/prefixed_pass_rate"] == 1.0
+
+
+def test_a_program_of_hinted_rollouts_alone_has_a_reward_curve_and_one_without_room_says_so():
+    statistics = RolloutStatistics()
+    hinted = msgspec.structs.replace(summary([0.0, 1.0], 4.0), arms=[GUIDED, GUIDED])
+    statistics.add(Production(hinted))
+    assert statistics.drain()["reward/mean"] == 0.5
+    plain = msgspec.structs.replace(summary([0.0, 1.0], 4.0), begun_tokens=[0, 0])
+    statistics.add(Production(plain, prefix_tokens=6))
+    metrics = statistics.drain()
+    assert metrics["guide/prefix_tokens"] == 0
+    assert "guide/prefixed_pass_rate" not in metrics
 
 
 def test_a_summary_counts_what_ran_out_of_time_and_what_was_paid():

@@ -1,5 +1,6 @@
 """An update is the same however its sequences lie in packs, micro-batches and ranks."""
 
+from dataclasses import replace
 from random import Random
 from typing import Any, NamedTuple
 
@@ -24,7 +25,10 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "seq_mean_token_mean": ("policy_gradient", {"aggregation": "seq_mean_token_mean"}),
     "constant": ("policy_gradient", {"aggregation": "constant", "constant": 7}),
     "filtered": ("policy_gradient", {"token_filter": {"use": "forking_tokens"}}),
-    "gspo": ("gspo", {}),
+    "gspo": ("gspo", {"ratio_to": "rollout", "clip_low": 0.2, "clip_high": 0.2}),
+    "cispo": ("cispo", {}),
+    "gmpo": ("gmpo", {}),
+    "kl": ("kl", {"estimator": "k1_reward", "off_policy": True}),
     "sapo": ("sapo", {}),
     "guide": ("guide", {}),
     "siren": ("siren", {"anchor": 0.5, "beta": 1.0}),
@@ -73,6 +77,7 @@ def _pack(sequences: list[Sequence], leaves: list[Leaves]) -> tuple[MicroBatch, 
     )
     nothing = Leaves(*[torch.zeros(0, dtype=torch.float64)] * 2)
     logprobs, entropy = (torch.cat(parts) for parts in zip(nothing, *leaves, strict=True))
+    rows = replace(rows, ref_logprobs=rows.rollout_logprobs - 0.3)
     return rows, TokenOutputs(logprobs, entropy, entropy)
 
 

@@ -90,8 +90,8 @@ def test_siren_must_keep_its_entropy_and_gain_by_it(
 @pytest.mark.parametrize(
     ("grpo", "expected"),
     [
-        (0.0, ["holds", "holds", "holds"]),
-        (0.06, ["holds", "holds", "falls short"]),
+        (0.0, ["holds"] * 5),
+        (0.06, ["holds"] * 4 + ["falls short"]),
     ],
 )
 def test_hints_count_only_where_plain_rollouts_learn_nothing(
@@ -99,7 +99,8 @@ def test_hints_count_only_where_plain_rollouts_learn_nothing(
 ):
     _warm(tmp_path / "code-0" / "warm", guide_study.CONFIG)
     hinted = {"guide/guided_fraction": 0.9}
-    for arm, last in {"Guide-GRPO": 0.6, "Guide-PPO": 0.5}.items():
+    hinted_arms = {"Guide-GRPO": 0.6, "hinted-alone": 0.4, "misled": 0.55, "Guide-PPO": 0.5}
+    for arm, last in hinted_arms.items():
         left[arm] = [{"eval/pass@1": 0.0}, hinted, hinted | {"eval/pass@1": last}]
     left["GRPO"] = [{"eval/pass@1": 0.0}, {}, {"eval/pass@1": grpo}]
     assert _verdicts(guide_study.rows, tmp_path) == expected

@@ -69,15 +69,15 @@ def test_an_interval_without_a_step_to_count_is_no_clock() -> None:
 START = Point(0, 0.0, 0.2)
 
 
-def test_the_mark_is_what_the_one_that_learns_less_reached_at_best() -> None:
+def test_the_mark_is_nine_tenths_of_the_gain_of_the_one_that_learns_less() -> None:
     ours = [START, Point(5, 20.0, 0.35), Point(10, 40.0, 0.6), Point(15, 60.0, 0.55)]
     theirs = [START, Point(5, 100.0, 0.3), Point(10, 200.0, 0.5), Point(15, 300.0, 0.45)]
     found = Comparison(ours, theirs)
-    assert found.mark == 0.5
-    assert found.ratio == pytest.approx(40.0 / 200.0)
+    assert found.mark == pytest.approx(0.47)
+    assert found.ratio == pytest.approx(29.6 / 185.0)
     assert found.has_learnt
-    assert "Hone 40 s (10 steps of 4.00 s), TRL 200 s (10 steps of 20.00 s)" in str(found)
-    assert Comparison(theirs, ours).ratio == pytest.approx(5.0), "whoever is the better one"
+    assert "Hone 30 s (7.4 steps of 4.00 s), TRL 185 s (9.2 steps of 20.00 s)" in str(found)
+    assert Comparison(theirs, ours).ratio == pytest.approx(6.25), "whoever is the better one"
 
 
 def test_a_mark_near_the_start_proves_nothing() -> None:
