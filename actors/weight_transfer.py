@@ -26,8 +26,9 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.utils.nccl import unpinned_nccl_env
 
+from learners.rendezvous import find_store
 from learners.shared_buffer import Handle
-from learners.transfer_group import TransferGroup, find_store
+from learners.transfer_group import TransferGroup
 from learners.weight_share import shared_tensors
 from learners.weight_stream import Entry, unpacked
 

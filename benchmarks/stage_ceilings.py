@@ -98,9 +98,7 @@ def learn(config: Config, policy_dir: Path, folder: Path) -> float:
 
     kept = msgspec.msgpack.decode((folder / GROUPS).read_bytes(), type=list[bytes])
     groups = [_rewarded(wire.decode(data, TrajectoryGroup)) for data in kept]
-    learner = Learner(
-        config=config, policy_dir=policy_dir, rank=0, world_size=1, master="", num_threads=1
-    )
+    learner = Learner(config=config, policy_dir=policy_dir, rank=0, world_size=1, num_threads=1)
     size = config.rollout.groups_per_step
     seconds: list[float] = []
     for first in range(0, len(groups) - size + 1, size):

@@ -129,7 +129,7 @@ def _warm_up(config: Config, place: Path, tasks: list[Task]) -> None:
     shutil.rmtree(making, ignore_errors=True)
     policy = prepare_policy(config, tasks, making / "tiny", has_checkpoint=False, models=None)
     learner = Learner(
-        config=config, policy_dir=policy.directory, rank=0, world_size=1, master="", num_threads=1
+        config=config, policy_dir=policy.directory, rank=0, world_size=1, num_threads=1
     )
     for _ in learner.warm_start(policy.examples):
         pass

@@ -87,8 +87,9 @@ class LearnerGroup:
         self.shutdown()
         self.ranks, self.pids, self.num_planned = self.make_ranks(), [], 0
         try:
-            [master] = await self._gather("address", self.ranks[:1], ())
-            self.pids = await self.call("start", master)
+            hosts = self.ranks[:1] if len(self.ranks) > 1 else []
+            [meeting] = await self._gather("open_port", hosts, ()) or [None]
+            self.pids = await self.call("start", meeting)
         except BaseException:
             self.shutdown()
             raise

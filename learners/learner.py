@@ -19,6 +19,7 @@ from typing import cast
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
@@ -50,8 +51,8 @@ from learners.whitening import whiten
 class Learner:
     """Policy, critic, optimizers and process group of one rank.
 
-    `master` is "host:port" of rank 0; `num_threads` is for torch on this rank (1 where several
-    processes share two cores). Runs on the GPU unless `resources.accelerator` is cpu or there is
+    In `store` the ranks meet; `num_threads` is for torch on this rank (1 where several processes
+    share two cores). Runs on the GPU unless `resources.accelerator` is cpu or there is
     none.
     """
 
@@ -62,8 +63,8 @@ class Learner:
         policy_dir: Path,
         rank: int,
         world_size: int,
-        master: str,
         num_threads: int,
+        store: Store | None = None,
     ) -> None:
         torch.set_num_threads(num_threads)
         torch.manual_seed(config.run.seed + rank)
@@ -79,7 +80,7 @@ class Learner:
         check_critic(config.critic, self._credit)
         if is_per_token(self._credit):
             self._losses.refuse_token_credit()
-        meet(self._device, rank, world_size, master, config.learner.timeout_s)
+        meet(self._device, rank, world_size, store, config.learner.timeout_s)
         mesh = init_device_mesh(self._device.type, (world_size,))
 
         def load() -> PolicyModel:

@@ -1,13 +1,13 @@
 """On which device a rank of a learner runs, and how the ranks meet.
 
-Invariant: a lone rank opens no port, because torch's rendezvous asks nobody for a password. Called
-once by every rank before it loads the policy.
+Invariant: a lone rank opens no port. Called once by every rank before it loads the policy.
 """
 
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore, Store  # pyright: ignore[reportPrivateImportUsage]
 
 from cluster.errors import ConfigError
 
@@ -26,14 +26,14 @@ def device_of(accelerator: str, rank: int) -> torch.device:
     return device
 
 
-def meet(device: torch.device, rank: int, world_size: int, master: str, timeout_s: float) -> None:
-    """Join the default process group; `master` is "host:port" of rank 0."""
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_s)
-    if world_size == 1:
-        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        return
+def meet(
+    device: torch.device, rank: int, world_size: int, store: Store | None, timeout_s: float
+) -> None:
+    """Join the default process group; all ranks have the same `store`, a lone one needs none."""
     dist.init_process_group(
-        backend, init_method=f"tcp://{master}", rank=rank, world_size=world_size, timeout=timeout
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=HashStore() if store is None else store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
     )

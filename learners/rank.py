@@ -53,24 +53,30 @@ class LearnerRank:
         )
         self._groups: list[TrajectoryGroup] = []
 
-    def address(self) -> str:
-        """A free "host:port" on this rank's node, for the ranks to meet at."""
-        host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return f"{host}:{probe.getsockname()[1]}"
+    def open_port(self) -> tuple[str, int]:
+        """Host and port of this rank's node, taken, at which the ranks will meet."""
+        self._listener = socket.create_server((ray.util.get_node_ip_address(), 0))
+        return self._listener.getsockname()
 
-    def start(self, master: str) -> int:
+    def start(self, meeting: tuple[str, int] | None) -> int:
         """Join the other ranks and load the policy; returns the process id."""
         from learners.learner import Learner
+        from learners.rendezvous import find_store, store_of
 
+        timeout_s = self._config.learner.timeout_s
+        store = None
+        if meeting is not None:
+            is_host = self._rank == 0
+            store = (
+                store_of(self._listener, timeout_s) if is_host else find_store(*meeting, timeout_s)
+            )
         self._learner = Learner(
             config=self._config,
             policy_dir=self._policy_dir,
             rank=self._rank,
             world_size=self._config.learner.world_size,
-            master=master,
             num_threads=self._num_threads,
+            store=store,
         )
         return os.getpid()
 

@@ -2,7 +2,7 @@
 
 Invariant: it is known to nobody but its members (torch's default group stays what it is), and no
 wait in it outlives its deadline. gloo on CPUs, NCCL on GPUs: nothing else differs. Ports open on
-one address each, that by which the members reach each other; none of them knows a password.
+one address each, that by which the members reach each other.
 """
 
 import socket
@@ -22,29 +22,6 @@ from torch.distributed.distributed_c10d import BroadcastOptions, Work
 from cluster.errors import StageError, boundary
 
 MARGIN_S = 5.0  # by which NCCL's watchdog, which ends the process, comes after the deadline
-
-
-def open_store(host: str, timeout_s: float) -> TCPStore:
-    """Where a group meets: a free port of `host`; torch by itself would listen on all addresses."""
-    listener = socket.create_server((host, 0))
-    port = listener.getsockname()[1]
-    return _store(host, port, timeout_s, is_master=True, master_listen_fd=listener.detach())
-
-
-def find_store(host: str, port: int, timeout_s: float) -> TCPStore:
-    """The store that rank 0 has opened."""
-    return _store(host, port, timeout_s, is_master=False)
-
-
-def _store(host: str, port: int, timeout_s: float, **role: Any) -> TCPStore:
-    return TCPStore(
-        host,
-        port,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=timeout_s),
-        use_libuv=False,  # not every libuv server of torch takes over a socket
-        **role,
-    )
 
 
 class TransferGroup:

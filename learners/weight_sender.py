@@ -14,7 +14,8 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from cluster.errors import StageError, boundary
 from learners import weight_source
-from learners.transfer_group import TransferGroup, open_store
+from learners.rendezvous import open_store
+from learners.transfer_group import TransferGroup
 from learners.weight_stream import BUCKET_BYTES, Entry, num_bytes, packed
 
 

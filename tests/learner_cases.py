@@ -1,7 +1,6 @@
 """A tiny policy and learners on the groups of `tests.group_cases`, for the tests of the learner."""
 
 import multiprocessing
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 
 from cluster.checkpoint_store import CheckpointStore
 from cluster.config import Config, CriticSection, LossConfig, Plugin
@@ -71,12 +71,6 @@ def make_policy(root: Path) -> Path:
     return prepare(make_config().policy, ["1 plus 2 is 3"] * 20, root / "cache", root / "tiny", 1)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def run_ranks(num_ranks: int, target: Callable[..., None], *args: Any) -> None:
     """`target(rank, *args)` in a process of its own for each rank; all must end well."""
     spawn = multiprocessing.get_context("spawn")
@@ -92,15 +86,20 @@ def run_ranks(num_ranks: int, target: Callable[..., None], *args: Any) -> None:
 
 @contextmanager
 def open_learner(
-    config: Config, policy_dir: Path, rank: int = 0, world_size: int = 1, port: int | None = None
+    config: Config,
+    policy_dir: Path,
+    rank: int = 0,
+    world_size: int = 1,
+    meeting: Path | None = None,
 ) -> Iterator[Learner]:
+    """Several ranks meet in the file `meeting`, new for each time."""
     learner = Learner(
         config=config,
         policy_dir=policy_dir,
         rank=rank,
         world_size=world_size,
-        master=f"127.0.0.1:{port or free_port()}",
         num_threads=1,
+        store=None if meeting is None else FileStore(str(meeting), world_size),
     )
     try:
         yield learner

@@ -21,7 +21,6 @@ from learners.packing import plan_groups
 from tests.learner_cases import (
     CONTEXT_LENGTH,
     assert_same_weights,
-    free_port,
     make_config,
     make_groups,
     make_policy,
@@ -39,8 +38,8 @@ def policy_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_policy(tmp_path_factory.mktemp("policy"))
 
 
-def _run_rank(rank: int, world_size: int, port: int, policy_dir: Path, out: Path) -> None:
-    with open_learner(make_config(), policy_dir, rank, world_size, port) as learner:
+def _run_rank(rank: int, world_size: int, policy_dir: Path, out: Path) -> None:
+    with open_learner(make_config(), policy_dir, rank, world_size, out / "ranks") as learner:
         for step in range(3):
             result = train_step(learner, step, world_size)
             learner.export_weights(out / f"weights_{step}.safetensors")
@@ -54,7 +53,7 @@ def _run_rank(rank: int, world_size: int, port: int, policy_dir: Path, out: Path
 def two_ranks(policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files of a two-rank run of four steps, with a checkpoint after the third."""
     out = tmp_path_factory.mktemp("two_ranks")
-    run_ranks(2, _run_rank, 2, free_port(), policy_dir, out)
+    run_ranks(2, _run_rank, 2, policy_dir, out)
     return out
 
 
@@ -90,8 +89,8 @@ def test_one_rank_goes_on_from_a_checkpoint_of_two(
     assert_same_weights(tmp_path / "weights.safetensors", two_ranks / "weights_3.safetensors", 1e-5)
 
 
-def _go_on(rank: int, world_size: int, port: int, policy_dir: Path, start: Path, out: Path) -> None:
-    with open_learner(make_config(), policy_dir, rank, world_size, port) as learner:
+def _go_on(rank: int, world_size: int, policy_dir: Path, start: Path, out: Path) -> None:
+    with open_learner(make_config(), policy_dir, rank, world_size, out / "ranks") as learner:
         learner.load(start)
         assert (learner.step, learner.policy_version) == (3, 3)
         train_step(learner, 3, world_size)
@@ -103,7 +102,7 @@ def test_more_ranks_go_on_from_a_checkpoint_of_two(
     policy_dir: Path, two_ranks: Path, tmp_path: Path, num_ranks: int
 ) -> None:
     start = two_ranks / "checkpoint"
-    run_ranks(num_ranks, _go_on, num_ranks, free_port(), policy_dir, start, tmp_path)
+    run_ranks(num_ranks, _go_on, num_ranks, policy_dir, start, tmp_path)
     assert_same_weights(tmp_path / "weights.safetensors", two_ranks / "weights_3.safetensors", 1e-5)
 
 

@@ -25,7 +25,6 @@ from tests.group_cases import with_given
 from tests.learner_cases import (
     CONTEXT_LENGTH,
     assert_same_weights,
-    free_port,
     make_config,
     make_groups,
     make_policy,
@@ -222,12 +221,10 @@ METHODS: dict[str, Config] = {
 }
 
 
-def _run_method(
-    name: str, policy_dir: Path, out: Path, rank: int = 0, world_size: int = 1, port: int = 0
-) -> None:
+def _run_method(name: str, policy_dir: Path, out: Path, rank: int = 0, world_size: int = 1) -> None:
     """Three steps with a checkpoint after the second; weights and metrics of each step."""
     config = METHODS[name]
-    with open_learner(config, policy_dir, rank, world_size, port or None) as learner:
+    with open_learner(config, policy_dir, rank, world_size, out / f"{name}_ranks") as learner:
         for step in range(3):
             if step == 2:
                 learner.save(out / f"{name}_checkpoint")
@@ -236,15 +233,15 @@ def _run_method(
             (out / f"{name}_{step}_{rank}.json").write_text(json.dumps(result.metrics))
 
 
-def _run_rank(rank: int, ports: list[int], policy_dir: Path, out: Path) -> None:
-    for name, port in zip(METHODS, ports, strict=True):
-        _run_method(name, policy_dir, out, rank, 2, port)
+def _run_rank(rank: int, policy_dir: Path, out: Path) -> None:
+    for name in METHODS:
+        _run_method(name, policy_dir, out, rank, 2)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("two_ranks")
-    run_ranks(2, _run_rank, [free_port() for _ in METHODS], policy_dir, out)
+    run_ranks(2, _run_rank, policy_dir, out)
     return out
 
 

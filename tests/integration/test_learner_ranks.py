@@ -13,7 +13,6 @@ from learners.packing import plan_groups
 from tests.learner_cases import (
     CONTEXT_LENGTH,
     assert_same_weights,
-    free_port,
     make_config,
     make_groups,
     make_policy,
@@ -22,6 +21,7 @@ from tests.learner_cases import (
 )
 
 NUM_STEPS = 2
+SEVERAL = 4, 2  # numbers of ranks that are compared with a lone one
 
 
 def _config() -> Config:
@@ -42,18 +42,19 @@ def _step(learner: Learner, step: int, world_size: int) -> StepResult:
     return learner.optim_step()
 
 
-def _run(policy_dir: Path, out: Path, rank: int, world_size: int, port: int) -> None:
-    with open_learner(_config(), policy_dir, rank, world_size, port) as learner:
+def _run(policy_dir: Path, out: Path, rank: int, world_size: int) -> None:
+    meeting = out / f"{world_size}_ranks"
+    with open_learner(_config(), policy_dir, rank, world_size, meeting) as learner:
         for step in range(NUM_STEPS):
             result = _step(learner, step, world_size)
             learner.export_weights(out / f"{world_size}_{step}.safetensors")
             (out / f"{world_size}_{step}_{rank}.json").write_text(json.dumps(result.metrics))
 
 
-def _run_rank(rank: int, ports: dict[int, int], policy_dir: Path, out: Path) -> None:
-    for world_size, port in ports.items():
+def _run_rank(rank: int, policy_dir: Path, out: Path) -> None:
+    for world_size in SEVERAL:
         if rank < world_size:
-            _run(policy_dir, out, rank, world_size, port)
+            _run(policy_dir, out, rank, world_size)
 
 
 def test_one_two_and_four_ranks_give_the_same_update(
@@ -64,14 +65,13 @@ def test_one_two_and_four_ranks_give_the_same_update(
     shares = plan_groups(last, 4, CONTEXT_LENGTH).microbatches
     assert sum(not any(share) for share in shares) == 2, "two of four ranks have an empty pack"
 
-    ports = {4: free_port(), 2: free_port()}
-    run_ranks(4, _run_rank, ports, policy_dir, tmp_path)
-    _run(policy_dir, tmp_path, 0, 1, free_port())
+    run_ranks(4, _run_rank, policy_dir, tmp_path)
+    _run(policy_dir, tmp_path, 0, 1)
 
     for step in range(NUM_STEPS):
         ours = json.loads((tmp_path / f"1_{step}_0.json").read_text())
         assert ours["grad/norm"] > 0
-        for world_size in ports:
+        for world_size in SEVERAL:
             difference = assert_same_weights(
                 tmp_path / f"1_{step}.safetensors",
                 tmp_path / f"{world_size}_{step}.safetensors",

@@ -1,6 +1,5 @@
 """Warm start: the tiny policy learns worked solutions, the same for any packing."""
 
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -59,17 +58,7 @@ def examples(policy_dir: Path) -> list[Example]:
 
 
 def _learner(config: Config, policy_dir: Path) -> Learner:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return Learner(
-        config=config,
-        policy_dir=policy_dir,
-        rank=0,
-        world_size=1,
-        master=f"127.0.0.1:{port}",
-        num_threads=1,
-    )
+    return Learner(config=config, policy_dir=policy_dir, rank=0, world_size=1, num_threads=1)
 
 
 def test_it_learns_the_completions(policy_dir: Path, examples: list[Example]) -> None:

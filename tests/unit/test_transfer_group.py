@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import StageError
-from learners.transfer_group import TransferGroup, find_store
+from learners.rendezvous import find_store
+from learners.transfer_group import TransferGroup
 from learners.weight_sender import WeightSender
 from learners.weight_stream import unpacked
 
