@@ -5,8 +5,9 @@ steps to reach it. Both runs of a seed start from one warm start, and take group
 critic needs them, and a method that leaves them out would see more tasks in as many steps.
 
 There are two tasks. On the quickstart most tokens are in worked sums, of which hardly anything says
-beforehand whether there will be a slip; on riddles one token, the way that is taken, decides what
-the rest will earn, so a critic that explains little of that has not learned.
+beforehand whether there will be a slip: beside the variance that the critic explains stands what
+one would that sees every slip when it is made. On riddles one token, the way that is taken, decides
+what the rest will earn, so a critic that explains little of that has not learned.
 """
 
 from collections.abc import Iterator
@@ -16,12 +17,15 @@ from statistics import fmean
 from typing import NamedTuple
 
 from benchmarks import entropy_study, staleness_study
+from benchmarks.foreseeable import explained_by_slips
 from benchmarks.show import Row, judged
 from benchmarks.show_foundation import QUICKSTART
 from benchmarks.study import main, train, training_tasks, warm_started
+from cluster.run_dir import RunDir
 
 FACTOR, EVAL_EVERY = 2, 10
 EXPLAINED = 0.5
+SAMPLES = "run.samples_per_step=256"  # all of a step
 LEARNT = 0.1  # what GRPO must gain, or its mark would be no task for PPO
 PASS = "eval/pass@1"
 CREDIT = "objective.credit={use: gae, settings: {lambda_policy: 1.0}}"
@@ -34,6 +38,7 @@ class Case:
     task: list[str]  # changes to `config`
     grpo_steps: int
     pretrain_steps: int
+    is_worked: bool  # step by step, so that a slip can be seen
 
     @property
     def ppo(self) -> list[str]:
@@ -41,20 +46,21 @@ class Case:
 
 
 CASES = (
-    Case("quickstart", QUICKSTART, ["tasks.skip_uniform=false"], 30, 5),
-    Case("riddles", entropy_study.CONFIG, staleness_study.RARE_WAY, 40, 10),
+    Case("quickstart", QUICKSTART, ["tasks.skip_uniform=false"], 30, 5, is_worked=True),
+    Case("riddles", entropy_study.CONFIG, staleness_study.RARE_WAY, 40, 10, is_worked=False),
 )
 
 
 class Comparison(NamedTuple):
     """By step: held-out pass@1 of both, and the variance that PPO's critic explained, where returns
-    were not all equal.
+    were not all equal; `foreseeable` of GRPO's rollouts, where slips can be seen.
     """
 
     case: Case
     grpo: dict[float, float]
     ppo: dict[float, float]
     explained: dict[float, float]
+    foreseeable: float | None
 
     @property
     def mark(self) -> float:
@@ -87,11 +93,16 @@ def compare(case: Case, folder: Path, seed: int) -> Comparison:
         *case.task,
     ]
     length = [f"run.steps={steps}", f"eval.every={steps}"]
+    if case.is_worked:
+        length.append(SAMPLES)
     grpo = train(case.config, folder, f"{name}-grpo-{seed}", [*start, *length])
+    samples = RunDir(folder / f"{name}-grpo-{seed}").read_samples()
+    foreseeable = explained_by_slips(samples) if case.is_worked else None
     length = [f"run.steps={FACTOR * steps}", f"eval.every={EVAL_EVERY}"]
     ppo = train(case.config, folder, f"{name}-ppo-{seed}", [*start, *length, *case.ppo])
     explained = ppo.curve("value/explained_variance")
-    return Comparison(case, dict(grpo.curve(PASS)), dict(ppo.curve(PASS)), dict(explained))
+    accuracies = dict(grpo.curve(PASS)), dict(ppo.curve(PASS))
+    return Comparison(case, *accuracies, dict(explained), foreseeable)
 
 
 def rows(quick: bool, folder: Path) -> Iterator[Row]:
@@ -120,10 +131,15 @@ def judge(case: Case, results: list[Comparison], what: str) -> Iterator[Row]:
     explained = [r.explained_variance for r in results]
     yield judged(
         f"explained variance of the critic on new rollouts, until the mark, {case.name}, {what}",
-        ", ".join(f"{value:.2f}" for value in explained),
+        ", ".join(f"{value:.2f}" for value in explained) + _foreseen(results),
         f"above {EXPLAINED}",
         all(value > EXPLAINED for value in explained),
     )
+
+
+def _foreseen(results: list[Comparison]) -> str:
+    known = [f"{r.foreseeable:.2f}" for r in results if r.foreseeable is not None]
+    return f" (one that sees each slip when it is made: {', '.join(known)})" if known else ""
 
 
 if __name__ == "__main__":
