@@ -28,14 +28,8 @@ from cluster.redis_client import OUTAGE_S, connect
 from cluster.replay_buffer import ReplayBuffer
 from cluster.replay_records import DeadLetter
 from cluster.run_dir import RunDir
-from cluster.types import (
-    CurriculumState,
-    GroupHeader,
-    RunState,
-    StepRecord,
-    StepResult,
-    TrajectoryGroup,
-)
+from cluster.run_state import CurriculumState, RunState
+from cluster.types import GroupHeader, StepRecord, StepResult, TrajectoryGroup
 
 if TYPE_CHECKING:
     from learners.group import LearnerGroup
@@ -150,6 +144,9 @@ class Bookkeeping:
         for letter in self._new_dead_letters():
             self._groups.dropped(letter.group_id, DEAD_LETTER, letter.reason)
         held = self.buffer.versions()
+        used = {group_id for record in self._ledger.records() for group_id in record.group_ids}
+        for group_id in sorted(self._groups.undecided() - held.keys() - used):
+            self._groups.dropped(group_id, LOST_WEIGHTS, "Redis has lost it")
         for group_id in held:
             self._groups.append(GroupLine(group_id=group_id, fate=Fate.HELD))
         return held

@@ -17,7 +17,7 @@ from actors.supervisor import Supervisor
 from cluster.checkpoint_store import CheckpointStore
 from cluster.errors import DeadlineError, HoneError, LearnerLostError, StageError
 from cluster.replay_buffer import ReplayBuffer
-from cluster.types import RunState
+from cluster.run_state import RunState
 from learners.group import LearnerGroup
 
 SAVE_S = 900.0  # from the copy of the tensors until they are published

@@ -14,7 +14,8 @@ from itertools import takewhile
 from actors.prefix_length import PrefixLength
 from actors.rollout import RolloutRequest, Sampling
 from cluster.errors import StageError
-from cluster.types import CurriculumState, Passes, Task
+from cluster.run_state import CurriculumState
+from cluster.types import Passes, Task
 
 WINDOW = 256  # groups
 MAX_EMPTY_WINDOWS = 4

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from actors.fleet_watch import watch
-from actors.fleet_worker import PING_S, Worker, WorkerState, answers, end
+from actors.fleet_worker import PING_S, Worker, WorkerState, end, silence
 from actors.placement import Placement
 from actors.rollout import RolloutRequest
 from actors.rollout_actors import RolloutActors
@@ -140,7 +140,7 @@ class RolloutFleet:
                 if num_hangs == MAX_HANGS:
                     raise
             except StageError:
-                if not worker.is_leaving and await answers(worker):
+                if not worker.is_leaving and await silence(worker) is None:
                     raise  # the task's or the program's fault, which another engine would repeat
                 self.bury(worker, handle)
             except asyncio.CancelledError:

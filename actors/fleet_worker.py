@@ -86,8 +86,8 @@ def oldest_version(workers: Iterable[Worker]) -> int | None:
     return min((w.policy_version for w in workers if w.state is WorkerState.HEALTHY), default=None)
 
 
-async def answers(worker: Worker) -> bool:
-    """Whether the actor does, within `PING_S`, and its engine process lives."""
+async def silence(worker: Worker) -> StageError | None:
+    """Why the actor has not answered within `PING_S`, or not well; None when it has."""
     try:
         await within(
             worker.handle.ping.remote(),
@@ -96,6 +96,6 @@ async def answers(worker: Worker) -> bool:
             deadline_s=PING_S,
             knob="a fixed bound",
         )
-    except StageError:
-        return False
-    return True
+    except StageError as error:
+        return error
+    return None

@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-from actors.bookkeeping import DEAD_LETTER, LOST_WEIGHTS, TOO_OLD, Bookkeeping, Claim
+from actors.bookkeeping import DEAD_LETTER, TOO_OLD, Bookkeeping, Claim
 from actors.curriculum import Curriculum
 from actors.intake import BATCHES_PER_STEP, InDrawOrder, Intake, WithinAge
 from actors.stages import Stages
@@ -125,8 +125,6 @@ class Gathering:
         unsettled = curriculum.unsettled - self._producing()
         missing = unsettled - await self._books.stored()
         if gone := sorted(missing & self._missing & curriculum.unsettled):
-            for group_id in gone:
-                self._books.note_dropped(group_id, LOST_WEIGHTS, "Redis has lost it")
             raise GroupsVanishedError(
                 "learn", f"Redis has lost {len(gone)} groups, the first of them {gone[0]}"
             )

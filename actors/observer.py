@@ -143,7 +143,9 @@ class Observer:
                         reward=trajectory.reward,
                         reference=group.task.reference,
                         status=str(trajectory.status),
-                        policy_version=trajectory.min_policy_version,
+                        policy_version=(
+                            trajectory if trajectory.version_spans else group
+                        ).min_policy_version,
                         verdicts=trajectory.verdicts,
                         tokens=columns,
                     )

@@ -88,6 +88,7 @@ class SolutionPrefix:
         ]
         return msgspec.structs.replace(
             plain,
+            prefix_tokens=request.prefix_tokens,
             trajectories=[
                 *plain.trajectories,
                 *(msgspec.structs.replace(t, arm=GUIDED) for t in prefixed),

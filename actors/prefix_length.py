@@ -2,8 +2,8 @@
 
 Invariant: the length changes between two steps only, by the groups that were settled until then, in
 whatever order; what is saved with a run counts no group that a resumed one may count again. Owned
-by `actors.curriculum`, which
-writes it into every request of the program `prefix`. G2RPO-A: arXiv 2508.13023.
+by `actors.curriculum`, which writes it into every request of the program `prefix`. G2RPO-A: arXiv
+2508.13023.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import msgspec
 
 from cluster.errors import ConfigError
-from cluster.types import Passes, PrefixState
+from cluster.run_state import PrefixState
+from cluster.types import Passes
 
 _PERIOD = 3  # steps: two to compare with, and the one that is compared
 
@@ -59,18 +60,21 @@ class PrefixLength:
         self._state = msgspec.structs.replace(self._state, passes=passes)
 
     def end_step(self) -> None:
-        """Every third step moves the length, or where all solutions are shorter the longest of
-        their beginnings; a step without any verdict does not count.
+        """Every third step moves the length, or where all solutions were shorter than what was
+        asked for the longest of their beginnings; a step without any verdict does not count.
         """
         state = self._state
         if not self._rule.adapts or state.passes.num_judged == 0:
             return
-        accuracies = [*state.accuracies, state.passes.num_passed / state.passes.num_judged]
-        longest = max(state.longest, state.passes.longest_prefix)
+        passes = state.passes
+        accuracies = [*state.accuracies, passes.num_passed / passes.num_judged]
         if len(accuracies) < _PERIOD:
-            self._state = PrefixState(tokens=state.tokens, accuracies=accuracies, longest=longest)
+            lengths = msgspec.structs.replace(passes, num_passed=0, num_judged=0)
+            self._state = PrefixState(tokens=state.tokens, accuracies=accuracies, passes=lengths)
             return
-        given = min(state.tokens, longest or state.tokens)
+        given = state.tokens
+        if 0 < passes.longest_prefix < passes.asked_prefix:  # groups may be of an earlier length
+            given = min(given, passes.longest_prefix)
         self._state = PrefixState(tokens=self._rule.next(given, accuracies))
 
     def state(self) -> PrefixState:

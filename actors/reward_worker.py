@@ -211,7 +211,7 @@ def summarize(group: TrajectoryGroup, outcome: str) -> GroupSummary:
         outcome=outcome,
         rewards=group.rewards,
         passed=[t.passed for t in trajectories],
-        passes=Passes.of(trajectories),
+        passes=Passes.of(group),
         signals=scores,
         reward_versions=group.reward_versions,
         completion_tokens=[len(t.token_ids) - t.num_begun for t in trajectories],

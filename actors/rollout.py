@@ -132,9 +132,11 @@ def build_trajectory(
     status: TrajectoryStatus,
     text: str,
 ) -> Trajectory:
-    """Join segments into one flat record; version spans are shifted to trajectory positions. Only
-    the first segment may be a given one.
+    """Join segments into one flat record; version spans are shifted to trajectory positions. Raises
+    `ValueError` when another segment than the first is a given one.
     """
+    if any(segment.author is Author.GIVEN for segment in segments[1:]):
+        raise ValueError("only the first segment of a trajectory may be a given one")
     spans: list[VersionSpan] = []
     start = 0
     for segment in segments:

@@ -1,5 +1,5 @@
 """What could be known of a return while a sum is worked: how much of its variance a critic explains
-that sees every slip when it is made.
+that knows of every slip once its line is written.
 
 A critic of a real run knows less. What it cannot know, however it is trained, is whether there will
 be a slip: where that decides, explained variance has a bound below 1.
@@ -8,6 +8,7 @@ be a slip: where that decides, explained variance has a bound below 1.
 import asyncio
 from collections import defaultdict
 from collections.abc import Iterable
+from statistics import fmean
 from typing import NamedTuple
 
 from cluster.run_dir import Sample
@@ -24,23 +25,27 @@ class Known(NamedTuple):
 
 
 def explained_by_slips(samples: Iterable[Sample]) -> float:
-    """1 - Var(return - E[return | `Known`]) / Var(return) over all tokens; NaN where returns are
-    all equal.
+    """1 - Var(return - E[return | `Known`]) / Var(return) over all tokens, returns taken as their
+    distance from the mean of their step; NaN where those are all equal.
     """
-    returns: defaultdict[Known, list[float]] = defaultdict(list)
+    steps: defaultdict[int, list[tuple[Known, float]]] = defaultdict(list)
     for sample in samples:
         if sample.reward is not None and sample.tokens is not None:
-            for known in _states(sample, sample.tokens.texts):
-                returns[known].append(sample.reward)
-    every = [value for values in returns.values() for value in values]
+            states = _states(sample, sample.tokens.texts)
+            steps[sample.step] += [(known, sample.reward) for known in states]
+    returns: defaultdict[Known, list[float]] = defaultdict(list)
+    for tokens in steps.values():
+        mean = fmean(value for _, value in tokens)
+        for known, value in tokens:
+            returns[known].append(value - mean)
     unexplained = sum(_squares(values) for values in returns.values())
-    total = _squares(every)
-    return 1 - unexplained / total if total > 0 else float("nan")
+    total = _squares([value for values in returns.values() for value in values])
+    return 1 - unexplained / total if total > 1e-9 else float("nan")
 
 
 def _squares(values: list[float]) -> float:
     """Summed squared distances from the mean."""
-    mean = sum(values) / len(values) if values else 0.0
+    mean = fmean(values) if values else 0.0
     return sum((value - mean) ** 2 for value in values)
 
 

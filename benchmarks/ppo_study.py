@@ -6,8 +6,8 @@ critic needs them, and a method that leaves them out would see more tasks in as 
 
 There are two tasks. On the quickstart most tokens are in worked sums, of which hardly anything says
 beforehand whether there will be a slip: beside the variance that the critic explains stands what
-one would that sees every slip when it is made. On riddles one token, the way that is taken, decides
-what the rest will earn, so a critic that explains little of that has not learned.
+one would that knows every slip once its line is written. On riddles one token, the way that is
+taken, decides what the rest will earn, so a critic that explains little of that has not learned.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from cluster.run_dir import RunDir
 
 FACTOR, EVAL_EVERY = 2, 10
 EXPLAINED = 0.5
-SAMPLES = "run.samples_per_step=256"  # all of a step
+SAMPLES = "run.samples_per_step=32"  # all of two groups, which a step keeps
 LEARNT = 0.1  # what GRPO must gain, or its mark would be no task for PPO
 PASS = "eval/pass@1"
 CREDIT = "objective.credit={use: gae, settings: {lambda_policy: 1.0}}"
@@ -139,7 +139,7 @@ def judge(case: Case, results: list[Comparison], what: str) -> Iterator[Row]:
 
 def _foreseen(results: list[Comparison]) -> str:
     known = [f"{r.foreseeable:.2f}" for r in results if r.foreseeable is not None]
-    return f" (one that sees each slip when it is made: {', '.join(known)})" if known else ""
+    return f" (one that knows each slip a line later: {', '.join(known)})" if known else ""
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 import msgspec
 
 from cluster.errors import StageError, boundary
-from cluster.types import RunState
+from cluster.run_state import RunState
 
 _STAGE = "checkpoint"
 _MARKER = "COMPLETE"

@@ -101,6 +101,11 @@ class GroupLog:
             GroupLine(group_id=group_id, fate=Fate.DROPPED, reason=reason, detail=detail[:500])
         )
 
+    def undecided(self) -> set[str]:
+        """Groups of which nothing says that they were dropped; some of them may have been used."""
+        last = {line.group_id: line.fate for line in self.read()}
+        return {group_id for group_id, fate in last.items() if fate is not Fate.DROPPED}
+
     def read(self) -> list[GroupLine]:
         """All facts, oldest first; a line torn by a crash is left out."""
         return self._lines.read(GroupLine)

@@ -144,6 +144,11 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         return int(self.loss_mask.sum())
 
     @property
+    def num_written_tokens(self) -> int:
+        """By the policy itself."""
+        return self.num_loss_tokens - self.num_given
+
+    @property
     def num_begun(self) -> int:
         """Tokens before the first one that the policy wrote."""
         if self.num_given:
@@ -162,28 +167,33 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
 
 class Passes(msgspec.Struct, frozen=True, kw_only=True):
-    """Verdicts of the first verifier on rollouts of a group, and the most tokens that one of them
-    was begun with.
+    """Verdicts of the first verifier on rollouts of groups, the most tokens that one of them was
+    begun with, and the fewest that any of the groups asked for.
     """
 
     num_passed: int = 0
     num_judged: int = 0
     longest_prefix: int = 0
+    asked_prefix: int = 0
 
     @classmethod
-    def of(cls, trajectories: list[Trajectory]) -> "Passes":
-        known = [t.passed for t in trajectories if t.passed is not None]
+    def of(cls, group: "TrajectoryGroup") -> "Passes":
+        known = [t.passed for t in group.trajectories if t.passed is not None]
+        begun = [t.num_begun for t in group.trajectories if t.arm == GUIDED]
         return cls(
             num_passed=sum(known),
             num_judged=len(known),
-            longest_prefix=max((t.num_begun for t in trajectories if t.arm == GUIDED), default=0),
+            longest_prefix=max(begun, default=0),
+            asked_prefix=group.prefix_tokens,
         )
 
     def __add__(self, other: "Passes") -> "Passes":
+        asked = [passes.asked_prefix for passes in (self, other) if passes.asked_prefix]
         return Passes(
             num_passed=self.num_passed + other.num_passed,
             num_judged=self.num_judged + other.num_judged,
             longest_prefix=max(self.longest_prefix, other.longest_prefix),
+            asked_prefix=min(asked, default=0),
         )
 
 
@@ -196,6 +206,7 @@ class TrajectoryGroup(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     reward_versions: dict[str, str] = {}
     priority: float = 0.0
     created_at: float = 0.0
+    prefix_tokens: int = 0  # asked for, of those that it has rollouts begun with
 
     @property
     def min_policy_version(self) -> int:
@@ -241,7 +252,7 @@ class GroupHeader(msgspec.Struct, frozen=True, kw_only=True):
             num_loss_tokens=sum(t.num_loss_tokens for t in group.trajectories),
             reward_versions=group.reward_versions,
             priority=group.priority,
-            passes=Passes.of(group.trajectories),
+            passes=Passes.of(group),
         )
 
 
@@ -263,37 +274,3 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     reward_versions: dict[str, list[str]]  # signal -> versions seen in this step
     num_loss_tokens: int
     skipped: list[str] = []  # dropped instead: no gradient of them was finite
-
-
-class PrefixState(msgspec.Struct, frozen=True, kw_only=True):
-    """How long the beginnings of prefixed rollouts are, the accuracies of the last steps with the
-    longest beginning in them, and the settled groups since then.
-    """
-
-    tokens: int
-    accuracies: list[float] = []
-    longest: int = 0
-    passes: Passes = Passes()
-
-
-class CurriculumState(msgspec.Struct, frozen=True, kw_only=True):
-    """How far the task order got: draws made, and those whose groups were not settled yet.
-
-    `early` are groups that a restart brought back and that were settled before their draw.
-    """
-
-    num_drawn: int = 0
-    pending: list[int] = []
-    early: list[str] = []
-    prefix: PrefixState | None = None
-
-
-class RunState(msgspec.Struct, frozen=True, kw_only=True):
-    """What a checkpoint must hold besides tensors so that a run goes on as if never stopped."""
-
-    run_id: str
-    step: int
-    policy_version: int
-    config_hash: str
-    curriculum: CurriculumState = CurriculumState()
-    reward_versions: dict[str, str] = {}

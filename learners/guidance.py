@@ -49,12 +49,13 @@ def annotate(policy: PolicyModel, rows: Sequence[Row], pack: MicroBatch) -> Micr
     hinted = [
         replace(row, context=row.sampled_context) for row in rows if row.sampled_context is not None
     ]
-    known = policy(MicroBatch.pack(hinted, pack.token_ids.device)).logprobs
+    seen = MicroBatch.pack(hinted, pack.token_ids.device)
+    known = policy(seen).logprobs
     if isinstance(policy, FSDPModule):
         policy.reshard()
     zeros = known.new_zeros(pack.num_loss_tokens)
-    is_hinted = pack.is_guided & ~pack.is_given
-    return replace(pack, sampled_logprobs=zeros.masked_scatter(is_hinted, known))
+    is_sampled = pack.is_guided & ~pack.is_given
+    return replace(pack, sampled_logprobs=zeros.masked_scatter(is_sampled, known[~seen.is_given]))
 
 
 class GuidedPolicyGradient(PolicyGradient):

@@ -1,8 +1,8 @@
 """Step-level credit: scores of a process verifier at the ends of reasoning steps.
 
 Invariant: a token is credited with what happens at or after it, never with what came before, nor
-compared with steps that were given; a trajectory whose step scores are unknown gets none. An
-alternative to the outcome credits of `learners.credit`.
+compared with steps that were given and are not learned; a trajectory whose step scores are unknown
+gets none. An alternative to the outcome credits of `learners.credit`.
 """
 
 from typing import NamedTuple

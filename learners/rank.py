@@ -55,7 +55,7 @@ class LearnerRank:
 
     def open_port(self) -> tuple[str, int]:
         """Host and port of this rank's node, taken, at which the ranks will meet."""
-        self._listener = socket.create_server((ray.util.get_node_ip_address(), 0))
+        self._listener = socket.create_server((_own_host(), 0))
         return self._listener.getsockname()
 
     def start(self, meeting: tuple[str, int] | None) -> int:
@@ -119,9 +119,7 @@ class LearnerRank:
         self._learner.export_weights(path)
 
     def open_broadcast(self, timeout_s: float) -> tuple[str, int]:
-        is_alone = sum(node["Alive"] for node in ray.nodes()) == 1
-        host = "127.0.0.1" if is_alone else ray.util.get_node_ip_address()
-        return self._learner.sender.open(host, timeout_s)
+        return self._learner.sender.open(_own_host(), timeout_s)
 
     def join_broadcast(self, size: int) -> dict[str, Any]:
         return self._learner.sender.join(size)
@@ -146,3 +144,9 @@ class LearnerRank:
         step, policy_version = self._learner.step, self._learner.policy_version
         log.set_progress(step=step, policy_version=policy_version)
         return policy_version
+
+
+def _own_host() -> str:
+    """By which the other actors reach this node; loopback on a cluster of one."""
+    is_alone = sum(node["Alive"] for node in ray.nodes()) == 1
+    return "127.0.0.1" if is_alone else ray.util.get_node_ip_address()

@@ -68,7 +68,7 @@ class LengthVerifier:
         self._soft_tokens = soft_tokens
 
     async def score(self, group: TrajectoryGroup, io: VerifierIO) -> list[Verdict]:
-        return [self._verdict(t.num_loss_tokens) for t in group.trajectories]
+        return [self._verdict(t.num_written_tokens) for t in group.trajectories]
 
     def _verdict(self, num_tokens: int) -> Verdict:
         left = self._max_tokens - num_tokens

@@ -62,11 +62,11 @@ class EfficiencyVerifier:
 
     async def score(self, group: TrajectoryGroup, io: VerifierIO) -> list[Verdict]:
         verdicts = await self._correct.score(group, io)
-        lengths = [t.num_loss_tokens for t in group.trajectories]
+        lengths = [t.num_written_tokens for t in group.trajectories]
         right = [
             length
             for length, verdict in zip(lengths, verdicts, strict=True)
-            if verdict.score is not None and verdict.score >= self._threshold
+            if length and verdict.score is not None and verdict.score >= self._threshold
         ]
         low, high = min(right, default=0), max(right, default=0)
         return [
@@ -79,7 +79,7 @@ class EfficiencyVerifier:
             return verdict
         if verdict.score < self._threshold:
             return Verdict(score=0.0, evidence="not right")
-        excess = (length - low) / (high - low) if high > low else 0.0
+        excess = max(0, length - low) / (high - low) if high > low else 0.0
         return Verdict(score=1.0 - self._eta * excess, evidence=f"{length} of {low}..{high} tokens")
 
 

@@ -14,7 +14,8 @@ from cluster.checkpoint_store import CheckpointStore
 from cluster.config import Config, CriticSection, LossConfig, Plugin
 from cluster.config_file import dump, parse
 from cluster.run_dir import RunDir
-from cluster.types import GroupHeader, RunState, StepResult
+from cluster.run_state import RunState
+from cluster.types import GroupHeader, StepResult
 from learners.learner import Learner
 from learners.packing import plan_groups
 from learners.policy_dir import prepare

@@ -20,7 +20,7 @@ from cluster.checkpoint_store import CheckpointStore
 from cluster.config import Config
 from cluster.errors import StageError
 from cluster.redis_client import connect
-from cluster.types import RunState
+from cluster.run_state import RunState
 from learners.group import LearnerGroup
 from tests.replay_checker import claim, fill, make_buffer
 

@@ -11,7 +11,8 @@ from cluster.ledger import Ledger
 from cluster.redis_client import connect
 from cluster.replay_buffer import ReplayBuffer
 from cluster.replay_keys import Keys
-from cluster.types import RunState, StepRecord
+from cluster.run_state import RunState
+from cluster.types import StepRecord
 from tests.replay_checker import audit, claim, fill, make_buffer, make_group
 
 

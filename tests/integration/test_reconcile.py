@@ -16,7 +16,8 @@ from cluster.reconcile import reconcile
 from cluster.redis_client import connect
 from cluster.replay_buffer import ReplayBuffer
 from cluster.run_dir import RunDir
-from cluster.types import RunState, StepRecord
+from cluster.run_state import RunState
+from cluster.types import StepRecord
 from serve import cli, replay_queries
 from tests.replay_checker import claim, fill, make_buffer
 

@@ -15,12 +15,13 @@ from actors.rollout import Sampling
 from actors.stages import Stages
 from cluster.config import Config
 from cluster.errors import GroupsVanishedError, StageError
-from cluster.group_log import Fate, GroupLog
+from cluster.group_log import Fate, GroupLine, GroupLog
 from cluster.ledger import Ledger
 from cluster.replay_buffer import AddResult
 from cluster.replay_records import DeadLetter
 from cluster.run_dir import RunDir
-from cluster.types import RunState, StepRecord, StepResult, Task
+from cluster.run_state import RunState
+from cluster.types import StepRecord, StepResult, Task
 from learners.group import LearnerGroup
 from tests.replay_checker import claim, fill, make_group
 
@@ -164,6 +165,23 @@ async def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_nothi
         assert books.has_checkpoint
         with pytest.raises(StageError, match=r"every checkpoint in .* is damaged"):
             await books.restore(LearnerGroup(list, tiny_config.learner), curriculum)
+
+
+async def test_groups_that_redis_has_lost_are_booked_as_dropped(
+    books: Bookkeeping, run: RunDir
+) -> None:
+    """Those that a step used are not in it, either, and stay what they are."""
+    for name in ("used", "lost", "dropped", "held"):
+        books._groups.append(GroupLine(group_id=name, fate=Fate.SAMPLED))
+    books.note_dropped("dropped", SKIPPED, "")
+    books._ledger.commit(used(1, "used"))
+    books.step = books.policy_version = 1
+    fill(books.buffer, "held")
+    assert books._roll_back() == {"held": 0}
+    last = {line.group_id: line for line in GroupLog(run).read()}
+    assert {name: line.reason for name, line in last.items()} == {
+        "used": "", "lost": LOST_WEIGHTS, "dropped": SKIPPED, "held": "",
+    }  # fmt: skip
 
 
 async def test_groups_that_neither_redis_nor_a_producer_has_are_missed_at_the_second_look(

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.checkpoint_store import CheckpointStore
 from cluster.errors import StageError
-from cluster.types import RunState
+from cluster.run_state import RunState
 
 
 def state(step: int) -> RunState:

@@ -8,9 +8,9 @@ from benchmarks.foreseeable import explained_by_slips
 from cluster.run_dir import Sample, TokenColumns
 
 
-def _sample(completion: str, reward: float | None) -> Sample:
+def _sample(completion: str, reward: float | None, step: int = 1) -> Sample:
     return Sample(
-        step=1,
+        step=step,
         group_id="g",
         task_id="t",
         prompt="4 - 1 + 3 =",
@@ -37,6 +37,12 @@ def test_a_slip_is_known_from_the_line_after_it() -> None:
 def test_what_was_answered_at_once_is_told_from_what_was_worked() -> None:
     worked = _sample("4 - 1 = 3\n3 + 3 = 6\n6", 1.0)
     assert explained_by_slips([worked, _sample("7", 0.0), _sample("8", None)]) == 1.0
+
+
+def test_that_the_policy_gets_better_from_step_to_step_explains_nothing() -> None:
+    first = [_sample("6", 1.0), _sample("6", 0.0), _sample("6", 0.0)]
+    second = [_sample("6", 1.0, 2), _sample("6", 1.0, 2), _sample("6", 0.0, 2)]
+    assert explained_by_slips([*first, *second]) == pytest.approx(0.0)
 
 
 def test_equal_returns_have_nothing_to_explain() -> None:

@@ -15,17 +15,17 @@ from actors.curriculum import Curriculum
 from actors.prefix import SolutionPrefix
 from actors.prefix_length import PrefixLength, PrefixRule
 from actors.programs import needs_guided_loss, prefix_length
-from actors.rollout import RolloutRequest, Sampling
+from actors.rollout import RolloutRequest, Sampling, build_trajectory
 from cluster.config import Config, Plugin
 from cluster.errors import ConfigError
+from cluster.run_state import CurriculumState, PrefixState
 from cluster.types import (
-    CurriculumState,
+    Author,
     GroupHeader,
     Message,
     Passes,
-    PrefixState,
+    Segment,
     Task,
-    TrajectoryGroup,
     TrajectoryStatus,
     Verdict,
 )
@@ -68,7 +68,8 @@ def observed(length: PrefixLength, *steps: tuple[int, int], longest: int = 9999)
     """Tokens after each step of (passed, failed), in two groups; neither counts the unjudged."""
     lengths: list[int] = []
     for num_passed, num_failed in steps:
-        length.settle(Passes(num_passed=num_passed, num_judged=num_passed, longest_prefix=longest))
+        begun = Passes(longest_prefix=min(longest, length.tokens), asked_prefix=length.tokens)
+        length.settle(begun + Passes(num_passed=num_passed, num_judged=num_passed))
         length.settle(Passes(num_judged=num_failed))
         length.end_step()
         lengths.append(length.tokens)
@@ -87,6 +88,20 @@ def test_a_length_beyond_all_solutions_moves_from_the_longest_beginning_that_the
     steps = [(4, 6), (4, 6), (8, 2)]
     assert observed(PrefixLength(RULE), *steps, longest=40)[-1] == 20
     assert observed(PrefixLength(RULE), *steps, longest=0)[-1] == 500, "no rollout was begun"
+
+
+@pytest.mark.parametrize("age", range(9))
+def test_groups_that_asked_for_an_earlier_length_do_not_undo_a_longer_one(age: int) -> None:
+    length = PrefixLength(RULE)
+    asked = [length.tokens] * age  # of the groups that are on their way
+    for num_passed in (2, 2, 1, *[1] * 20):
+        asked.append(length.tokens)
+        was = asked.pop(0)
+        length.settle(
+            Passes(num_passed=num_passed, num_judged=4, longest_prefix=was, asked_prefix=was)
+        )
+        length.end_step()
+    assert length.tokens == 2000
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12), st.integers(0, 12))
@@ -122,6 +137,17 @@ def test_requests_carry_the_length_and_a_checkpoint_keeps_it() -> None:
     assert Curriculum([TASK], 0, SAMPLING, 4).next().prefix_tokens == 0
 
 
+def test_only_a_first_segment_may_be_given() -> None:
+    tokens = np.array([5, 6], np.int32)
+    parts = [
+        Segment(token_ids=tokens, logprobs=np.zeros(2, np.float32), author=author)
+        for author in (Author.POLICY, Author.GIVEN)
+    ]
+    request = RolloutRequest("g", TASK, 1, SAMPLING)
+    with pytest.raises(ValueError, match="only the first segment"):
+        build_trajectory(request, 0, tokens, parts, TrajectoryStatus.COMPLETED, "")
+
+
 def test_a_header_says_how_many_passed_and_how_long_the_longest_beginning_was() -> None:
     [*plain, begun] = run(5)[0].trajectories
     scores = (1.0, 0.2, None)
@@ -129,13 +155,13 @@ def test_a_header_says_how_many_passed_and_how_long_the_longest_beginning_was() 
         msgspec.structs.replace(t, verdicts=[Verdict(score=score), Verdict(score=0.9)])
         for t, score in zip(plain, scores, strict=True)
     ]
-    group = TrajectoryGroup(group_id="g", task=TASK, trajectories=[*judged, begun])
+    group = msgspec.structs.replace(run(5)[0], trajectories=[*judged, begun])
     passes = GroupHeader.of(group).passes
-    assert passes == Passes(num_passed=1, num_judged=2, longest_prefix=5)
+    assert passes == Passes(num_passed=1, num_judged=2, longest_prefix=5, asked_prefix=5)
     assert begun.passed is None
-    assert passes + Passes(num_passed=2, num_judged=3) == Passes(
-        num_passed=3, num_judged=5, longest_prefix=5
-    )
+    both = passes + Passes(num_passed=2, num_judged=3)
+    assert both == Passes(num_passed=3, num_judged=5, longest_prefix=5, asked_prefix=5)
+    assert (both + Passes(asked_prefix=3)).asked_prefix == 3
 
 
 def run(

@@ -6,7 +6,8 @@ from cluster.checkpoint_store import CheckpointStore
 from cluster.ledger import Ledger
 from cluster.resume import saved_state
 from cluster.run_dir import RunDir
-from cluster.types import RunState, StepRecord
+from cluster.run_state import RunState
+from cluster.types import StepRecord
 
 
 def test_what_is_saved_is_told_from_checkpoints_and_ledger(tmp_path: Path) -> None:

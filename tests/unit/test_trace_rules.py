@@ -33,6 +33,19 @@ async def test_among_right_completions_the_shorter_earns_more():
     assert await scores("efficiency", group("42", "0"), correct={"use": "math"}) == [1.0, 0.0]
 
 
+async def test_what_was_given_is_nobodys_length():
+    """The third is given whole: it is compared with nobody."""
+    mixed = group("42", "42", "42", lengths=[10, 200, 500])
+    given = [
+        msgspec.structs.replace(trajectory, num_given=n)
+        for trajectory, n in zip(mixed.trajectories, (0, 180, 500), strict=True)
+    ]
+    mixed = msgspec.structs.replace(mixed, trajectories=given)
+    assert await scores("efficiency", mixed, correct={"use": "math"}) == [1.0, 0.5, 1.0]
+    assert await scores("length", mixed, max_tokens=20) == [1.0, 1.0, 1.0]
+    assert await scores("length", mixed, max_tokens=15) == [1.0, 0.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("settings", "good", "bad"),
     [
