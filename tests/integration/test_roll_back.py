@@ -154,6 +154,18 @@ async def test_a_buffer_of_dead_letters_alone_ends_the_run(
     assert dropped == [letter.group_id for letter in letters]
 
 
+async def test_a_group_that_is_damaged_after_it_moved_the_weights_is_no_dead_letter(
+    books: Bookkeeping,
+) -> None:
+    fill(books.buffer, "used")
+    [header] = books.buffer.claim(1, owner=books._owner, wait_s=0.0)
+    payloads = books.buffer._keys.payloads
+    books.buffer._client.hset(payloads, "used", b"rubbish")
+    assert await books.commit([header], StepResult(step=1, policy_version=1, metrics={})) == []
+    assert books.buffer.places() == {"used": "consumed"}
+    assert books.buffer.stats().dropped == {}
+
+
 async def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_nothing(
     books: Bookkeeping, tiny_config: Config
 ) -> None:
