@@ -134,9 +134,12 @@ class Bookkeeping:
         """Ledger and buffer to the present step; the policy version of each group still held. The
         ledger comes last: it alone knows what a roll-back that is cut short has still to do.
         """
+        records = self._ledger.records()
+        used = {g for r in records if r.step <= self.step for g in r.group_ids}
+        undone = [g for r in records if r.step > self.step for g in (*r.group_ids, *r.skipped)]
         self.buffer.acknowledge(self.step)
         self.buffer.restore(self.step)
-        self._correct_buffer()
+        self._correct_buffer(used, undone)
         self._ledger.truncate_after(self.step)
         if self._config.rollout.max_policy_age == 0:
             for group_id in self.buffer.discard_newer(self.policy_version):
@@ -144,23 +147,19 @@ class Bookkeeping:
         for letter in self._new_dead_letters():
             self._groups.dropped(letter.group_id, DEAD_LETTER, letter.reason)
         held = self.buffer.versions()
-        used = {group_id for record in self._ledger.records() for group_id in record.group_ids}
         for group_id in sorted(self._groups.undecided() - held.keys() - used):
             self._groups.dropped(group_id, LOST_WEIGHTS, "Redis has lost it")
         for group_id in held:
             self._groups.append(GroupLine(group_id=group_id, fate=Fate.HELD))
         return held
 
-    def _correct_buffer(self) -> None:
+    def _correct_buffer(self, used: set[str], undone: list[str]) -> None:
         """Where it differs from ledger and checkpoint, which decide. A Redis that lost its last
         second still holds groups that have moved the weights: they go. What it has let go of though
         its steps are undone, as those of a damaged checkpoint and of skipped steps, may be sampled
         again.
         """
         held = self.buffer.versions()
-        records = self._ledger.records()
-        used = {g for r in records if r.step <= self.step for g in r.group_ids}
-        undone = [g for r in records if r.step > self.step for g in (*r.group_ids, *r.skipped)]
         if back := [group_id for group_id in held if group_id in used]:
             self.buffer.consume(back, step=self.step)
             self.buffer.acknowledge(self.step)

@@ -1,36 +1,14 @@
 """`make show AREA=durability`: nothing lost, nothing twice, no bit of difference after kill -9."""
 
-import math
-import random
-import re
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean, median
 
-from benchmarks import replay_buffer, simulation, throughput, time_to_accuracy
-from benchmarks.chaos import KINDS, PROCESSES, LiveRun, Recovery, RunEndedError, two_kinds
+from benchmarks import recovery, replay_buffer, simulation, throughput, time_to_accuracy
 from benchmarks.proofs import proven
-from benchmarks.show import Part, Row, judged
+from benchmarks.show import Part, Row
 
 STEPS, QUICK_STEPS = 200, 100  # enough for each kind to be killed once
-RATE_TIMES_STEPS = 8e-3  # learner.lr times the steps: enough to learn most, not all
-PAUSE_S = (1.0, 4.0)  # between a recovery and the next kill
-END_S = 3600.0
-NOISE = 3.0  # standard errors
-PAIR_SHARE, AGAIN_SHARE = 0.3, 0.2  # of the kills, once each kind had its turn
-# The second dies while it comes up after the first.
-AGAIN = [("controller", kind) for kind in ("learner", "rollout", "reward")] + [("learner",) * 2]
-# Seconds until work goes on, of a tiny policy on CPU (docs/durability.md). What hangs is noticed
-# when a call of it has had its time.
-TARGETS_S = {
-    "rollout": 15, "reward": 5, "learner": 20, "redis": 30, "controller": 30,
-    "rollout_hang": 60, "reward_hang": 150, "learner_hang": 90, "redis_hang": 90,
-    "controller_hang": 150,
-}  # fmt: skip
 FAULTS = "tests/e2e/test_faults.py"
 BROADCAST = "tests/integration/test_weight_broadcast.py"
 
@@ -44,7 +22,8 @@ def rows(quick: bool) -> Iterator[Row | Part]:
     yield Part("time to the same held-out accuracy", lambda: learnt(quick))
     steps = QUICK_STEPS if quick else STEPS
     yield Part(
-        f"kill -9 and SIGSTOP of random processes through {steps} steps", lambda: chaos(steps)
+        f"kill -9 and SIGSTOP of random processes through {steps} steps",
+        lambda: recovery.rows(steps),
     )
     yield from not_shown()
 
@@ -185,117 +164,6 @@ def learnt(quick: bool) -> Iterator[Row]:
     """With TRL, until both are as good."""
     with tempfile.TemporaryDirectory(prefix="hone-accuracy-") as name:
         yield from time_to_accuracy.rows(quick, Path(name))
-
-
-def chaos(steps: int) -> Iterator[Row]:
-    """A random process dies or hangs again and again, rollouts one step ahead of the learner."""
-    options = [
-        f"run.steps={steps}", "run.checkpoint_every=5", "rollout.max_policy_age=1",
-        "buffer.max_deliveries=100", "rollout.timeout_s=30", "sync.timeout_s=30",
-        "learner.timeout_s=60", f"learner.lr={RATE_TIMES_STEPS / steps:.1e}",
-    ]  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="hone-chaos-") as name:
-        folder = Path(name)
-        calm, hurt = (LiveRun(folder, kind, options) for kind in ("calm", "hurt"))
-        try:
-            calm.start()
-            calm_code = calm.finish(END_S)
-            hurt.start()
-            hurt.wait_for_steps(1)
-            recoveries = kill_until_done(hurt, steps)
-            code = hurt.finish(END_S)
-        finally:
-            calm.kill_everything()
-            hurt.kill_everything()
-        if calm_code or code:
-            yield judged("chaos", f"exit codes {calm_code} and {code}", "0", False, hurt.tail())
-            return
-        audit = hurt.reconcile()
-        dropped = ", ".join(f"{n} {why}" for why, n in sorted(audit.dropped.items())) or "none"
-        yield judged(
-            "a random process is killed or stopped, some while it is being replaced, a few seconds "
-            f"after the run works again, through {steps} steps; " + ", ".join(options[1:]),
-            f"{len(recoveries)} times, {audit.steps} steps; {audit.num_sampled} groups sampled, "
-            f"{audit.num_used} used once, {audit.num_waiting} waiting, dropped: {dropped}",
-            "finishes; ledger, buffer and checkpoints agree",
-            audit.is_sound and audit.steps == steps and len(recoveries) > 0,
-            "; ".join(audit.faults),
-        )
-        yield within_noise(calm, hurt)
-        yield recovery_table(recoveries)
-
-
-def kill_until_done(hurt: LiveRun, steps: int) -> list[Recovery]:
-    """Every kind once in random order, then kills at random, some of two at once, some of one that
-    comes up, until the end is near. A run that comes to its end before its last recovery was seen
-    has none.
-    """
-    kinds = random.sample(KINDS, len(KINDS))
-    recoveries: list[Recovery] = []
-    with suppress(RunEndedError):
-        while hurt.num_steps < steps - 5:
-            time.sleep(random.uniform(*PAUSE_S))
-            if kinds:
-                recoveries.append(hurt.hurt(kinds.pop()))
-            elif (share := random.random()) < PAIR_SHARE:
-                recoveries.append(hurt.hurt(*two_kinds()))
-            elif share < PAIR_SHARE + AGAIN_SHARE:
-                first, second = random.choice(AGAIN)
-                recoveries.append(hurt.hurt(first, then=second))
-            else:
-                recoveries.append(hurt.hurt(random.choice(PROCESSES)))
-    return recoveries
-
-
-def within_noise(calm: LiveRun, hurt: LiveRun) -> Row:
-    """Mean rewards of the last quarter, each step one observation. The calm run must have learned
-    more than noise, or an equal reward shows nothing; two runs of one pace differ a little, too.
-    """
-    curves = [
-        [row["reward/mean"] for row in run.run.read_metrics() if "reward/mean" in row]
-        for run in (calm, hurt)
-    ]
-    ends = [curve[-(len(curve) // 4) :] for curve in curves]
-    error = math.sqrt(sum(_noise(end) ** 2 / len(end) for end in ends))
-    first, last, hurt_last = (fmean(part) for part in (curves[0][: len(ends[0])], *ends))
-    gain, difference = last - first, abs(last - hurt_last)
-    return judged(
-        "the reward curve is that of the calm run",
-        f"first and last quarter {first:.3f}, {last:.3f} calm; last {hurt_last:.3f} hurt",
-        f"last quarters within {NOISE:g} standard errors ({error:.3f} each), or a tenth of what "
-        "the calm run gained, which is at least three times the former",
-        gain >= 3 * NOISE * error and difference <= max(NOISE * error, gain / 10),
-    )
-
-
-def _noise(curve: Sequence[float]) -> float:
-    """Standard deviation of a step beside what changes slowly."""
-    return math.sqrt(fmean((b - a) ** 2 for a, b in pairwise(curve)) / 2)
-
-
-def recovery_table(recoveries: list[Recovery]) -> Row:
-    """Median seconds by kind: replaced, and working again, which the targets are of; of two the sum
-    of theirs.
-    """
-    by_kind: dict[str, list[Recovery]] = {}
-    for recovery in recoveries:
-        by_kind.setdefault(recovery.kind, []).append(recovery)
-    lines: list[str] = []
-    late: list[str] = []
-    for kind, found in sorted(by_kind.items()):
-        replaced, working = (median(values) for values in zip(*[r[1:] for r in found], strict=True))
-        lines.append(f"{kind} x{len(found)}: replaced {replaced:.1f} s, working {working:.1f} s")
-        if working > sum(TARGETS_S[part] for part in re.split("[+>]", kind)):
-            late.append(kind)
-    targets = ", ".join(f"{kind} {seconds}" for kind, seconds in TARGETS_S.items())
-    unkilled = sorted(set(KINDS) - by_kind.keys())
-    return judged(
-        "recovery, medians",
-        "; ".join(lines),
-        f"working within (s): {targets}",
-        not late and not unkilled,
-        f"late: {late}, never killed: {unkilled}" if late or unkilled else "",
-    )
 
 
 def not_shown() -> Iterator[Row]:

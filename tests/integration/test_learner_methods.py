@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -156,6 +157,27 @@ def test_values_and_gradients_equal_the_reference_in_float64(
     assert expected.item() != pytest.approx(0.0, abs=1e-5), "the case must have something to show"
     for ours, theirs in zip(torch.autograd.grad(loss, parameters), gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_given_tokens_shift_no_hinted_log_prob(policy_dir: Path) -> None:
+    """Of a hinted row that begins with given tokens, and of the row after it."""
+    policy = PolicyModel(AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float64))
+    hinted = [
+        Row.of(trajectory, np.zeros(len(trajectory.token_ids), np.float32))
+        for group in make_groups(0)
+        for trajectory in group.trajectories
+        if trajectory.train_context_tokens is not None
+    ][:2]
+    assert len(hinted) == 2
+    begun = [replace(hinted[0], num_given=2), hinted[1]]
+    known, found = (
+        annotate(policy, rows, MicroBatch.pack(rows)).sampled_logprobs for rows in (hinted, begun)
+    )
+    assert known is not None
+    assert found is not None
+    given = MicroBatch.pack(begun).is_given
+    assert int(given.sum()) > 0
+    torch.testing.assert_close(found, known.masked_fill(given, 0.0))
 
 
 def _config(losses: dict[str, LossConfig], credit: str = "grpo", **learner: Any) -> Config:
