@@ -1,8 +1,8 @@
 """The door to a living run: requests and replies through the run's own Redis.
 
 Invariant: whoever can read the run directory (or knows `buffer.url`) may ask, nobody else; a
-request that outlived its deadline is never carried out, and a request to a run that is not alive
-fails in seconds. `ControlClient` serves the CLI and Python scripts, `ControlServer` the run.
+request that outlived its deadline is never carried out, nor one twice, and a request to a run that
+is not alive fails in seconds. `ControlClient` serves the CLI and scripts, `ControlServer` the run.
 """
 
 # pyright: reportUnknownMemberType=false
@@ -10,6 +10,7 @@ fails in seconds. `ControlClient` serves the CLI and Python scripts, `ControlSer
 import os
 import time
 import uuid
+from collections import deque
 from typing import Any, cast
 
 import msgspec
@@ -26,6 +27,7 @@ ALIVE_S = 10
 _REPLY_S = 600
 _SLICE_S = 1.0
 _CONNECT_S = 1.0
+_NUM_REMEMBERED = 1000  # requests; one whose push had no reply is pushed again within seconds
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,6 +104,7 @@ class ControlServer:
     def __init__(self, client: redis.Redis, run_id: str) -> None:
         self._client = client
         self._keys = Keys(run_id)
+        self._begun: deque[str] = deque(maxlen=_NUM_REMEMBERED)
 
     def open(self) -> None:
         """Forget requests to an earlier life of the run, and give the first life sign."""
@@ -110,7 +113,9 @@ class ControlServer:
             self._client.set(self._keys.alive, b"1", ex=ALIVE_S)
 
     def next(self, wait_s: float) -> Request | None:
-        """The next request that is still in time, or None after `wait_s`; renews the life sign."""
+        """The next request that is still in time and new, or None after `wait_s`; renews the life
+        sign.
+        """
         with translated_errors("control"):
             self._client.set(self._keys.alive, b"1", ex=ALIVE_S)
             answer = self._client.blpop([self._keys.requests], timeout=wait_s)
@@ -121,7 +126,10 @@ class ControlServer:
                 request = msgspec.json.decode(data, type=Request)
             except msgspec.DecodeError:
                 return None  # not written by a `ControlClient`
-            return None if self.is_late(request) else request
+            if request.id in self._begun or self.is_late(request):
+                return None
+            self._begun.append(request.id)
+            return request
 
     def is_late(self, request: Request) -> bool:
         """Whether who asked has given up: such a request must not be started."""
