@@ -90,14 +90,18 @@ class Dispatch:
         self._statistics.add(production)
         summary = production.last
         self._books.note_scored(summary)
+        pause_s = 0.0
         known = [reward for reward in production.plain.rewards if reward is not None]
         if known:
             self._supervisor.group_scored()
             is_idle = summary.is_uniform and self._config.tasks.skip_uniform
             parts.curriculum.observe(is_idle, sum(known) / len(known))
         else:
-            await asyncio.sleep(self._supervisor.group_unscored())
+            pause_s = self._supervisor.group_unscored()
         is_known = summary.outcome == "duplicate" and await self._books.is_stored(group_id)
         if summary.outcome != "added" and not is_known:
             parts.curriculum.note_passes(production.plain.passes)
-            await self._drop([group_id], summary.outcome, "")
+            try:
+                await asyncio.sleep(pause_s)
+            finally:  # also when the run ends meanwhile: no group is without its fate
+                await self._drop([group_id], summary.outcome, "")
