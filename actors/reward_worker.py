@@ -9,6 +9,7 @@ version for life: another version is another process, with its own imports. Crea
 import asyncio
 import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import numpy as np
@@ -16,7 +17,13 @@ import numpy as np
 from actors.verifier_pools import PooledSignal
 from cluster import log, traces, wire
 from cluster.config import BufferSection, VerifierConfig
-from cluster.errors import BufferFullError, ConfigError, StageError, boundary
+from cluster.errors import (
+    BufferFullError,
+    BufferUnavailableError,
+    ConfigError,
+    StageError,
+    boundary,
+)
 from cluster.redis_client import CALL_S, connect
 from cluster.replay_buffer import ReplayBuffer
 from cluster.replay_policy import build_policy
@@ -29,6 +36,7 @@ from rewards.self_check import gold_check, junk_probe
 
 BACK_OFF_S = (0.05, 2.0)
 UNSOLVED = "unsolved"
+MAX_ADDS = 64  # at once, each of which may wait for Redis: as many as the actor takes calls
 
 
 class GroupSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +72,8 @@ class RubricFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RewardWorker:
-    """One rubric and one connection to the buffer.
+    """One rubric and one connection to the buffer, opened at the first group: Redis may be away
+    while a worker starts.
 
     `label` is the version that the worker must turn out to be; with "" it is a candidate's. Raises
     `ConfigError` when the code on disk is no longer that version.
@@ -92,13 +101,11 @@ class RewardWorker:
                 f"{self._rubric.version}: swap to the new version, or put the old code back"
             )
         self._policy = build_policy(buffer)
-        self._buffer = ReplayBuffer(
-            connect(buffer_url, retry_s=CALL_S),
-            run_id,
-            capacity_groups=buffer.capacity_groups,
-            lease_s=buffer.lease_s,
-            max_deliveries=buffer.max_deliveries,
-        )
+        self._run_id = run_id
+        self._url = buffer_url
+        self._settings = buffer
+        self._buffer: ReplayBuffer | None = None
+        self._adders = ThreadPoolExecutor(MAX_ADDS, "add")
 
     async def facts(self) -> RubricFacts:
         return RubricFacts(
@@ -178,16 +185,36 @@ class RewardWorker:
         return msgspec.structs.replace(group, trajectories=(passes + failures) or plain)
 
     async def _add(self, group: TrajectoryGroup, deadline_s: float, epoch: int) -> str:
+        loop = asyncio.get_running_loop()
         pause, limit = BACK_OFF_S
         waited = 0.0
         while True:
             try:
-                return str(await asyncio.to_thread(self._buffer.add, group, epoch=epoch))
+                adding = loop.run_in_executor(self._adders, self._added, group, epoch)
+                return await adding
             except BufferFullError as error:
                 if waited >= deadline_s:
                     raise StageError("score", f"buffer full for {waited:.0f} s: {error}") from error
                 await asyncio.sleep(pause)
                 waited, pause = waited + pause, min(limit, 2 * pause)
+
+    def _added(self, group: TrajectoryGroup, epoch: int) -> str:
+        if self._buffer is None:
+            self._buffer = self._open()
+        return self._buffer.add(group, epoch=epoch)
+
+    def _open(self) -> ReplayBuffer:
+        try:
+            client = connect(self._url, retry_s=CALL_S)
+        except ConfigError as error:  # the launcher has found it sound
+            raise BufferUnavailableError(str(error)) from error
+        return ReplayBuffer(
+            client,
+            self._run_id,
+            capacity_groups=self._settings.capacity_groups,
+            lease_s=self._settings.lease_s,
+            max_deliveries=self._settings.max_deliveries,
+        )
 
 
 def is_failed(trajectory: Trajectory) -> bool:
