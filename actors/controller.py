@@ -115,8 +115,8 @@ class Controller:
                     await self._start_learner_anew(parts, lost)
                 await self._go(parts)
             except LearnerLostError as error:
-                has_checkpoint = self._books.has_checkpoint
-                self._supervisor.learner_lost(error, has_checkpoint=has_checkpoint)
+                step, has_checkpoint = self._books.step, self._books.has_checkpoint
+                self._supervisor.learner_lost(error, step=step, has_checkpoint=has_checkpoint)
                 lost = error
 
     async def _go(self, parts: Parts) -> None:

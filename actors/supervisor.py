@@ -1,14 +1,17 @@
 """What to do about a failure: drop, try again, start anew, or give up. Decides; others execute.
 
 Invariant: a single failure never ends a run, and a cause that repeats always does: each kind has a
-budget of failures in a row, given back by the success that disproves it. No clock, no I/O. Asked by
-the controller and by the launcher.
+budget of failures in a row, given back by the success that disproves it; learner and controller may
+be lost so often at one step, which a roll-back may make again and again. No clock, no I/O. Asked
+by the controller and by the launcher.
 """
+
+from collections import Counter
 
 from cluster.errors import DeadlineError, HoneError, LearnerLostError, StageError, WireError
 
 MAX_GROUPS_IN_A_ROW = 16
-MAX_RESTARTS_IN_A_ROW = 3
+MAX_RESTARTS_AT_A_STEP = 3
 MAX_SAVES_IN_A_ROW = 3
 MAX_SKIPPED_IN_A_ROW = 8
 MAX_UNSCORED_IN_A_ROW = 1024  # groups; an outage of minutes, since each one slows the next down
@@ -16,11 +19,11 @@ UNSCORED_PAUSE_S, MAX_UNSCORED_PAUSE_S = 0.1, 30.0
 
 
 class Supervisor:
-    """Failures in a row, by kind. Example: the third failed save in a row is raised."""
+    """Failures by kind. Example: the third failed save in a row is raised."""
 
     def __init__(self) -> None:
         self._groups = 0
-        self._restarts = 0
+        self._lost_at: Counter[int] = Counter()
         self._saves = 0
         self._skipped = 0
         self._unscored = 0
@@ -56,26 +59,27 @@ class Supervisor:
     def group_scored(self) -> None:
         self._unscored = 0
 
-    def learner_lost(self, error: LearnerLostError, *, has_checkpoint: bool) -> None:
-        """Start the group anew, unless it was lost again and again without a step in between, or
-        before its first checkpoint: a new one would lack the warm start.
+    def learner_lost(self, error: LearnerLostError, *, step: int, has_checkpoint: bool) -> None:
+        """Start the group anew, unless it was lost again and again after the same step, or before
+        its first checkpoint: a new one would lack the warm start.
         """
         if not has_checkpoint:
             raise StageError(
                 error.stage, f"{error.reason}; no checkpoint holds what it had learnt: start again"
             ) from error
-        self._restarts += 1
-        if self._restarts > MAX_RESTARTS_IN_A_ROW:
-            raise error
+        self._count_loss(error, step)
 
-    def controller_lost(self, error: StageError) -> None:
+    def controller_lost(self, error: StageError, *, step: int) -> None:
         """Start another one, which goes on from the last durable state; the same budget."""
-        self._restarts += 1
-        if self._restarts > MAX_RESTARTS_IN_A_ROW:
+        self._count_loss(error, step)
+
+    def _count_loss(self, error: StageError, step: int) -> None:
+        self._lost_at[step] += 1
+        if self._lost_at[step] > MAX_RESTARTS_AT_A_STEP:
             raise error
 
     def step_made(self) -> None:
-        self._restarts = self._skipped = 0
+        self._skipped = 0
 
     def step_skipped(self) -> None:
         """Go on with the weights as they are, unless step after step has no finite gradient."""

@@ -32,6 +32,7 @@ from cluster import config_file, environment, ray_token, status
 from cluster.config import Config
 from cluster.embedded_redis import EmbeddedRedis
 from cluster.errors import ConfigError, HoneError, StageError, StartLostError
+from cluster.ledger import Ledger
 from cluster.owned_folder import PREFIX, owned
 from cluster.redis_client import buffer_url, connect
 from cluster.resume import refuse_changes, saved_state
@@ -110,7 +111,6 @@ def _conduct(
     deadline: float | None = None
     keeper = None if server is None else RedisKeeper(server)
     for attempt in itertools.count():
-        num_steps = _num_steps(run_dir)
         controller: Any = (
             ray.remote(Controller)
             .options(
@@ -146,8 +146,6 @@ def _conduct(
                     raise failure from None
                 ray.kill(controller)  # and with it the parts that came up
                 error = failure
-            if _num_steps(run_dir) > num_steps:
-                supervisor.step_made()
             if isinstance(error, StartLostError):
                 cause = f"lost what it was starting: {error}"
             else:
@@ -155,7 +153,8 @@ def _conduct(
             if pulse.is_gone():
                 cause = f"gave no answer for {HANG_S:.0f} s"
             _note(run_dir, "worker_died", actor="controller", cause=cause[:300])
-            supervisor.controller_lost(StageError("controller", f"{cause}; see {run_dir.logs}"))
+            lost = StageError("controller", f"{cause}; see {run_dir.logs}")
+            supervisor.controller_lost(lost, step=Ledger(run_dir.ledger).last_step())
         if interrupt:
             break
     return INTERRUPTED
@@ -185,11 +184,6 @@ def _note_failure(run_dir: RunDir, error: HoneError) -> None:
 def _remove_weights(run_dir: RunDir) -> None:
     """Where they are is known at the end: a cluster's run has moved them into its directory."""
     shutil.rmtree(run_dir.weights, ignore_errors=True)
-
-
-def _num_steps(run_dir: RunDir) -> int:
-    """Steps that the ledger knows, those that were rolled back included."""
-    return sum(path.read_bytes().count(b"\n") for path in run_dir.path.glob("ledger*.jsonl"))
 
 
 def _cause(error: RayTaskError) -> HoneError:

@@ -69,6 +69,11 @@ class Ledger:
                 raise WireError(f"{self._path}:{number}: not a step record: {error}") from error
         return records
 
+    def last_step(self) -> int:
+        """The last committed step, -1 for none; raises as `records`."""
+        records = self.records()
+        return records[-1].step if records else -1
+
     def truncate_after(self, step: int) -> list[StepRecord]:
         """Become the writer: take out the records after `step`, whose weights are lost, and return
         them.
@@ -116,8 +121,7 @@ class Ledger:
     def _repair(self) -> int:
         """Cut off a torn last line; the last committed step, -1 for none."""
         _cut_torn_line(self._path)
-        records = self.records()
-        return records[-1].step if records else -1
+        return self.last_step()
 
 
 def _committed(path: Path) -> bytes:

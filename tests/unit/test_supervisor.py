@@ -4,7 +4,7 @@ import pytest
 
 from actors.supervisor import (
     MAX_GROUPS_IN_A_ROW,
-    MAX_RESTARTS_IN_A_ROW,
+    MAX_RESTARTS_AT_A_STEP,
     MAX_SAVES_IN_A_ROW,
     MAX_SKIPPED_IN_A_ROW,
     MAX_UNSCORED_IN_A_ROW,
@@ -55,23 +55,30 @@ def test_what_is_not_the_fault_of_a_group_is_never_a_drop(error: HoneError) -> N
         Supervisor().group_failed(error)
 
 
-def test_a_learner_that_is_lost_without_a_step_in_between_ends_the_run() -> None:
+def test_a_learner_that_is_lost_at_one_step_again_and_again_ends_the_run() -> None:
     supervisor = Supervisor()
     error = LearnerLostError("learn", "a rank died")
-    for _ in range(5):
-        for _ in range(MAX_RESTARTS_IN_A_ROW):
-            supervisor.learner_lost(error, has_checkpoint=True)
-        supervisor.step_made()
-    for _ in range(MAX_RESTARTS_IN_A_ROW):
-        supervisor.learner_lost(error, has_checkpoint=True)
+    for step in range(5):
+        for _ in range(MAX_RESTARTS_AT_A_STEP):
+            supervisor.learner_lost(error, step=step, has_checkpoint=True)
+            supervisor.step_made()  # the steps before it are made anew each time
     with pytest.raises(LearnerLostError):
-        supervisor.learner_lost(error, has_checkpoint=True)
+        supervisor.learner_lost(error, step=4, has_checkpoint=True)
+
+
+def test_a_controller_that_is_lost_at_one_step_again_and_again_ends_the_run() -> None:
+    supervisor = Supervisor()
+    error = StageError("controller", "died")
+    for step in [7, 8] * MAX_RESTARTS_AT_A_STEP:
+        supervisor.controller_lost(error, step=step)
+    with pytest.raises(StageError, match="died"):
+        supervisor.controller_lost(error, step=8)
 
 
 def test_a_learner_lost_before_its_first_checkpoint_ends_the_run() -> None:
     error = LearnerLostError("learn", "a rank died")
     with pytest.raises(StageError, match=r"a rank died; no checkpoint holds") as raised:
-        Supervisor().learner_lost(error, has_checkpoint=False)
+        Supervisor().learner_lost(error, step=0, has_checkpoint=False)
     assert not isinstance(raised.value, LearnerLostError)
 
 
