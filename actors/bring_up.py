@@ -1,8 +1,9 @@
 """From a config to running parts: tasks, policy directory, learner group, engines, reward workers.
 
 Invariant: when `bring_up` returns, every part is alive and idle; when it raises, the error names
-the stage. The slow parts start side by side: engines load while the learner warms the policy up.
-Called by the controller.
+the stage. The slow parts start side by side: engines load while the learner warms the policy up. A
+run that goes on has its policy, so that only its rewards wait for the tasks. Called by the
+controller.
 """
 
 import asyncio
@@ -130,21 +131,13 @@ async def _start_parts(
     observer: Observer,
     placement: Placement,
 ) -> Parts:
-    observer.phase("starting", "reading tasks", 5.0)
-    train_tasks, eval_tasks = await asyncio.to_thread(load_splits, config.tasks)
-    observer.phase("starting", "preparing the policy", 10.0)
-    policy = await prepared_policy.of(config, train_tasks, run, has_checkpoint)
-    sampling = Sampling(
-        config.rollout.max_new_tokens, config.rollout.temperature, [policy.stop_token_id]
-    )
-    curriculum = Curriculum(
-        train_tasks,
-        config.run.seed,
-        sampling,
-        config.rollout.group_size,
-        programs.prefix_length(config),
-    )
-
+    reading = asyncio.create_task(asyncio.to_thread(load_splits, config.tasks))
+    policy = prepared_policy.known(run) if has_checkpoint else None
+    if policy is None:
+        observer.phase("starting", "reading tasks", 5.0)
+        train_tasks, _ = await reading
+        observer.phase("starting", "preparing the policy", 10.0)
+        policy = await prepared_policy.make(config, train_tasks, run, has_checkpoint)
     num_workers = config.rollout.workers
     loading = f"loading {num_workers} vLLM engine(s) and the learner"
     observer.phase("starting", loading, ENGINE_START_S)
@@ -153,12 +146,17 @@ async def _start_parts(
         RewardHome(run, placement, buffer_url, observer.event, str(policy.directory))
     )
     buffered = await asyncio.to_thread(BufferedGroups.of, config, run.buffer_id, buffer_url)
-    admin = await asyncio.to_thread(RewardAdmin, rewards, train_tasks, buffered)
-    scaling = FleetScaling(run.buffer_id, fleet, placement, admin.door, observer.event)
-    admin.door.serve("fleet", scaling.carry_out, refusal="scale_refused")
 
-    async def start_learner() -> tuple[LearnerGroup, dict[str, float]]:
-        learner = await LearnerGroup.start(
+    async def start_rewards() -> RewardAdmin:
+        train_tasks, _ = await reading
+        admin = await asyncio.to_thread(RewardAdmin, rewards, train_tasks, buffered)
+        scaling = FleetScaling(run.buffer_id, fleet, placement, admin.door, observer.event)
+        admin.door.serve("fleet", scaling.carry_out, refusal="scale_refused")
+        await admin.start()
+        return admin
+
+    async def load_learner() -> LearnerGroup:
+        return await LearnerGroup.start(
             run_id=run.buffer_id,
             config=config,
             policy_dir=policy.directory,
@@ -166,6 +164,15 @@ async def _start_parts(
             run_dir=str(run.path),
             actor_options=placement.learner_options(),
         )
+
+    async def start_learner() -> tuple[LearnerGroup, dict[str, float]]:
+        try:
+            learner = await load_learner()
+        except LearnerLostError as error:
+            if not has_checkpoint:
+                raise
+            observer.event("worker_died", actor="learner", cause=error.reason[:300])
+            learner = await load_learner()
         metrics: dict[str, float] = {}
         if policy.examples:
             observer.phase("warm_start", "supervised, while engines load", 0.0)
@@ -180,8 +187,12 @@ async def _start_parts(
             observer.phase("starting", "waiting for the engines", 0.0)
         return learner, metrics
 
-    (learner, warm_metrics), _, _ = await asyncio.gather(
-        start_learner(), fleet.start(), admin.start()
+    (learner, warm_metrics), _, admin = await asyncio.gather(
+        start_learner(), fleet.start(), start_rewards()
+    )
+    train_tasks, eval_tasks = reading.result()
+    sampling = Sampling(
+        config.rollout.max_new_tokens, config.rollout.temperature, [policy.stop_token_id]
     )
     if placement.is_alternating:
         Turns(learner, fleet, config.rollout.timeout_s, config.resources.start_timeout_s)
@@ -202,7 +213,13 @@ async def _start_parts(
             context_length=config.policy.context_length,
             prompts=policy.prompts,
         ),
-        curriculum=curriculum,
+        curriculum=Curriculum(
+            train_tasks,
+            config.run.seed,
+            sampling,
+            config.rollout.group_size,
+            programs.prefix_length(config),
+        ),
         sampling=sampling,
         eval_tasks=eval_tasks,
         warm_start=warm_metrics,

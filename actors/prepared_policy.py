@@ -46,14 +46,12 @@ class Kept:
     places: list[str]
 
 
-async def of(
+async def make(
     config: Config, tasks: list[Task], run: RunDir, has_checkpoint: bool
 ) -> PreparedPolicy:
     """Made on this node, which may be the only one with a way to a model hub; examples only where
     no checkpoint holds what came of them.
     """
-    if has_checkpoint and (policy := known(run)) is not None:
-        return policy
     run.prepared.unlink(missing_ok=True)  # of a start with another config, perhaps
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     prepare = ray.remote(max_calls=1, max_retries=0)(prepare_policy).options(

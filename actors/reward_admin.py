@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -66,16 +67,22 @@ class RewardAdmin:
         if known is not None and known.origin == self._origin:
             self._state = known
         last = self._state.get(self._state.active)
-        verifiers = _parsed(last.verifiers if last else self._origin)
-        candidate = Candidate(self._pool.home, verifiers)
-        try:
-            state, version = self._registered(await candidate.start(), verifiers)
-        finally:
-            candidate.close()
-        self._pool.cut_over(await self._pool.prepare(version, self._tasks))
-        await self._save(state.activate(version.label))
-        if last is not None and last.label != version.label:
-            self._tell("resume", last.label, version, "its code has changed since")
+        state, workers = self._state, None
+        if last is not None:
+            with suppress(StageError):  # its code has changed since, perhaps
+                workers = await self._pool.prepare(last, self._tasks)
+        if workers is None:
+            verifiers = _parsed(last.verifiers if last else self._origin)
+            candidate = Candidate(self._pool.home, verifiers)
+            try:
+                state, version = self._registered(await candidate.start(), verifiers)
+            finally:
+                candidate.close()
+            workers = await self._pool.prepare(version, self._tasks)
+        self._pool.cut_over(workers)
+        await self._save(state.activate(workers.version.label))
+        if last is not None and last.label != workers.version.label:
+            self._tell("resume", last.label, workers.version, "its code has changed since")
         await self.door.open()
 
     @property

@@ -29,6 +29,7 @@ from learners.records import Example, ScoreRequest, WarmStartProgress
 
 _WARM_START_CHUNK = 10  # steps between two reports of progress
 _AT_ONCE = partial(asyncio.sleep, 0)
+_generation = itertools.count()  # of ranks: no two have one name
 
 
 @dataclass
@@ -57,10 +58,9 @@ class LearnerGroup:
     ) -> "LearnerGroup":
         """One actor per rank with `actor_options` (num_cpus, num_gpus, ...); loads the policy."""
         num_threads = max(1, int(actor_options.get("num_cpus", 1)))
-        generation = itertools.count()
 
         def make_ranks() -> list[Any]:
-            suffix = f"{os.getpid()}.{next(generation)}"
+            suffix = f"{os.getpid()}.{next(_generation)}"
             return [
                 ray.remote(LearnerRank)
                 .options(**actor_options, name=f"hone/{run_id}/learner/{rank}/{suffix}")
