@@ -10,7 +10,6 @@ collective: all ranks call it with the same arguments. A plain class; Ray lives 
 
 import itertools
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +38,7 @@ from learners.packing import PackingPlan, assign
 from learners.process_group import device_of, meet
 from learners.records import Example, ScoreRequest, WarmStartProgress
 from learners.reference import Reference, open_reference
-from learners.step_sums import StepSums
+from learners.step_clock import StepClock
 from learners.token_view import TokenViewer
 from learners.update import PolicyUpdate, UpdateResult
 from learners.warm_start import warm_start
@@ -70,7 +69,7 @@ class Learner:
         torch.manual_seed(config.run.seed + rank)
         self._config = config
         self._policy_dir = policy_dir
-        self._rank, self._world_size = rank, world_size
+        self._rank = rank
         self._device = device_of(config.resources.accelerator, rank)
         self._dtype: torch.dtype = getattr(torch, config.policy.dtype)
         if self._device.type == "cpu" and cpu_matmul.is_faster(self._dtype):
@@ -111,7 +110,7 @@ class Learner:
         )
         self.saver = checkpoint.Saver()
         self._pending: dict[int, list[MicroBatch]] = {}
-        self._busy_s = 0.0
+        self._clock = StepClock()
         self.step = self.policy_version = 0
 
     @property
@@ -142,7 +141,10 @@ class Learner:
         """Take in this rank's share of `plan`, `groups` hold at least that share; its gradients
         are added now or, when something must be known of the whole step first, in `optim_step`.
         """
-        started = time.perf_counter()
+        with self._clock.working():
+            self._take_in(groups, plan)
+
+    def _take_in(self, groups: Sequence[TrajectoryGroup], plan: PackingPlan) -> None:
         credited = {group.group_id: (group, self._credit.assign(group)) for group in groups}
         for minibatch, microbatch in zip(
             plan.minibatches, plan.microbatches[self._rank], strict=True
@@ -155,7 +157,6 @@ class Learner:
                 self._update.accumulate(pack, is_frozen=self._rate is None)
             else:
                 self._pending.setdefault(minibatch, []).append(pack)
-        self._busy_s += time.perf_counter() - started
 
     def _annotated(self, pack: MicroBatch) -> MicroBatch:
         """`pack` with what the frozen reference and the critic say of it, credit finished."""
@@ -173,19 +174,18 @@ class Learner:
         `policy_version` stay. The metric `grad/skipped` is the share of skipped updates. A step
         that teaches the critic alone counts as a version, too, and has no metrics of the policy.
         """
-        started = time.perf_counter()
         rate = self._rate
-        results = [self._update.apply(rate)] if self._is_streaming else self._updates(rate)
+        with self._clock.working():
+            results = [self._update.apply(rate)] if self._is_streaming else self._updates(rate)
         self.step += 1
         self.policy_version += any(result.is_step for result in results)
-        sums = StepSums(torch.device("cpu"))
-        sums.add({"busy_s": self._busy_s + time.perf_counter() - started})
-        busy_s = sums.reduce().sums["busy_s"] / self._world_size
-        self._busy_s = 0.0
+        busy_s, share = self._clock.end_step()
         num_tokens = sum(result.num_tokens for result in results)
         metrics = self._update.step_metrics(results) | ({} if rate is None else {"lr": rate})
         metrics["learner/num_loss_tokens"] /= self._config.learner.epochs
         metrics["learner/tokens_per_s"] = num_tokens / busy_s
+        if share is not None:
+            metrics["learner/compute_fraction"] = share
         return StepResult(step=self.step, policy_version=self.policy_version, metrics=metrics)
 
     def _updates(self, rate: float | None) -> list[UpdateResult]:
@@ -276,7 +276,8 @@ class Learner:
     def load(self, directory: Path) -> None:
         """Go on from `save`; groups that had no step yet are dropped."""
         self._update.drop()
-        self._pending, self._busy_s = {}, 0.0
+        self._pending = {}
+        self._clock.reset()
         state = self._losses.state()
         progress = checkpoint.load(directory, self._parts(), state)
         self._losses.restore(state)

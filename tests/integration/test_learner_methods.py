@@ -279,7 +279,7 @@ def test_two_ranks_equal_one(name: str, policy_dir: Path, two_ranks: Path, tmp_p
         for rank in range(2):
             theirs = json.loads((two_ranks / f"{name}_{step}_{rank}.json").read_text())
             assert theirs.keys() == ours.keys()
-            for key in ours.keys() - {"learner/tokens_per_s"}:
+            for key in ours.keys() - {"learner/tokens_per_s", "learner/compute_fraction"}:
                 # Of 98 tokens one may lie on the edge, where a rounding error decides.
                 one = 1.01 / 98 if "clip_fraction" in key else 0.0
                 assert theirs[key] == pytest.approx(ours[key], abs=2e-5 + one, rel=2e-5), key
