@@ -219,6 +219,8 @@ async def _start_parts(
             sampling,
             config.rollout.group_size,
             programs.prefix_length(config),
+            # On GPUs a batch changes the numbers, and seeded requests are drawn for one by one.
+            is_seeded=not placement.is_gpu,
         ),
         sampling=sampling,
         eval_tasks=eval_tasks,

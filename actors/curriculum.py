@@ -9,6 +9,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import takewhile
 
 from actors.prefix_length import PrefixLength
@@ -31,12 +32,14 @@ class Curriculum:
         sampling: Sampling,
         group_size: int,
         prefix: PrefixLength | None = None,
+        is_seeded: bool = True,
     ) -> None:
         self._tasks = tasks
         self._seed = seed
         self._sampling = sampling
         self._group_size = group_size
         self._prefix = prefix
+        self._is_seeded = is_seeded
         self._num_drawn = 0
         self._pending: dict[str, int] = {}  # group_id -> draw
         self._drawn_at: dict[str, int] = {}  # group_id -> policy version
@@ -82,12 +85,8 @@ class Curriculum:
         task = self._tasks[self._order[position]]
         group_id = f"{epoch}-{task.task_id}"
         self._pending[group_id] = draw
-        sampling = Sampling(
-            max_new_tokens=self._sampling.max_new_tokens,
-            temperature=self._sampling.temperature,
-            stop_token_ids=self._sampling.stop_token_ids,
-            seed=random.Random(f"{self._seed}/{epoch}/{task.task_id}").getrandbits(31),
-        )
+        seed = random.Random(f"{self._seed}/{epoch}/{task.task_id}").getrandbits(31)
+        sampling = replace(self._sampling, seed=seed if self._is_seeded else None)
         prefix_tokens = self._prefix.tokens if self._prefix else 0
         return RolloutRequest(
             group_id, task, self._group_size, sampling, prefix_tokens=prefix_tokens

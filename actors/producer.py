@@ -95,5 +95,7 @@ class Producer:
 
 def _hinted(request: RolloutRequest, level: int) -> RolloutRequest:
     """The same group at another level, with a seed of its own."""
-    seed = random.Random(f"{request.sampling.seed}/{level}").getrandbits(31)
+    seed = request.sampling.seed
+    if seed is not None:
+        seed = random.Random(f"{seed}/{level}").getrandbits(31)
     return replace(request, hint_level=level, sampling=replace(request.sampling, seed=seed))

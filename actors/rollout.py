@@ -44,7 +44,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """One group to produce. `seed` differs per group, so resumed runs repeat themselves.
+    """One group to produce. A `seed` differs per group, so resumed runs repeat themselves.
 
     `hint_level` 0 asks for plain rollouts; 1, 2, ... for ones with an ever stronger hint.
     `prefix_tokens` is what a program that begins rollouts for the policy begins them with; 0 in

@@ -7,6 +7,7 @@ a rollout worker; the only module besides `weight_transfer` that imports vllm.
 """
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable, Coroutine
 from multiprocessing.context import BaseContext
@@ -197,6 +198,7 @@ def _engine_args(settings: EngineSettings, overrides: dict[str, Any]) -> AsyncEn
         "model": str(settings.policy_dir),
         "dtype": settings.dtype,
         "max_model_len": settings.context_length,
+        "seed": secrets.randbits(31),  # of requests without one: no two engines draw the same
         "max_num_seqs": settings.max_num_seqs,
         "skip_tokenizer_init": True,
         "logprobs_mode": "processed_logprobs",

@@ -152,6 +152,10 @@ class LearnerGroup:
         self.num_planned = 0
         return (await self.call("load", directory))[0]
 
+    async def check(self) -> None:
+        """Of idle ranks: raises `LearnerLostError` when one is gone or hangs."""
+        await self.call("__ray_ready__")
+
     async def call(self, method: str, *args: Any) -> list[Any]:
         """`method` of `LearnerRank` on every rank; the results in rank order."""
         return await self._gather(method, self.ranks, args)

@@ -3,6 +3,7 @@
 import pytest
 
 from actors.curriculum import MAX_EMPTY_WINDOWS, WINDOW, Curriculum
+from actors.producer import _hinted
 from actors.rollout import Sampling
 from cluster.errors import StageError
 from cluster.types import Message, Task
@@ -77,3 +78,9 @@ def test_a_group_held_by_the_buffer_and_settled_before_its_draw_is_not_drawn() -
         drawn = [each.next().group_id for _ in range(5)]
         assert drawn == [g for g in expected if g != expected[2]]
         assert each.settle(drawn) == 5
+
+
+def test_requests_of_a_curriculum_without_seeds_have_none_at_any_level() -> None:
+    request = Curriculum(TASKS, 3, SAMPLING, group_size=4, is_seeded=False).next()
+    assert request.sampling.seed is None
+    assert _hinted(request, 1).sampling.seed is None
