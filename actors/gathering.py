@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-from actors.bookkeeping import DEAD_LETTER, TOO_OLD, Bookkeeping, Claim
+from actors.bookkeeping import DEAD_LETTER, TOO_OLD, Bookkeeping
 from actors.curriculum import Curriculum
 from actors.intake import BATCHES_PER_STEP, InDrawOrder, Intake, WithinAge
 from actors.stages import Stages
@@ -45,7 +45,7 @@ class Gathering:
         self._max_policy_age = config.rollout.max_policy_age
         is_alternating = config.resources.layout == "alternating"  # engines finish first
         self._num_batches = 1 if is_alternating else BATCHES_PER_STEP
-        self._is_fifo = isinstance(policy_of(config), Fifo)
+        self._keeps_left_over = self._max_policy_age > 0 and isinstance(policy_of(config), Fifo)
         self._left_over: list[GroupHeader] = []
         self._num_unreadable = 0  # of the present step
         self._books = books
@@ -75,12 +75,7 @@ class Gathering:
             if self._stopping.is_set():
                 return [*intake.claimed, *intake.waiting]
             await learner.rest()
-            claim = await self._claim(self._num_groups - len(intake.claimed), curriculum)
-            await self._drop(claim.too_old, TOO_OLD, "")
-            await self._bury(claim.dead, intake)
-            strays = [h.group_id for h in claim.headers if not curriculum.is_expected(h.group_id)]
-            await self._discard(intake, strays)
-            batches = intake.offer([h for h in claim.headers if h.group_id not in strays])
+            batches = await self._next(self._num_groups - num_taken, intake, curriculum)
 
     async def _discard(self, intake: Intake, strays: list[str]) -> None:
         """Groups that were dropped before they came, as when a reward worker was given up after it
@@ -91,27 +86,35 @@ class Gathering:
 
     async def _leave(self, headers: list[GroupHeader]) -> None:
         """Claimed, but without a seat in this step. First come, they are the first of the next one;
-        otherwise they go back, so that it chooses among all that are ready by then.
+        otherwise they go back, so that it chooses among all that are ready by then, and in `sync`
+        mode finds them too old.
         """
-        if self._is_fifo:
+        if self._keeps_left_over:
             self._left_over = headers
-        else:
+        elif headers:
             await self._books.release(headers)
 
-    async def _claim(self, num_groups: int, curriculum: Curriculum) -> Claim:
-        """What the buffer has next; nothing when the run is stopping. One wait, however long: the
-        watchdog goes by it.
+    async def _next(
+        self, num_groups: int, intake: Intake, curriculum: Curriculum
+    ) -> list[list[GroupHeader]]:
+        """The batches to take in next, when up to `num_groups` have been claimed or a drop has let
+        some go that were. One wait, however long: the watchdog goes by it. It ends without any when
+        what came must wait, and when the run is stopping.
         """
         with self._stages.wait("learn", "scored groups"):
             while True:
                 claim = await self._books.claim(num_groups, CLAIM_WAIT_S)
-                if claim.headers or claim.too_old or claim.dead or self._stopping.is_set():
+                await self._drop(claim.too_old, TOO_OLD, "")
+                await self._bury(claim.dead, intake)
+                come = [h.group_id for h in claim.headers]
+                strays = [group_id for group_id in come if not curriculum.is_expected(group_id)]
+                await self._discard(intake, [*intake.strays, *strays])
+                batches = intake.offer([h for h in claim.headers if h.group_id not in strays])
+                has_come = come or claim.too_old or claim.dead
+                if batches or has_come or self._stopping.is_set():
                     self._see_groups()
-                    return claim
+                    return batches
                 await self._look_for_vanished(curriculum)
-                if num_groups <= 0:  # enough, but not all of them can be handed out yet
-                    await asyncio.sleep(CLAIM_WAIT_S)
-                    return claim
 
     def _see_groups(self) -> None:
         self._looked_at, self._missing = time.monotonic(), set()

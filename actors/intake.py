@@ -21,12 +21,12 @@ class Intake(Protocol):
 
     @property
     def claimed(self) -> list[GroupHeader]:
-        """The groups of the step so far."""
+        """The groups of the step so far: those that were handed out."""
         ...
 
     @property
     def waiting(self) -> list[GroupHeader]:
-        """Delivered, but left for the next step."""
+        """Delivered, and not handed out: a step that is complete leaves them."""
         ...
 
     @property
@@ -110,7 +110,9 @@ class WithinAge:
 class InDrawOrder:
     """`num_batches` batches of groups, each when all that were drawn before are in or dropped.
 
-    Example: of 4 groups a step, the second drawn waits for the first even if it was ready sooner.
+    A group that the buffer has held since before a restart waits until it is drawn again, and is no
+    part of a step that is complete without it. Example: of 4 groups a step, the second drawn waits
+    for the first even if it was ready sooner.
     """
 
     def __init__(
@@ -119,39 +121,36 @@ class InDrawOrder:
         self._curriculum = curriculum
         self._num_groups = num_groups
         self._size = -(-num_groups // num_batches)
-        self._claimed: dict[str, GroupHeader] = {}
-        self._taken: set[str] = set()
+        self._waiting: dict[str, GroupHeader] = {}
+        self._taken: dict[str, GroupHeader] = {}
 
     @property
     def claimed(self) -> list[GroupHeader]:
-        """In the order of drawing once the step is complete."""
-        order = self._curriculum.in_order(set(self._claimed))
-        rest = [group_id for group_id in self._claimed if group_id not in order]
-        return [self._claimed[group_id] for group_id in (*order, *rest)]
+        """In the order of drawing."""
+        return list(self._taken.values())
 
     @property
     def waiting(self) -> list[GroupHeader]:
-        return []
+        return list(self._waiting.values())
 
     @property
     def strays(self) -> list[str]:
-        left = self._claimed.keys() - self._taken
-        return sorted(g for g in left if not self._curriculum.is_expected(g))
+        return [g for g in self._waiting if not self._curriculum.is_expected(g)]
 
     def offer(self, headers: list[GroupHeader]) -> list[list[GroupHeader]]:
-        self._claimed |= {h.group_id: h for h in headers if h.group_id not in self._claimed}
-        order = self._curriculum.in_order(set(self._claimed))
-        waiting = [group_id for group_id in order if group_id not in self._taken]
-        num_settled = len(self._taken.difference(order))  # dropped by the run after they were in
-        is_last = len(order) + num_settled == self._num_groups
+        self._waiting |= {h.group_id: h for h in headers if h.group_id not in self._taken}
+        num_left = self._num_groups - len(self._taken)
+        order = self._curriculum.in_order(self._waiting.keys() | self._taken.keys())
+        ready = [group_id for group_id in order if group_id in self._waiting][:num_left]
+        is_last = len(ready) == num_left
         batches: list[list[GroupHeader]] = []
-        while len(waiting) >= self._size or (waiting and is_last):
-            batch, waiting = waiting[: self._size], waiting[self._size :]
-            batches.append([self._claimed[group_id] for group_id in batch])
-            self._taken |= set(batch)
+        while len(ready) >= self._size or (ready and is_last):
+            batch, ready = ready[: self._size], ready[self._size :]
+            batches.append([self._waiting.pop(group_id) for group_id in batch])
+            self._taken |= {header.group_id: header for header in batches[-1]}
         return batches
 
     def forget(self, group_ids: list[str]) -> None:
         for group_id in group_ids:
-            self._claimed.pop(group_id, None)
-            self._taken.discard(group_id)
+            self._waiting.pop(group_id, None)
+            self._taken.pop(group_id, None)

@@ -135,6 +135,27 @@ def test_a_step_is_complete_although_one_of_its_groups_was_dropped_after_it_was_
     assert {h.group_id for h in intake.claimed} == set(drawn)
 
 
+def test_groups_that_are_not_drawn_yet_are_no_part_of_a_step_complete_without_them() -> None:
+    """The buffer has held them since before a restart."""
+    draws = Curriculum(TASKS, 3, SAMPLING, group_size=2)
+    begun = draws.state()
+    drawn = [draws.next().group_id for _ in range(12)]
+    draws.restore(begun, dict.fromkeys(drawn, 0))
+    for _ in range(10):
+        draws.next()
+    intake = InDrawOrder(draws, 10)
+    taken = intake.offer([header(g) for g in reversed(drawn[:2] + drawn[10:])])
+    assert taken == intake.claimed == []
+    assert [h.group_id for h in intake.waiting] == [*reversed(drawn[10:]), drawn[1], drawn[0]]
+    taken += intake.offer([header(drawn[2])])
+    draws.settle([drawn[0]])  # its gradient is in
+    assert draws.next().group_id == drawn[10]
+    taken += intake.offer([header(g) for g in drawn[3:10]])
+    assert [len(batch) for batch in taken] == [3, 3, 3, 1]
+    assert [h.group_id for h in intake.claimed] == drawn[:10]
+    assert {h.group_id for h in intake.waiting} == set(drawn[10:])
+
+
 @pytest.mark.parametrize("max_policy_age", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(3))
 def test_long_rollouts_are_used_as_often_as_short_ones_and_none_too_old(
