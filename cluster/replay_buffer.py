@@ -39,7 +39,8 @@ _log = logging.getLogger(__name__)
 
 
 class ReplayBuffer(BufferReader):
-    """The buffer of one run. Capacity counts ready and leased groups.
+    """The buffer of one run. Capacity counts ready and leased groups, except those that the last
+    `restore` brought back: what the run needs besides them still has room.
 
     Example: `buffer.add(group); [header] = buffer.claim(1, owner="learner/0", wait_s=5.0);
     buffer.consume([header.group_id], step=1); buffer.acknowledge(1)`.

@@ -18,7 +18,8 @@ class Script(StrEnum):
     """One script per member; its ARGV and what it returns stand above it."""
 
     # ARGV: group_id, score, version, header, payload, capacity, number of finished ids to keep.
-    # Returns "added", "duplicate" or "full".
+    # Returns "added", "duplicate" or "full". Capacity is for groups that came after the last
+    # RESTORE: of those before, at most `restored` are left, the fewest there have been since.
     ADD = (
         GROWS
         + """
@@ -28,9 +29,10 @@ if redis.call('HEXISTS', entries, id) == 1 or redis.call('ZSCORE', finished, id)
   count('duplicates', 1)
   return 'duplicate'
 end
-if redis.call('ZCARD', ready) + redis.call('ZCARD', leased) >= tonumber(ARGV[6]) then
-  return 'full'
-end
+local held = redis.call('ZCARD', ready) + redis.call('ZCARD', leased)
+local restored = math.min(held, redis.call('HGET', counters, 'restored') or 0)
+redis.call('HSET', counters, 'restored', restored)
+if held >= tonumber(ARGV[6]) + restored then return 'full' end
 local arrival = redis.call('HINCRBY', counters, 'added', 1)
 redis.call('HSET', headers, id, header)
 redis.call('HSET', payloads, id, payload)
@@ -215,6 +217,7 @@ end
 for _, id in ipairs(redis.call('ZRANGE', leased, 0, ARGV[3] - 1)) do
   seen, returned = seen + 1, returned + end_lease(id, tonumber(ARGV[2]))
 end
+redis.call('HSET', counters, 'restored', redis.call('ZCARD', ready))
 ring()
 return {seen, returned}
 """

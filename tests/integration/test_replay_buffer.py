@@ -116,6 +116,24 @@ def test_full_buffer_pushes_back_until_groups_are_consumed(
     audit(client, run_id, buffer)
 
 
+def test_groups_that_a_roll_back_brought_back_leave_room_for_what_it_needs_besides(
+    client: redis.Redis, run_id: str
+) -> None:
+    buffer = make_buffer(client, run_id, capacity=2)
+    for step in (1, 2):
+        fill(buffer, f"used-{step}", f"also-{step}")
+        buffer.consume(claim(buffer), step=step)
+    assert buffer.restore(0) == 4
+    fill(buffer, "a", "b")
+    with pytest.raises(BufferFullError):
+        buffer.add(make_group("c"))
+    buffer.consume(claim(buffer), step=1)
+    fill(buffer, "c", "d")
+    with pytest.raises(BufferFullError):
+        buffer.add(make_group("e"))
+    audit(client, run_id, buffer)
+
+
 @pytest.mark.parametrize("priority", [float("nan"), float("inf")])
 def test_priority_must_be_finite(buffer: ReplayBuffer, priority: float) -> None:
     with pytest.raises(WireError, match="priority of a must be finite"):
