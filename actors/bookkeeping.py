@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -179,13 +180,14 @@ class Bookkeeping:
             reward_versions=reward_versions,
         )
 
-    async def claim(self, max_groups: int, wait_s: float) -> Claim:
+    async def claim(self, max_groups: int, wait_s: float, held: Sequence[GroupHeader]) -> Claim:
         """Lease up to `max_groups` groups; those past the age bound are dropped and named.
 
         Waits at most `wait_s`. A group can grow too old while others overtake it, so the bound is
-        checked here, at consumption, and not only at admission.
+        checked here, at consumption, and not only at admission. Leases of `held` are renewed; one
+        that only Redis knows of, as it may after it has lost its last second, ends by itself.
         """
-        await self._renew()
+        await self._renew([header.group_id for header in held])
         headers = await asyncio.to_thread(
             self.buffer.claim, max_groups, owner=self._owner, wait_s=wait_s
         )
@@ -253,9 +255,9 @@ class Bookkeeping:
         """Scored groups that wait for the learner."""
         return (await asyncio.to_thread(self.buffer.stats)).ready
 
-    async def stored(self) -> set[str]:
-        """All groups that the buffer holds."""
-        return set(await asyncio.to_thread(self.buffer.versions))
+    async def places(self) -> dict[str, str]:
+        """Every group that the buffer holds: its id -> ready, leased or consumed."""
+        return await asyncio.to_thread(self.buffer.places)
 
     async def is_stored(self, group_id: str) -> bool:
         return await asyncio.to_thread(self.buffer.holds, group_id)
@@ -289,9 +291,9 @@ class Bookkeeping:
         self._last_letter = letters[-1].id if letters else self._last_letter
         return letters
 
-    async def _renew(self) -> None:
+    async def _renew(self, group_ids: list[str]) -> None:
         now = time.monotonic()
         if now - self._renewed_at > self._config.buffer.lease_s / 4:
             self._renewed_at = now
-            await asyncio.to_thread(self.buffer.renew, self._owner)
+            await asyncio.to_thread(self.buffer.renew, self._owner, group_ids)
             await asyncio.to_thread(self.buffer.expire)

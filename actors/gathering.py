@@ -73,7 +73,7 @@ class Gathering:
                 await self._leave(intake.waiting)
                 return intake.claimed
             if self._stopping.is_set():
-                return [*intake.claimed, *intake.waiting]
+                return _held(intake)
             await learner.rest()
             batches = await self._next(self._num_groups - num_taken, intake, curriculum)
 
@@ -103,7 +103,7 @@ class Gathering:
         """
         with self._stages.wait("learn", "scored groups"):
             while True:
-                claim = await self._books.claim(num_groups, CLAIM_WAIT_S)
+                claim = await self._books.claim(num_groups, CLAIM_WAIT_S, _held(intake))
                 await self._drop(claim.too_old, TOO_OLD, "")
                 await self._bury(claim.dead, intake)
                 come = [h.group_id for h in claim.headers]
@@ -121,12 +121,14 @@ class Gathering:
 
     async def _look_for_vanished(self, curriculum: Curriculum) -> None:
         """Raise `GroupsVanishedError` for groups that nobody has: a Redis that came back without
-        its last second has replied to adds that it no longer knows, and no step would end.
+        its last second has replied to adds that it no longer knows, or still has groups with steps
+        that a roll-back has undone, and no step would end.
         """
         if time.monotonic() - self._looked_at < LOOK_S:
             return
         unsettled = curriculum.unsettled - self._producing()
-        missing = unsettled - await self._books.stored()
+        places = await self._books.places()
+        missing = unsettled - {g for g, place in places.items() if place != "consumed"}
         if gone := sorted(missing & self._missing & curriculum.unsettled):
             raise GroupsVanishedError(
                 "learn", f"Redis has lost {len(gone)} groups, the first of them {gone[0]}"
@@ -160,7 +162,8 @@ class Gathering:
                 await asyncio.sleep(CLAIM_WAIT_S)
                 await self._books.depth()
             except WireError as error:
-                lost = await self._bury((await self._books.claim(0, 0.0)).dead, intake)
+                claim = await self._books.claim(0, 0.0, _held(intake))
+                lost = await self._bury(claim.dead, intake)
                 if not lost & {header.group_id for header in batch}:
                     raise GroupsVanishedError("learn", str(error)) from error
                 batch = [header for header in batch if header.group_id not in lost]
@@ -181,3 +184,7 @@ class Gathering:
                     f"replay show`), the last one for: {letter.reason}",
                 )
         return {letter.group_id for letter in letters}
+
+
+def _held(intake: Intake) -> list[GroupHeader]:
+    return [*intake.claimed, *intake.waiting]

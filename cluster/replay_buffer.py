@@ -162,9 +162,13 @@ class ReplayBuffer(BufferReader):
             self._run(Script.REPLACE, owner, group.group_id, header, payload, _score(group))
         )
 
-    def renew(self, owner: str) -> int:
-        """Extend all leases of `owner` to `lease_s` from now; returns how many there are."""
-        return self._run(Script.RENEW, owner, self._lease_ms)
+    def renew(self, owner: str, group_ids: Sequence[str] | None = None) -> int:
+        """Extend leases of `owner` to `lease_s` from now, those of `group_ids` or all that Redis
+        knows of; returns how many there are.
+        """
+        if group_ids is None:
+            group_ids = [g for g, place in self.places().items() if place == "leased"]
+        return self._run(Script.RENEW, owner, self._lease_ms, *group_ids)
 
     def release(self, group_ids: Sequence[str], owner: str) -> int:
         """Give leases of `owner` back, uncounted as deliveries; returns how many it held."""

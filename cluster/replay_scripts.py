@@ -127,14 +127,15 @@ return 1
 """
     )
 
-    # ARGV: owner, lease (ms). Returns the number of leases renewed.
+    # ARGV: owner, lease (ms), group_id, ... Returns the number of leases renewed.
     RENEW = (
         SHRINKS
         + """
 local renewed = 0
-for _, id in ipairs(redis.call('ZRANGE', leased, 0, -1)) do
-  if load(id).owner == ARGV[1] then
-    redis.call('ZADD', leased, now + ARGV[2], id)
+for i = 3, #ARGV do
+  local entry = redis.call('ZSCORE', leased, ARGV[i]) and load(ARGV[i])
+  if entry and entry.owner == ARGV[1] then
+    redis.call('ZADD', leased, now + ARGV[2], ARGV[i])
     renewed = renewed + 1
   end
 end

@@ -87,7 +87,7 @@ async def test_a_group_that_an_earlier_life_dropped_is_claimed_beside_those_held
     books.buffer.consume([h.group_id for h in headers], step=1)
     curriculum.settle([h.group_id for h in headers])
     books.policy_version = 1
-    assert (await books.claim(4, 0.0)).too_old == [e]
+    assert (await books.claim(4, 0.0, [])).too_old == [e]
     assert dropped == {}
 
 

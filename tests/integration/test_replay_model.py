@@ -93,10 +93,11 @@ class Model(RuleBasedStateMachine):
         headers = buffer.claim(num, owner=owner, wait_s=0.0)
         assert [header.group_id for header in headers] == expected
 
-    @rule(owner=OWNERS)
-    def renew(self, owner: str) -> None:
-        mine = [g for g, (holder, _) in self.leased.items() if holder == owner]
-        assert self.long.renew(owner) == len(mine)
+    @rule(owner=OWNERS, group_ids=st.none() | st.lists(IDS, max_size=4, unique=True))
+    def renew(self, owner: str, group_ids: list[str] | None) -> None:
+        named = self.leased.keys() if group_ids is None else set(group_ids)
+        mine = [g for g, (holder, _) in self.leased.items() if holder == owner and g in named]
+        assert self.long.renew(owner, group_ids) == len(mine)
         self.leased.update(dict.fromkeys(mine, (owner, False)))
 
     @rule(group_ids=st.lists(IDS, max_size=4, unique=True), owner=OWNERS)
