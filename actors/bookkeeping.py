@@ -148,9 +148,10 @@ class Bookkeeping:
         for letter in self._new_dead_letters():
             self._groups.dropped(letter.group_id, DEAD_LETTER, letter.reason)
         held = self.buffer.versions()
-        for group_id in sorted(self._groups.undecided() - held.keys() - used):
+        undecided = self._groups.undecided()
+        for group_id in sorted(undecided - held.keys() - used):
             self._groups.dropped(group_id, LOST_WEIGHTS, "Redis has lost it")
-        for group_id in held:
+        for group_id in (*held, *sorted(used - undecided)):  # some lines went with their machine
             self._groups.append(GroupLine(group_id=group_id, fate=Fate.HELD))
         return held
 

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 class Fate(StrEnum):
     SAMPLED = "sampled"  # scored and put into the buffer
-    HELD = "held"  # the buffer has held it since before a restart
+    HELD = "held"  # since before a restart: the buffer has it, or a step has used it
     DROPPED = "dropped"  # will not be trained on; `reason` says why
 
 

@@ -17,6 +17,7 @@ from cluster.config import Config
 from cluster.errors import GroupsVanishedError, StageError
 from cluster.group_log import Fate, GroupLine, GroupLog
 from cluster.ledger import Ledger
+from cluster.reconcile import reconcile
 from cluster.replay_buffer import AddResult
 from cluster.replay_records import DeadLetter
 from cluster.run_dir import RunDir
@@ -194,6 +195,23 @@ async def test_groups_that_redis_has_lost_are_booked_as_dropped(
     assert {name: line.reason for name, line in last.items()} == {
         "used": "", "lost": LOST_WEIGHTS, "dropped": SKIPPED, "held": "",
     }  # fmt: skip
+
+
+async def test_a_group_that_was_used_is_booked_although_its_line_is_lost(
+    books: Bookkeeping, run: RunDir
+) -> None:
+    """The machine of the run lost power: its checkpoint and ledger were written through."""
+    books._ledger.commit(used(1, "used"))
+    fill(books.buffer, "used")
+    claim(books.buffer)
+    books.buffer.consume(["used"], step=1)
+    books.step = books.policy_version = 1
+    for _ in range(2):
+        assert books._roll_back() == {}
+        assert [(line.group_id, line.fate) for line in GroupLog(run).read()] == [
+            ("used", Fate.HELD)
+        ]
+        assert reconcile(run, books.buffer).faults == []
 
 
 async def test_a_lease_that_only_redis_knows_of_ends_by_itself(
