@@ -149,7 +149,7 @@ class ReplayBuffer(BufferReader):
         return groups
 
     def take(self, group_ids: Sequence[str], owner: str) -> list[str]:
-        """Lease those of `group_ids` that are ready to `owner`; returns them."""
+        """Lease those of `group_ids` that are ready to `owner`; returns those it then has."""
         taken = self._run(Script.TAKE, owner, self._lease_ms, *group_ids)
         return [group_id.decode() for group_id in taken]
 

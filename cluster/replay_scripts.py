@@ -89,7 +89,7 @@ return answer
 """
     )
 
-    # ARGV: owner, lease (ms), group_id, ... Leases those that are ready. Returns their ids.
+    # ARGV: owner, lease (ms), group_id, ... Leases those that are ready. Returns those it then has.
     TAKE = (
         SHRINKS
         + """
@@ -102,8 +102,8 @@ for i = 3, #ARGV do
     entry.owner = ARGV[1]
     save(id, entry)
     redis.call('ZADD', leased, now + ARGV[2], id)
-    taken[#taken + 1] = id
   end
+  if entry and entry.owner == ARGV[1] then taken[#taken + 1] = id end
 end
 ring()
 return taken

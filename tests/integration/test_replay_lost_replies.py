@@ -55,6 +55,7 @@ def lossy_buffer(
     warm = make_buffer(connect(server.url), uuid.uuid4().hex)
     fill(warm, "warm")
     warm.consume(claim(warm), step=1)
+    warm.take([], "warm")
     port = int(server.url.rpartition(":")[2].split("/")[0])
     proxy = LossyProxy(port, victim=request.param)
     yield make_buffer(connect(server.url.replace(f":{port}/", f":{proxy.port}/")), run_id), proxy
@@ -95,6 +96,19 @@ def test_consume_whose_reply_was_lost_may_be_repeated(
     lossy.consume(["unlucky-consume"], step=1)
     assert proxy.num_lost == 1
     assert buffer.stats().consumed == 1
+
+
+@pytest.mark.parametrize("lossy_buffer", [b"unlucky-taker"], indirect=True)
+def test_take_whose_reply_was_lost_gets_the_same_groups(
+    lossy_buffer: tuple[ReplayBuffer, LossyProxy], buffer: ReplayBuffer
+) -> None:
+    lossy, proxy = lossy_buffer
+    fill(buffer, "a", "b", "c")
+    assert claim(buffer, 1) == ["a"]
+
+    assert lossy.take(["a", "b", "c"], "unlucky-taker") == ["b", "c"]
+    assert proxy.num_lost == 1
+    assert buffer.release(["b", "c"], "unlucky-taker") == 2
 
 
 @pytest.mark.parametrize("lossy_buffer", [b"last_take_over"], indirect=True)
