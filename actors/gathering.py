@@ -45,7 +45,7 @@ class Gathering:
         self._max_policy_age = config.rollout.max_policy_age
         is_alternating = config.resources.layout == "alternating"  # engines finish first
         self._num_batches = 1 if is_alternating else BATCHES_PER_STEP
-        self._keeps_left_over = self._max_policy_age > 0 and isinstance(policy_of(config), Fifo)
+        self._is_fifo = isinstance(policy_of(config), Fifo)
         self._left_over: list[GroupHeader] = []
         self._num_unreadable = 0  # of the present step
         self._books = books
@@ -85,14 +85,15 @@ class Gathering:
         await self._books.discard(strays)
 
     async def _leave(self, headers: list[GroupHeader]) -> None:
-        """Claimed, but without a seat in this step. First come, they are the first of the next one;
-        otherwise they go back, so that it chooses among all that are ready by then, and in `sync`
-        mode finds them too old.
+        """Claimed, but without a seat in this step. First come, they are the first of the next one,
+        unless they will be too old for it, as all are in `sync` mode. Otherwise they go back, and
+        the next claim drops them or chooses among all that are ready by then.
         """
-        if self._keeps_left_over:
-            self._left_over = headers
-        elif headers:
-            await self._books.release(headers)
+        due = self._books.policy_version - self._max_policy_age
+        self._left_over = [h for h in headers if self._is_fifo and h.min_policy_version > due]
+        kept = {header.group_id for header in self._left_over}
+        if back := [header for header in headers if header.group_id not in kept]:
+            await self._books.release(back)
 
     async def _next(
         self, num_groups: int, intake: Intake, curriculum: Curriculum

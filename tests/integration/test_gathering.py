@@ -16,7 +16,7 @@ from cluster.config import Config
 from cluster.run_dir import RunDir
 from cluster.types import GroupHeader, Task
 from learners.group import LearnerGroup
-from tests.replay_checker import fill
+from tests.replay_checker import fill, make_group
 
 TASKS = [Task(task_id=f"t{i}", taskset="demo", messages=[]) for i in range(20)]
 
@@ -108,3 +108,29 @@ async def test_a_drop_lets_groups_go_that_were_claimed_before_they_were_drawn(
     assert curriculum.next().group_id == e
     assert [h.group_id for h in await asyncio.wait_for(step, 5.0)] == [a, c, d, e]
     assert taken == [[a], [c], [d], [e]]
+
+
+async def test_what_steps_leave_over_until_it_is_too_old_is_dropped(
+    tiny_config: Config, books: Bookkeeping, curriculum: Curriculum, learner: LearnerGroup
+) -> None:
+    """A roll-back brings back more groups than there are seats for."""
+
+    async def drop(group_ids: list[str], _reason: str, _detail: str) -> None:
+        assert group_ids == [], "they still have time"
+
+    rollout = tiny_config.rollout.model_copy(update={"max_policy_age": 1})
+    config = tiny_config.model_copy(update={"rollout": rollout})
+    books._config = config
+    gathering = Gathering(config, books, Stages(["learn"]), asyncio.Event(), drop, set)
+    for i in range(12):
+        books.buffer.add(make_group(f"g{i:02}", policy_version=1 if i < 8 else 0))
+    curriculum.restore(curriculum.state(), books.buffer.versions())
+    for step in (1, 2):
+        books.policy_version = step
+        headers = await asyncio.wait_for(gathering.step(learner, curriculum), 5.0)
+        used = [header.group_id for header in headers]
+        assert used == [f"g{i:02}" for i in (range(8, 12) if step == 1 else range(4))]
+        books.buffer.consume(used, step=step)
+        curriculum.settle(used)
+    books.policy_version = 3
+    assert (await books.claim(4, 0.0, [])).too_old == ["g04", "g05", "g06", "g07"]
