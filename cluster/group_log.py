@@ -48,6 +48,13 @@ class GroupLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     completion_tokens: list[int] = []
 
 
+class _GroupFate(msgspec.Struct, frozen=True):
+    """What a line says of its group, without the rest."""
+
+    group_id: str
+    fate: Fate
+
+
 class GroupLog:
     """`groups.jsonl` of a run, from any thread."""
 
@@ -103,8 +110,13 @@ class GroupLog:
 
     def undecided(self) -> set[str]:
         """Groups of which nothing says that they were dropped; some of them may have been used."""
-        last = {line.group_id: line.fate for line in self.read()}
-        return {group_id for group_id, fate in last.items() if fate is not Fate.DROPPED}
+        undecided: set[str] = set()
+        for line in self._lines.each(_GroupFate):
+            if line.fate is Fate.DROPPED:
+                undecided.discard(line.group_id)
+            else:
+                undecided.add(line.group_id)
+        return undecided
 
     def read(self) -> list[GroupLine]:
         """All facts, oldest first; a line torn by a crash is left out."""

@@ -2,8 +2,10 @@
 
 import logging
 import resource
+import tracemalloc
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cluster import group_log
@@ -60,6 +62,27 @@ def test_a_line_that_fitted_only_in_part_is_written_again(run: RunDir) -> None:
     assert ids(run) == ["a"]
     book.close()
     assert ids(run) == ["a", "b", "c"]
+
+
+def test_who_is_undecided_is_known_without_a_long_book_in_memory(run: RunDir) -> None:
+    book, file = GroupLog(run), run.path / "groups.jsonl"
+    assert book.undecided() == set()
+    long = GroupLine(group_id="a", fate=Fate.SAMPLED, arms=["plain"] * 200)
+    for group_id in ("a", "b", "c", "again"):
+        book.append(sampled(group_id))
+    with file.open("ab") as lines:
+        lines.write((msgspec.json.encode(long) + b"\n") * 1000)
+    book.dropped("b", "uniform")
+    book.dropped("again", "lost_weights")
+    book.append(GroupLine(group_id="again", fate=Fate.HELD))
+    with file.open("ab") as lines:
+        lines.write(b'{"group_id": "torn"\n\n{"group_id": "cut", "fate": "sampled"}')
+    tracemalloc.start()
+    try:
+        assert book.undecided() == {"a", "c", "again"}
+        assert tracemalloc.get_traced_memory()[1] < file.stat().st_size / 4
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_disk_that_stays_full_ends_the_run_by_its_name(
