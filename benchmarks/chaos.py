@@ -63,12 +63,36 @@ class Recovery(NamedTuple):
     """`kind`: one, `first+second` at once, or `first>second` where the second is killed while it
     comes up again after the first. `replaced_s`: until another process had taken the
     place of each killed one; `working_s`: until an optimizer step that began after the kills was
-    committed.
+    committed, which may be without a worker that is still away.
     """
 
     kind: str
     replaced_s: float
     working_s: float
+
+    @property
+    def whole_s(self) -> float:
+        """Until both."""
+        return max(self.replaced_s, self.working_s)
+
+
+class Commits:
+    """Steps that came into a ledger since this was made. A roll-back, which takes steps out, leaves
+    the count as it is.
+    """
+
+    def __init__(self, ledger: Path) -> None:
+        self._ledger = ledger
+        self._num_lines, self._num_committed = self._lines(), 0
+
+    def count(self) -> int:
+        """To be asked often: steps between a roll-back and the next call are missed."""
+        before, self._num_lines = self._num_lines, self._lines()
+        self._num_committed += max(0, self._num_lines - before)
+        return self._num_committed
+
+    def _lines(self) -> int:
+        return self._ledger.read_bytes().count(b"\n") if self._ledger.exists() else 0
 
 
 class RunEndedError(RuntimeError):
@@ -154,26 +178,29 @@ class LiveRun:
 
     def hurt(self, *kinds: str, then: str = "") -> Recovery:
         """Kill -9 one process of each kind at once, or stop it for good (`rollout_hang`), and wait
-        until the run works again; a process of kind `then` is killed while it comes up.
+        until the run works again; a process of kind `then` is killed while it comes up, and has to
+        be missed.
         """
         pids = {kind: self._victim(kind) for kind in kinds}
-        known = self._titled(then)
+        known, num_deaths = self._titled(then), self._num_deaths()
         for kind, pid in pids.items():
             os.kill(pid, signal.SIGSTOP if kind.endswith(HANG) else signal.SIGKILL)
         started = time.monotonic()
         if then:
             self._kill_newcomer(then, known)
-        before = self._commits()
+        commits = Commits(self.run.ledger)
         replaced_s = working_s = 0.0
-        while not (replaced_s and working_s):
+        is_missed = not then
+        while not (replaced_s and working_s and is_missed):
             self.check()
             now_s = time.monotonic() - started
             if now_s > RECOVERY_S:
                 raise TimeoutError(f"no recovery from a killed {kinds}: {self.tail()}")
             if not replaced_s and all(map(self._is_replaced, pids, pids.values())):
                 replaced_s = now_s
-            if not working_s and self._commits() >= before + 2:
+            if not working_s and commits.count() >= 2:
                 working_s = now_s  # the first may have begun before the kill
+            is_missed = is_missed or self._num_deaths() >= num_deaths + 2
             time.sleep(POLL_S)
         return Recovery("+".join(kinds) + (f">{then}" if then else ""), replaced_s, working_s)
 
@@ -187,6 +214,9 @@ class LiveRun:
         return found
 
     def _kill_newcomer(self, kind: str, known: set[int]) -> None:
+        """Of rollout workers all that are there: the one that stood by may be coming up, and the
+        newcomer be the next to stand by, which nobody would miss.
+        """
         deadline = time.monotonic() + RECOVERY_S
         while not (new := self._titled(kind) - known):
             self.check()
@@ -194,8 +224,13 @@ class LiveRun:
                 raise TimeoutError(f"no new {kind} to kill: {self.tail()}")
             time.sleep(POLL_S)
         time.sleep(random.uniform(0.0, COMING_UP_S))
-        with suppress(ProcessLookupError):
-            os.kill(max(new), signal.SIGKILL)
+        for pid in self._titled(kind) if kind == "rollout" else {max(new)}:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _num_deaths(self) -> int:
+        """That the run has noticed."""
+        return [event.kind for event in self.run.read_events()].count("worker_died")
 
     def _is_replaced(self, kind: str, pid: int) -> bool:
         return any(other != pid and _is_alive(other) for other in self.pids(kind))
@@ -255,11 +290,6 @@ class LiveRun:
         rows = [r for r in self.run.read_metrics() if first <= r["step"] <= last]
         values = [r["reward/mean"] for r in rows if "reward/mean" in r]
         return sum(values) / len(values)
-
-    def _commits(self) -> int:
-        """Steps ever logged, those that were rolled back later included."""
-        path = self.run.metrics
-        return path.read_bytes().count(b"\n") if path.exists() else 0
 
     def _redis_pids(self) -> set[int]:
         try:

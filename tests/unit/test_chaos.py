@@ -1,0 +1,114 @@
+"""How the chaos run hurts, and when it takes a run for recovered."""
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks import chaos
+from benchmarks.chaos import Commits, LiveRun
+from cluster import ledger as ledger_module
+from cluster.ledger import Ledger
+from cluster.types import StepRecord
+
+
+def commit(ledger: Ledger, *steps: int) -> None:
+    for step in steps:
+        ledger.commit(
+            StepRecord(
+                step=step, policy_version=step, group_ids=[f"g{step}"],
+                policy_versions=[step - 1], reward_versions={}, num_loss_tokens=1,
+            )
+        )  # fmt: skip
+
+
+def test_a_roll_back_is_no_commit_while_it_happens_or_later(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    commit(ledger, 1, 2, 3, 4)
+    commits = Commits(path)
+    commit(ledger, 5)
+    assert commits.count() == 1
+    seen: list[int] = []
+    replace = ledger_module._replace
+
+    def seen_half_done(place: Path, data: bytes) -> None:
+        seen.append(commits.count())
+        replace(place, data)
+
+    monkeypatch.setattr(ledger_module, "_replace", seen_half_done)
+    ledger.truncate_after(2)
+    assert seen == [1], "rolled-back steps are in both files"
+    assert commits.count() == 1
+    commit(ledger, 3, 4)
+    assert commits.count() == 3
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LiveRun:
+    monkeypatch.setattr(chaos, "COMING_UP_S", 0.0)
+    run = LiveRun(tmp_path, "hurt", [])
+    run.run.path.mkdir(parents=True)
+    run.output.touch()
+    return run
+
+
+Start = Callable[[str], "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def start(run: LiveRun) -> Iterator[Start]:
+    """Processes of the run with a title of their own."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(title: str) -> "subprocess.Popen[bytes]":
+        process = subprocess.Popen([title, "60"], executable="sleep", start_new_session=True)
+        started.append(process)
+        run._sessions.add(process.pid)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_the_worker_that_stood_by_and_its_successor_both_die_as_a_worker_comes_up(
+    run: LiveRun, start: Start
+) -> None:
+    promoted = start("ray::RolloutWorker.start")
+    known = run._titled("rollout")
+    fresh, rank = start("ray::RolloutWorker.prepare"), start("ray::LearnerRank")
+    run._kill_newcomer("rollout", known)
+    assert (promoted.wait(5), fresh.wait(5), rank.poll()) == (-9, -9, None)
+
+
+def test_of_other_kinds_the_newcomer_dies(run: LiveRun, start: Start) -> None:
+    old = start("ray::RewardWorker")
+    known = run._titled("reward")
+    new = start("ray::RewardWorker")
+    run._kill_newcomer("reward", known)
+    assert (old.poll(), new.wait(5)) == (None, -9)
+
+
+def test_a_second_harm_that_nobody_misses_is_no_recovery(
+    monkeypatch: pytest.MonkeyPatch, run: LiveRun, start: Start
+) -> None:
+    monkeypatch.setattr(chaos, "RECOVERY_S", 0.5)
+    monkeypatch.setattr(run, "_is_replaced", lambda *_: True)
+    monkeypatch.setattr(Commits, "count", lambda _: 2)
+    harmed = [start("ray::Controller") for _ in range(2)]
+    monkeypatch.setattr(run, "_victim", lambda _: harmed.pop().pid)
+
+    def notice(deaths: int) -> None:
+        for _ in range(deaths):
+            run.run.append_event("worker_died")
+
+    monkeypatch.setattr(run, "_kill_newcomer", lambda *_: notice(deaths=1))
+    with pytest.raises(TimeoutError, match="no recovery"):
+        run.hurt("controller", then="rollout")
+    monkeypatch.setattr(run, "_kill_newcomer", lambda *_: notice(deaths=2))
+    assert run.hurt("controller", then="rollout").kind == "controller>rollout"
