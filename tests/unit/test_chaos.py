@@ -1,4 +1,4 @@
-"""How the chaos run hurts, and when it takes a run for recovered."""
+"""How the chaos run hurts, when it takes a run for recovered, and what it judges."""
 
 import subprocess
 from collections.abc import Callable, Iterator
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import chaos
-from benchmarks.chaos import Commits, LiveRun
+from benchmarks import chaos, recovery
+from benchmarks.chaos import KINDS, Commits, LiveRun, Recovery
 from cluster import ledger as ledger_module
 from cluster.ledger import Ledger
 from cluster.types import StepRecord
@@ -112,3 +112,30 @@ def test_a_second_harm_that_nobody_misses_is_no_recovery(
         run.hurt("controller", then="rollout")
     monkeypatch.setattr(run, "_kill_newcomer", lambda *_: notice(deaths=2))
     assert run.hurt("controller", then="rollout").kind == "controller>rollout"
+
+
+def recoveries(*kinds: str, replaced_s: float = 1.0, working_s: float = 1.0) -> list[Recovery]:
+    return [Recovery(kind, replaced_s, working_s) for kind in kinds]
+
+
+def test_the_next_to_be_hurt_is_one_of_those_hurt_least_by_themselves() -> None:
+    assert recovery.least_hurt([]) == list(KINDS)
+    once = recoveries(*KINDS, "redis+learner", "controller>learner")
+    assert recovery.least_hurt(once) == list(KINDS)
+    twice = recoveries(*KINDS, *(kind for kind in KINDS if kind != "reward_hang"))
+    assert recovery.least_hurt(twice) == ["reward_hang"]
+
+
+def test_a_kind_that_was_only_hurt_beside_others_was_never_hurt() -> None:
+    found = recoveries(*(kind for kind in KINDS if kind != "reward"), "redis+reward")
+    assert recovery.unhurt(found) == ["reward"]
+    assert recovery.recovery_table(found).verdict == "falls short"
+    assert recovery.recovery_table(recoveries(*KINDS)).verdict == "holds"
+
+
+def test_a_step_without_the_lost_worker_is_no_recovery_yet() -> None:
+    rest = recoveries(*(kind for kind in KINDS if kind != "rollout"))
+    late = recovery.recovery_table([*rest, Recovery("rollout", 16.0, 2.0)])
+    assert (late.verdict, "late: ['rollout']" in late.why) == ("falls short", True)
+    back = recovery.recovery_table([*rest, Recovery("rollout", 14.0, 2.0)])
+    assert back.verdict == "holds"
