@@ -2,7 +2,8 @@
 
 Validation makes three runs that differ in `rollout.max_policy_age` alone (0, 1, 3), reads the stage
 times each left behind, and compares the simulated with the measured step: each from its own stage
-times, then those that run ahead from the stage times of the sync run. Run with
+times, then those that run ahead from the stage times of the sync run. `benchmarks.throughput` does
+so with its runs of long-tailed lengths. Run with
 `python -m benchmarks.simulation validate FOLDER` (made there, or taken from there),
 `... compare RUN_DIR ...` (finished ones) or `... scale PROFILE`.
 """
@@ -27,6 +28,7 @@ PROFILE = ROOT / "deploy" / "profiles" / "quickstart_two_cores.json"
 AGES = (0, 1, 3)
 STEPS, QUICK_STEPS = 40, 20
 WITHIN = 0.15
+NEAR_UNIFORM = "short lengths that differ little"
 SIZES = (8, 64, 512, 10_000)
 QUICK_SIZES = (8, 64)
 TAIL = (128.0, 1.0, 1024)  # log-normal: mean, sigma, cap
@@ -77,11 +79,11 @@ def make_runs(folder: Path, num_steps: int) -> list[RunDir]:
     return [RunDir(folder / f"age-{age}") for age in AGES]
 
 
-def validated(runs: Sequence[StageProfile]) -> Iterator[Row]:
-    """Runs in `sync` mode first."""
+def validated(runs: Sequence[StageProfile], lengths: str) -> Iterator[Row]:
+    """Runs in `sync` mode first; `lengths` says what kind of completions they sampled."""
     own = [compare(run, run) for run in runs]
     yield judged(
-        "the simulated step of a run, from its own stage times",
+        f"the simulated step of a run, from its own stage times, {lengths}",
         "; ".join(map(str, own)),
         f"within {WITHIN:.0%}",
         all(abs(c.error) <= WITHIN for c in own),
@@ -90,7 +92,7 @@ def validated(runs: Sequence[StageProfile]) -> Iterator[Row]:
     ahead = [compare(sync, run) for run in runs if sync and _differs_in_age(sync, run)]
     if ahead:
         yield judged(
-            "the simulated step of runs ahead, from the stage times of the sync run",
+            f"the simulated step of runs ahead, from the stage times of the sync run, {lengths}",
             "; ".join(map(str, ahead)),
             f"within {WITHIN:.0%}",
             all(abs(c.error) <= WITHIN for c in ahead),
@@ -104,7 +106,8 @@ def _differs_in_age(sync: StageProfile, run: StageProfile) -> bool:
 
 def rows(quick: bool, folder: Path) -> Iterator[Row]:
     num_steps = QUICK_STEPS if quick else STEPS
-    yield from validated([StageProfile.of_run(run) for run in make_runs(folder, num_steps)])
+    runs = [StageProfile.of_run(run) for run in make_runs(folder, num_steps)]
+    yield from validated(runs, NEAR_UNIFORM)
 
 
 def at_sizes(profile: StageProfile, sizes: Sequence[int]) -> Iterator[Forecast]:
@@ -160,10 +163,10 @@ def main(arguments: Sequence[str]) -> int:
         console.print(scaling.table(found))
         return 0
     if command == "validate":
-        runs = make_runs(Path(places[0]), STEPS)
+        runs, lengths = make_runs(Path(places[0]), STEPS), NEAR_UNIFORM
     else:
-        runs = [RunDir(place) for place in places]
-    shown = list(validated([StageProfile.of_run(run) for run in runs]))
+        runs, lengths = [RunDir(place) for place in places], "lengths as they were"
+    shown = list(validated([StageProfile.of_run(run) for run in runs], lengths))
     for row in shown:
         console.print(f"{row.claim}: {row.measured}\n  {row.bound}: {row.verdict}. {row.why}")
     return int(any(row.verdict != "holds" for row in shown))

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from typing import NamedTuple
 
 import msgspec
@@ -31,7 +31,7 @@ from cluster.errors import StageError
 from cluster.types import GroupHeader, TrajectoryGroup
 from rewards.tasksets import load_tasks
 
-NUM_STEPS = 4  # of generation, after the first groups
+NUM_STEPS = 12  # of generation, after the first groups: many ends come in bursts
 TIMEOUT_S = 900.0
 GROUPS = "groups.msgpack"
 
@@ -92,7 +92,7 @@ async def generate(config: Config, policy_dir: Path, folder: Path) -> float:
 
 
 def learn(config: Config, policy_dir: Path, folder: Path) -> float:
-    """Median seconds of a step on the groups that `generate` kept; the first step warms up."""
+    """Mean seconds of a step on the groups that `generate` kept; the first step warms up."""
     from learners.learner import Learner
     from learners.packing import plan_groups
 
@@ -110,7 +110,7 @@ def learn(config: Config, policy_dir: Path, folder: Path) -> float:
         learner.optim_step()
         seconds.append(time.perf_counter() - started)
     learner.close()
-    return median(seconds[1:])
+    return fmean(seconds[1:])
 
 
 def _rewarded(group: TrajectoryGroup) -> TrajectoryGroup:

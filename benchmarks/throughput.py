@@ -2,44 +2,48 @@
 
 Both systems start from the same warmed-up weights and train on the same tasks by the same rule, 128
 samples a step, in float32 with AdamW. Hone is `hone train`, a step is the time between two weight
-syncs; TRL runs in an environment of its own with the faster of two micro-batch sizes. They take
-turns (Hone, TRL, TRL, Hone), and medians are over the steps of both turns. Run one part with
-`python -m benchmarks.throughput FOLDER long|short|stages`; finished runs in FOLDER count again.
+syncs; TRL runs in an environment of its own with the fastest of some micro-batch sizes. They take
+turns (Hone, TRL, TRL, Hone): a turn counts with its mean step, because steps that run ahead borrow
+from each other, and the median is over turns. Run one part with `python -m benchmarks.throughput
+FOLDER long|short|stages`; finished runs in FOLDER count again.
 """
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 
 from rich.console import Console
 
-from benchmarks import stage_ceilings, trl_environment
+from benchmarks import simulation, stage_ceilings, trl_environment
 from benchmarks.proofs import ROOT
 from benchmarks.show import Part, Row, judged, measured
+from benchmarks.stage_ceilings import Ceilings
 from benchmarks.study import train, training_tasks, warm_started
+from benchmarks.synced_steps import Turn, turn_of
+from benchmarks.trl_environment import PeerRun
 from cluster import config_file
 from cluster.config import Config
 from cluster.errors import StageError
 from cluster.run_dir import RunDir
+from cluster.stage_profile import StageProfile
 from rewards.tasksets import load_tasks
 
 CONFIG = ROOT / "benchmarks" / "tailed.yaml"
-MICRO_BATCHES = (128, 32)  # of the peer, in samples
-CALIBRATION_STEPS = 1
 SAME_LENGTH = 0.1  # difference in mean tokens that still counts as the same work
 EFFICIENCY, WAIT = 0.85, 0.1
 PAUSE_S, PROBE = 0.2, 0.02
 ASYNC_AGE = 4
+STAGES_PLACE = 4  # of turns that lie between two measurements of the stages alone
 
 
 @dataclass(frozen=True)
 class Case:
     """Lengths to compare at; steps are those that count, of one turn, after `num_first`, a minute
-    or more in which the pipeline fills and a rollout worker is prepared to stand by.
+    or more in which the pipeline fills and a rollout worker is prepared to stand by. Of the peer's
+    `micro_batches`, in samples, `num_tried_steps` each tell the fastest.
     """
 
     key: str
@@ -48,24 +52,19 @@ class Case:
     num_first: int
     num_steps: int
     num_peer_steps: int
+    micro_batches: Sequence[int]
+    num_tried_steps: int
     at_least: float  # samples/s of Hone over those of the peer
 
 
-LONG = Case("long", "long-tailed completions (geometric, cut at 256 tokens)", 256, 18, 12, 5, 4.0)
-SHORT = Case("short", "short completions (at most 16 tokens)", 16, 100, 40, 20, 0.9)
-
-
-@dataclass(frozen=True)
-class Turn:
-    """Steps of one run: seconds of each, mean tokens of a completion, share the learner waits;
-    median seconds of a weight sync in which engines stand still, and of its probe.
-    """
-
-    step_s: Sequence[float]
-    tokens: float
-    waits: float
-    pause_s: float
-    probe_s: float
+LONG = Case(
+    "long", "long-tailed completions (geometric, cut at 256 tokens)",
+    256, 18, 12, 5, (128, 32), 1, 4.0,
+)  # fmt: skip
+SHORT = Case(
+    "short", "short completions (at most 16 tokens)",
+    16, 100, 40, 20, (128, 64, 32, 16), 3, 0.9,
+)  # fmt: skip
 
 
 class Bench:
@@ -79,7 +78,7 @@ class Bench:
     def config(self, changes: Sequence[str]) -> Config:
         return config_file.load(CONFIG, [*self._start, *changes])
 
-    def hone(self, case: Case, max_policy_age: int, place: int) -> Turn:
+    def hone(self, case: Case, max_policy_age: int, place: int) -> RunDir:
         """A run; parts that ask for the same one, `place` included, share it."""
         name = f"tokens-{case.max_new_tokens}-age-{max_policy_age}-turn-{place}"
         changes = [
@@ -88,14 +87,12 @@ class Bench:
             f"run.steps={case.num_first + case.num_steps}",
         ]
         train(CONFIG, self._folder, name, [*self._start, *changes])
-        return turn_of(RunDir(self._folder / name), case.num_first)
+        return RunDir(self._folder / name)
 
     def default_age(self) -> int:
         return self.config([]).rollout.max_policy_age
 
-    def peer(
-        self, case: Case, micro_batch: int, num_steps: int, seed: int
-    ) -> trl_environment.PeerRun:
+    def peer(self, case: Case, micro_batch: int, num_steps: int, seed: int) -> PeerRun:
         """`seed` draws tasks and completions: runs of few steps should differ in it."""
         config = self.config([f"rollout.max_new_tokens={case.max_new_tokens}", f"run.seed={seed}"])
         tasks = self._folder / "tasks.jsonl"
@@ -103,34 +100,9 @@ class Bench:
             write_tasks(config, tasks)
         return trl_environment.measure(config, tasks, micro_batch, num_steps)
 
-    def ceilings(self) -> stage_ceilings.Ceilings:
+    def ceilings(self) -> Ceilings:
         """At the lengths and slots of the config as it is."""
         return stage_ceilings.measure(self._folder / "stages", CONFIG, self._start)
-
-
-def turn_of(run: RunDir, num_first: int) -> Turn:
-    """Steps after the first `num_first`, from sync to sync; a row with an evaluation says nothing
-    of what the learner waits for.
-    """
-    synced_at = {
-        int(str(event.fields["policy_version"])): event.time
-        for event in run.read_events()
-        if event.kind == "sync"
-    }
-    versions = sorted(version for version in synced_at if version >= num_first)
-    later = [row for row in run.read_metrics() if row["step"] > num_first]
-    rows = [row for row in later if "eval/pass@1" not in row]
-    return Turn(
-        step_s=[synced_at[after] - synced_at[before] for before, after in pairwise(versions)],
-        tokens=fmean(
-            row["rollout/completion_tokens_mean"]
-            for row in rows
-            if "rollout/completion_tokens_mean" in row
-        ),
-        waits=fmean(1.0 - row["learner/busy_fraction"] for row in rows),
-        pause_s=median(row["sync/pause_s"] for row in rows),
-        probe_s=median(row["sync/probe_s"] for row in rows),
-    )
 
 
 def write_tasks(config: Config, path: Path) -> None:
@@ -150,69 +122,101 @@ def write_tasks(config: Config, path: Path) -> None:
 def against_trl(bench: Bench, case: Case, quick: bool) -> Iterator[Row]:
     age, num_samples = bench.default_age(), _samples_per_step(bench.config([]))
     claim = f"samples/s against TRL's GRPOTrainer, {case.name}, {num_samples} a step"
-    bound = f"at least {case.at_least:g}x; lengths within {SAME_LENGTH:.0%}"
     try:
         trl_environment.environment()
     except StageError as error:
-        yield Row(claim, "not measured", bound, "not shown here", str(error)[-300:])
+        yield Row(claim, "not measured", bound_of(case), "not shown here", str(error)[-300:])
         return
-    tried = [bench.peer(case, size, CALIBRATION_STEPS, seed=0) for size in MICRO_BATCHES]
+    tried = [bench.peer(case, size, case.num_tried_steps, 0) for size in case.micro_batches]
     micro_batch = min(tried, key=lambda run: run.median_step_s).micro_batch
     ours: list[Turn] = []
-    theirs: list[trl_environment.PeerRun] = []
+    theirs: list[PeerRun] = []
     order = ("hone", "trl") if quick else ("hone", "trl", "trl", "hone")
     for place, system in enumerate(order):
         if system == "trl":
             theirs.append(bench.peer(case, micro_batch, case.num_peer_steps, seed=place))
         else:
-            ours.append(bench.hone(case, age, place))
-    our_s = median(s for turn in ours for s in turn.step_s)
-    their_s = median(s for run in theirs for s in run.step_s)
+            ours.append(turn_of(bench.hone(case, age, place), case.num_first))
+    yield faster(claim + (" (QUICK: one order)" if quick else ""), case, ours, theirs, num_samples)
+    yield synced(f"weight sync of these runs, {case.name}", ours)
+
+
+def faster(
+    claim: str, case: Case, ours: Sequence[Turn], theirs: Sequence[PeerRun], num_samples: int
+) -> Row:
+    """Samples/s of Hone over those of the peer, each the median over its turns."""
+    our_s = median(turn.mean_step_s for turn in ours)
+    their_s = median(run.mean_step_s for run in theirs)
     our_tokens = fmean(turn.tokens for turn in ours)
     their_tokens = fmean(n / num_samples for run in theirs for n in run.tokens)
     is_same_work = abs(our_tokens / their_tokens - 1.0) <= SAME_LENGTH
     ratio = their_s / our_s
-    turns = ", ".join(f"{median(turn.step_s):.2f}" for turn in ours)
-    peer_turns = ", ".join(f"{run.median_step_s:.2f}" for run in theirs)
+    turns = ", ".join(f"{turn.mean_step_s:.2f}" for turn in ours)
+    peer_turns = ", ".join(f"{run.mean_step_s:.2f}" for run in theirs)
     peer = theirs[0]
-    yield judged(
-        claim + (" (QUICK: one order)" if quick else ""),
+    return judged(
+        claim,
         f"{ratio:.2f}x: Hone {num_samples / our_s:.1f}/s (turns of {turns} s a step, mean "
         f"{our_tokens:.0f} tokens), TRL {peer.version} {num_samples / their_s:.1f}/s "
-        f"({peer_turns} s, {their_tokens:.0f} tokens; micro-batches of {micro_batch}, the faster "
-        f"of {' and '.join(map(str, MICRO_BATCHES))}, {peer.threads} threads); "
-        f"{peer.num_parameters / 1e6:.1f} M parameters",
-        bound,
+        f"(turns of {peer_turns} s a step, {their_tokens:.0f} tokens; micro-batches of "
+        f"{peer.micro_batch}, the fastest of {', '.join(map(str, case.micro_batches))}, "
+        f"{peer.threads} threads); {peer.num_parameters / 1e6:.1f} M parameters",
+        bound_of(case),
         ratio >= case.at_least and is_same_work,
         "" if is_same_work else "the two did not sample the same lengths",
     )
-    yield synced(f"weight sync of these runs, {case.name}", ours)
+
+
+def bound_of(case: Case) -> str:
+    return f"at least {case.at_least:g}x; lengths within {SAME_LENGTH:.0%}"
 
 
 def stages(bench: Bench) -> Iterator[Row]:
-    """Overlap, and what the learner waits for: the long tail in all three modes."""
-    alone = bench.ceilings()
+    """Overlap, and what the learner waits for: the long tail in all three modes. The stages alone
+    are measured before and after the runs, because a machine is not steady.
+    """
     modes = {"sync": 0, "by default": bench.default_age(), "async": ASYNC_AGE}
-    turns = {mode: bench.hone(LONG, age, 0) for mode, age in modes.items()}
-    efficiency = {mode: alone.bound_s / median(turn.step_s) for mode, turn in turns.items()}
+    before = bench.ceilings()
+    runs = {mode: bench.hone(LONG, age, STAGES_PLACE) for mode, age in modes.items()}
+    after = bench.ceilings()
+    turns = {mode: turn_of(run, LONG.num_first) for mode, run in runs.items()}
+    yield overlapped(modes, turns, before, after)
+    yield waited(turns)
+    yield synced("weight sync of the same runs, by default", [turns["by default"]])
+    profiles = [StageProfile.of_run(run) for run in runs.values()]
+    yield from simulation.validated(profiles, "long-tailed lengths")
+
+
+def overlapped(
+    ages: Mapping[str, int], turns: Mapping[str, Turn], before: Ceilings, after: Ceilings
+) -> Row:
+    alone = Ceilings(*map(fmean, zip(before, after, strict=True)))
+    efficiency = {mode: alone.bound_s / turn.mean_step_s for mode, turn in turns.items()}
     shown = "; ".join(
-        f"{mode} (age {age}): {median(turns[mode].step_s):.2f} s a step, {efficiency[mode]:.2f}"
-        for mode, age in modes.items()
+        f"{mode} (age {age}): {turns[mode].mean_step_s:.2f} s a step, {efficiency[mode]:.2f}"
+        for mode, age in ages.items()
     )
-    yield judged(
-        "overlap efficiency: the slower stage alone over the step, long-tailed lengths",
-        f"generate alone {alone.generate_s:.2f} s, learn alone {alone.learn_s:.2f} s; {shown}",
+    return judged(
+        "overlap efficiency: the slower stage alone over the mean step, long-tailed lengths",
+        f"generate alone {alone.generate_s:.2f} s ({before.generate_s:.2f} before and "
+        f"{after.generate_s:.2f} after the runs), learn alone {alone.learn_s:.2f} s "
+        f"({before.learn_s:.2f}, {after.learn_s:.2f}); {shown}",
         f"at least {EFFICIENCY:g} by default",
         efficiency["by default"] >= EFFICIENCY,
     )
-    waits = ", ".join(f"{mode} {turn.waits:.0%}" for mode, turn in turns.items())
-    yield judged(
+
+
+def waited(turns: Mapping[str, Turn]) -> Row:
+    return judged(
         "share of the time that the learner waits, long-tailed lengths",
-        waits,
+        ", ".join(
+            f"{mode} {turn.waits:.0%}"
+            + ("" if turn.ranks_idle is None else f" (ranks idle {turn.ranks_idle:.0%})")
+            for mode, turn in turns.items()
+        ),
         f"async below {WAIT:.0%}",
         turns["async"].waits < WAIT,
     )
-    yield synced("weight sync of the same runs, by default", [turns["by default"]])
 
 
 def synced(claim: str, turns: Sequence[Turn]) -> Row:
@@ -220,11 +224,8 @@ def synced(claim: str, turns: Sequence[Turn]) -> Row:
     one.
     """
     pause_s = max(turn.pause_s for turn in turns)
-    probe_s, step_s = (
-        median(values)
-        for values in ([t.probe_s for t in turns], [s for t in turns for s in t.step_s])
-    )
-    share = probe_s / step_s
+    probe_s = median(turn.probe_s for turn in turns)
+    share = probe_s / median(turn.mean_step_s for turn in turns)
     return judged(
         f"{claim}: engines stand still; the probe",
         f"median pause {pause_s:.3f} s; probe {probe_s:.3f} s, {share:.1%} of a step",

@@ -8,7 +8,9 @@ gains, on the straight line between two evaluations: nobody is timed at its luck
 Neither clock counts the start of a system or the evaluations. Hone evaluates itself every
 `eval.every` steps; TRL saves its weights as often, off its clock, and `hone eval` measures them
 afterwards on the same tasks with the same seeds. While Hone evaluates, its engines run ahead: the
-steps that use what they made then count as much as the other ones until the next evaluation.
+steps that use what they made then count as much as the other ones until the next evaluation. Nor is
+it counted that Hone imports a rollout worker to stand by beside its first steps: these count as the
+later ones until the next evaluation, or as those of the first interval that has later ones.
 Run with `[QUICK=1] python -m benchmarks.time_to_accuracy FOLDER`; what is finished in FOLDER, the
 peer's runs and evaluations included, counts again.
 """
@@ -27,9 +29,12 @@ from benchmarks import throughput, trl_environment
 from benchmarks.proofs import ROOT
 from benchmarks.show import Row, judged
 from benchmarks.study import hone, main, train, training_tasks, warm_started
+from benchmarks.synced_steps import num_beside_standby
+from benchmarks.throughput import LONG
 from benchmarks.trl_environment import PeerRun
 from cluster import config_file
 from cluster.errors import StageError
+from cluster.run_dir import RunDir
 
 CONFIG = ROOT / "benchmarks" / "chain_sums.yaml"
 PASS, STEP_S = "eval/pass@1", "time/step_s"
@@ -103,23 +108,33 @@ def _spent(point: Point) -> str:
     return f"{point.seconds:.0f} s ({point.step:.1f} steps of {step_s:.2f} s)"
 
 
-def curve_of(rows: Sequence[Mapping[str, float]], num_ahead: int) -> Curve:
+def curve_of(
+    rows: Sequence[Mapping[str, float]], num_ahead: int, num_beside_standby: int = 0
+) -> Curve:
     """Of a run's metrics. `time/step_s` ends before an evaluation; the `num_ahead` steps after one
     may use rollouts that were made during it, and count as the mean of the others until the next.
-    Before the first evaluation, of step 0, nothing is sampled.
+    Before the first evaluation, of step 0, nothing is sampled. The first `num_beside_standby` steps
+    count as the others of their interval, too, or as those of the first one that has others.
 
     Raises `ValueError` where no step between two evaluations is left to count.
     """
     evaluated = [row for row in rows if PASS in row]
     step_s = {int(row["step"]): row[STEP_S] for row in rows if STEP_S in row}
-    curve = [Point(0, 0.0, evaluated[0][PASS])]
+    means: list[float | None] = []  # of an interval's steps that count
     for before, after in pairwise(evaluated):
         first, last = int(before["step"]), int(after["step"])
-        counted = range(first + 1 + (num_ahead if first else 0), last + 1)
-        if not counted:
+        unaided = range(first + 1 + (num_ahead if first else 0), last + 1)
+        if not unaided:
             raise ValueError(f"eval.every must be above {num_ahead}, got {last - first}")
-        seconds = curve[-1].seconds + (last - first) * fmean(step_s[step] for step in counted)
-        curve.append(Point(last, seconds, after[PASS]))
+        counted = [step_s[step] for step in unaided if step > num_beside_standby]
+        means.append(fmean(counted) if counted else None)
+    known = [mean for mean in means if mean is not None]
+    if not known:
+        raise ValueError(f"a worker was prepared to stand by until step {num_beside_standby}")
+    curve = [Point(0, 0.0, evaluated[0][PASS])]
+    for mean, after in zip(means, evaluated[1:], strict=True):
+        seconds = (after["step"] - curve[-1].step) * (known[0] if mean is None else mean)
+        curve.append(Point(after["step"], curve[-1].seconds + seconds, after[PASS]))
     return curve
 
 
@@ -134,15 +149,17 @@ class Bench:
         self._config = config_file.load(CONFIG, self._start)
 
     def hone(self) -> Curve:
-        run = train(CONFIG, self._folder, f"hone-{self._seed}", self._start)
-        return curve_of(run.rows, self._config.rollout.max_policy_age + 1)
+        name = f"hone-{self._seed}"
+        run = train(CONFIG, self._folder, name, self._start)
+        beside = num_beside_standby(RunDir(self._folder / name))
+        return curve_of(run.rows, self._config.rollout.max_policy_age + 1, beside)
 
     def peer(self) -> tuple[PeerRun, dict[int, float]]:
         """With the faster micro-batch size: the run, and accuracies after its steps."""
         every, num_steps = self._config.eval.every, self._config.run.steps
         tried = [
-            self._measured(f"trl-{self._seed}-tried-{size}", size, throughput.CALIBRATION_STEPS)
-            for size in throughput.MICRO_BATCHES
+            self._measured(f"trl-{self._seed}-tried-{size}", size, LONG.num_tried_steps)
+            for size in LONG.micro_batches
         ]
         micro_batch = min(tried, key=lambda run: run.median_step_s).micro_batch
         name = f"trl-{self._seed}"
@@ -196,7 +213,8 @@ def rows(quick: bool, folder: Path) -> Iterator[Row]:
     seeds = [0] if quick else [0, 1]
     claim = (
         "seconds of training until the same held-out accuracy, reasoning_gym chain_sum, against "
-        "TRL's GRPOTrainer; start and evaluations of either not counted, "
+        "TRL's GRPOTrainer; start and evaluations of either not counted, nor that Hone prepares a "
+        "worker to stand by meanwhile, "
     ) + ("seed 0 (QUICK: one seed)" if quick else f"{len(seeds)} seeds")
     bound = f"at most a third of TRL's, the mark at least {LEARNT:g} above the start"
     try:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import msgspec
 
@@ -45,6 +46,10 @@ class PeerRun(msgspec.Struct, frozen=True):
     step_s: list[float]
     tokens: list[float]
     saved: list[SavedWeights] = []
+
+    @property
+    def mean_step_s(self) -> float:
+        return fmean(self.step_s)
 
 
 def environment() -> Path:

@@ -14,7 +14,9 @@ import pytest
 from benchmarks import soak, throughput, trl_environment, trl_peer
 from benchmarks.proofs import Timed
 from benchmarks.stage_ceilings import Ceilings
+from benchmarks.synced_steps import Turn, turn_of
 from benchmarks.tailed import Tailed
+from benchmarks.trl_environment import PeerRun
 from cluster import config_file
 from cluster.errors import StageError
 from cluster.run_dir import RunDir
@@ -65,24 +67,91 @@ def test_the_config_is_whole_and_compares_128_samples() -> None:
     assert config.rollout.groups_per_step * config.rollout.group_size == 128
     assert config.rollout.max_policy_age > 0, "Hone is measured as it runs by default"
     assert config.policy.dtype == "float32"
-    for size in throughput.MICRO_BATCHES:
-        assert 128 % size == 0
+    for case in (throughput.LONG, throughput.SHORT):
+        for size in case.micro_batches:
+            assert (128 % size, size % config.rollout.group_size) == (0, 0)
 
 
-def test_a_turn_is_of_the_steps_after_the_first_and_without_the_evaluation(tmp_path: Path) -> None:
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """Four steps, the last with an evaluation."""
     run = RunDir.create(tmp_path, "run", "", exist_ok=False)
     for step, when in enumerate([0, 100, 110, 113, 117]):
-        event = {"time": float(when), "kind": "sync", "policy_version": step}
-        with run.events.open("a") as file:
-            file.write(json.dumps(event) + "\n")
+        note(run, "sync", when, policy_version=step)
         row = {"rollout/completion_tokens_mean": 10.0 * step, "learner/busy_fraction": 0.9}
         row |= {"sync/pause_s": 0.01 * step, "sync/probe_s": 0.02}
         run.append_metrics(step, row | ({"eval/pass@1": 0.5} if step in (0, 4) else {}))
-    turn = throughput.turn_of(run, num_first=2)
+    return run
+
+
+def note(run: RunDir, kind: str, when: float, **fields: object) -> None:
+    with run.events.open("a") as file:
+        file.write(json.dumps({"time": float(when), "kind": kind, **fields}) + "\n")
+
+
+def test_a_turn_is_of_the_steps_after_the_first_and_without_the_evaluation(run: RunDir) -> None:
+    turn = turn_of(run, num_first=2)
     assert turn.step_s == [3.0, 4.0]
     assert turn.tokens == 30.0
     assert turn.waits == pytest.approx(0.1)
     assert (turn.pause_s, turn.probe_s) == pytest.approx((0.03, 0.02))
+    assert turn.ranks_idle is None
+
+
+def test_ranks_that_say_how_long_they_worked_are_heard(run: RunDir) -> None:
+    run.append_metrics(3, {"learner/compute_fraction": 0.8})
+    assert turn_of(run, num_first=2).ranks_idle == pytest.approx(0.2)
+
+
+def test_steps_beside_which_a_worker_is_prepared_do_not_count(run: RunDir) -> None:
+    note(run, "standby_ready", 105)
+    turn = turn_of(run, num_first=1)
+    assert (turn.step_s, turn.tokens) == ([3.0, 4.0], 30.0)
+
+
+def test_half_of_the_steps_must_be_left_to_count(run: RunDir) -> None:
+    note(run, "standby_ready", 112)
+    with pytest.raises(StageError, match="until step 3, which leaves 1 of 4 steps"):
+        turn_of(run, num_first=0)
+
+
+def turn(*step_s: float, waits: float = 0.05, ranks_idle: float | None = None) -> Turn:
+    return Turn(step_s, 100.0, waits, pause_s=0.1, probe_s=0.02, ranks_idle=ranks_idle)
+
+
+def peer(*step_s: float) -> PeerRun:
+    return PeerRun(
+        version="1", transformers="1", torch="1", threads=2, dtype="torch.float32",
+        num_parameters=3_000_000, micro_batch=32, median_step_s=0.0, step_s=list(step_s),
+        tokens=[12_800.0],
+    )  # fmt: skip
+
+
+def test_a_turn_counts_with_its_mean_step() -> None:
+    ours, theirs = [turn(1.0, 1.0, 4.0), turn(3.0, 3.0, 3.0)], [peer(10.0, 10.0, 4.0)]
+    row = throughput.faster("claim", throughput.LONG, ours, theirs, num_samples=128)
+    assert row.measured.startswith("3.20x: Hone 51.2/s (turns of 2.00, 3.00 s a step")
+    assert "TRL 1 16.0/s (turns of 8.00 s a step" in row.measured
+    assert "micro-batches of 32, the fastest of 128, 32" in row.measured
+    assert (row.verdict, row.bound) == ("falls short", "at least 4x; lengths within 10%")
+    row = throughput.synced("sync", [turn(1.0, 1.0, 0.4)])
+    assert "2.5% of a step" in row.measured
+    assert row.verdict == "falls short"
+
+
+def test_stages_alone_are_measured_before_and_after_the_runs() -> None:
+    ages, turns = {"sync": 0, "by default": 1}, {"sync": turn(9.0), "by default": turn(2.0, 6.0)}
+    before, after = Ceilings(2.0, 3.0), Ceilings(3.0, 4.0)
+    row = throughput.overlapped(ages, turns, before, after)
+    assert "by default (age 1): 4.00 s a step, 0.88" in row.measured
+    assert "learn alone 3.50 s (3.00, 4.00)" in row.measured
+    assert row.verdict == "holds"
+
+
+def test_what_ranks_say_stands_beside_what_the_controller_sees() -> None:
+    turns = {"sync": turn(1.0, waits=0.4), "async": turn(1.0, waits=0.04, ranks_idle=0.21)}
+    row = throughput.waited(turns)
+    assert (row.measured, row.verdict) == ("sync 40%, async 4% (ranks idle 21%)", "holds")
 
 
 def test_the_slower_stage_bounds_a_step() -> None:

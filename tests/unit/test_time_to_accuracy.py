@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from benchmarks import study, time_to_accuracy, trl_environment, trl_peer
+from benchmarks.synced_steps import num_beside_standby
 from benchmarks.time_to_accuracy import Comparison, Point, curve_of
 from benchmarks.trl_environment import PeerRun, SavedWeights
 from cluster import config_file
@@ -64,6 +65,41 @@ def test_an_interval_without_a_step_to_count_is_no_clock() -> None:
     rows = metrics(dict.fromkeys(range(1, 5), 1.0), {0: 0.2, 2: 0.3, 4: 0.5})
     with pytest.raises(ValueError, match=r"eval\.every must be above 2"):
         curve_of(rows, num_ahead=2)
+
+
+def test_steps_beside_which_a_worker_is_prepared_count_as_later_ones() -> None:
+    step_s = {1: 9.0, 2: 8.0, 3: 3.0, 4: 5.0, 5: 4.0, 6: 0.1, 7: 0.1, 8: 5.0, 9: 5.0, 10: 5.0}
+    rows = metrics(step_s, {0: 0.2, 5: 0.3, 10: 0.5})
+
+    def seconds(num_beside: int) -> list[float]:
+        return [point.seconds for point in curve_of(rows, 2, num_beside)]
+
+    assert seconds(0) == pytest.approx([0.0, 29.0, 54.0])
+    assert seconds(2) == pytest.approx([0.0, 20.0, 45.0])
+    assert seconds(9) == pytest.approx([0.0, 25.0, 50.0]), "no later one in the first interval"
+    with pytest.raises(ValueError, match="until step 10"):
+        seconds(10)
+
+
+def test_a_run_says_how_many_steps_began_before_its_worker_stood_by(tmp_path: Path) -> None:
+    assert num_beside_standby(prepared(tmp_path / "none", None)) == 0
+    assert num_beside_standby(prepared(tmp_path / "early", 5.0)) == 0, "before the first sync"
+    assert num_beside_standby(prepared(tmp_path / "third", 25.0)) == 2, "step 3 began afterwards"
+    assert num_beside_standby(prepared(tmp_path / "late", 99.0)) == 3
+
+
+def prepared(place: Path, ready_at: float | None) -> RunDir:
+    """A run whose engines held version n after 10 (n + 1) seconds."""
+    place.mkdir()
+    run = RunDir(place)
+    events: list[dict[str, object]] = [
+        {"time": 10.0 * (version + 1), "kind": "sync", "policy_version": version}
+        for version in range(4)
+    ]
+    if ready_at is not None:
+        events.append({"time": ready_at, "kind": "standby_ready"})
+    run.events.write_text("".join(json.dumps(event) + "\n" for event in events))
+    return run
 
 
 START = Point(0, 0.0, 0.2)
