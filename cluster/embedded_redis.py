@@ -180,11 +180,13 @@ class EmbeddedRedis:
             time.sleep(_POLL_S)
 
     def _write_config(self) -> None:
-        path = self._data_dir / _CONF
-        path.unlink(missing_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        """Whole or not at all: others read it at any time (`url_in`)."""
+        temporary = self._data_dir / f".{_CONF}.tmp"
+        temporary.unlink(missing_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(_CONFIG.format(port=self._port, password=self._password, log=_LOG_NAME))
+        temporary.replace(self._data_dir / _CONF)
 
     def _launch(self, program: Path, lock: int) -> subprocess.Popen[bytes]:
         """Launch from a thread that outlives the server: the kernel ties a child to its thread."""
@@ -250,13 +252,15 @@ class EmbeddedRedis:
 def url_in(data_dir: Path) -> str:
     """The URL of the server that was last started on `data_dir`, from its 0600 `redis.conf`.
 
-    Raises `ConfigError` when none ever was, or the file is not readable by this user.
+    Raises `ConfigError` when none ever was, or the file is torn or not readable by this user.
     """
     try:
         lines = (data_dir / _CONF).read_text().splitlines()
     except OSError as error:
         raise ConfigError(f"no server of this run can be found: {error}") from error
     values = dict(line.split(" ", 1) for line in lines if " " in line)
+    if not {"requirepass", "port"} <= values.keys():
+        raise ConfigError(f"{data_dir / _CONF} must have a port and a password, and has not")
     return f"redis://:{values['requirepass']}@127.0.0.1:{values['port']}/0"
 
 

@@ -16,7 +16,7 @@ import pytest
 import redis
 
 from cluster import embedded_redis
-from cluster.embedded_redis import EmbeddedRedis, server_program
+from cluster.embedded_redis import EmbeddedRedis, server_program, url_in
 from cluster.errors import BufferUnavailableError, ConfigError, DeadlineError, StageError
 from cluster.redis_client import connect, redacted, translated_errors
 
@@ -49,6 +49,21 @@ def test_server_is_private_and_durable(tmp_path: Path) -> None:
         with pytest.raises(redis.AuthenticationError):
             redis.Redis.from_url(server.url.replace(password, "guess")).ping()
     assert not process.is_running()
+
+
+def test_who_asks_for_the_server_while_it_is_configured_anew_gets_its_address(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    place = tmp_path / "redis"
+    with EmbeddedRedis(place) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(embedded_redis, "_CONFIG", "port {port}\nrequirepass {missing}\n")
+            with pytest.raises(KeyError):
+                server._write_config()
+        assert url_in(place) == server.url
+    (place / "redis.conf").write_text("port 6379\n")
+    with pytest.raises(ConfigError, match=r"redis\.conf must have a port and a password"):
+        url_in(place)
 
 
 def test_data_survives_a_stop_at_once_after_the_write(tmp_path: Path) -> None:
