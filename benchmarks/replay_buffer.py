@@ -40,9 +40,9 @@ NUM_CONTEXT_TOKENS = 64
 GROUPS_PER_STEP = 16
 NUM_PROCESSES, NUM_THREADS = 4, 25
 NUM_PRODUCERS = NUM_PROCESSES * NUM_THREADS
-NUM_GROUPS, QUICK_GROUPS = 4000, 1000
+NUM_GROUPS, QUICK_GROUPS = 12_000, 1000  # the long ones take 700 MB in producers
 GROUPS_PER_S, MB_PER_S = 3000, 200
-START_S, LEARN_S, POLL_S = 60.0, 120.0, 0.005
+START_S, LEARN_S, POLL_S = 60.0, 300.0, 0.005
 
 _start: list[Barrier] = []  # of a producer process
 
@@ -59,7 +59,8 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     """`add` is per group; `claim_fetch` and `consume_acknowledge` per step of 16 groups, the former
     of the `num_claims` that were made while producers still added. CPU in seconds per second: of
-    the producers while they add, of Redis until the last group is acknowledged.
+    the producers while they add, of Redis until the last group is acknowledged, to which
+    `learned_per_s` counts: a learner that falls behind shows there.
     """
 
     num_groups: int
@@ -68,6 +69,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     claim_fetch: Latency
     num_claims: int
     consume_acknowledge: Latency
+    learned_per_s: float
     producer_cpus: float
     redis_cpus: float
 
@@ -99,13 +101,13 @@ def rows(quick: bool) -> Iterator[Row]:
     short, long = (measure(num_groups, length) for length in (SHORT, LONG))
     yield judged(
         f"replay buffer, AOF everysec: groups of {short.group_bytes / 1e3:.0f} kB{note}",
-        f"{short.add.groups_per_s:,.0f} groups/s added; {_tail(short)}",
+        _tail(short),
         f"{GROUPS_PER_S:,} groups/s",
         short.add.groups_per_s >= GROUPS_PER_S,
     )
     yield judged(
         f"replay buffer, AOF everysec: groups of {NUM_TRAJECTORIES * LONG:,} tokens{note}",
-        f"{long.add.mb_per_s:.0f} MB/s added; {_tail(long)}",
+        f"{long.add.mb_per_s:.0f} MB/s added: {_tail(long)}",
         f"{MB_PER_S} MB/s",
         long.add.mb_per_s >= MB_PER_S,
     )
@@ -113,15 +115,11 @@ def rows(quick: bool) -> Iterator[Row]:
 
 def _tail(found: Measurement) -> str:
     return (
-        f"p99 {found.add.p99_s * 1e3:.1f} ms to add one by {NUM_PRODUCERS} producers in "
-        f"{NUM_PROCESSES} processes, {found.claim_fetch.p99_s * 1e3:.1f} ms to claim and fetch "
-        f"{GROUPS_PER_STEP} beside them ({found.num_claims} claims); {_cpus(found)}"
-    )
-
-
-def _cpus(found: Measurement) -> str:
-    return (
-        f"CPU seconds per second: Redis {found.redis_cpus:.2f}, producers {found.producer_cpus:.2f}"
+        f"{found.add.groups_per_s:,.0f} groups/s added, {found.learned_per_s:,.0f} groups/s "
+        f"learned from; p99 {found.add.p99_s * 1e3:.1f} ms to add one by {NUM_PRODUCERS} producers "
+        f"in {NUM_PROCESSES} processes, {found.claim_fetch.p99_s * 1e3:.1f} ms to claim and fetch "
+        f"{GROUPS_PER_STEP} beside them ({found.num_claims} claims); CPU seconds per second: Redis "
+        f"{found.redis_cpus:.2f}, producers {found.producer_cpus:.2f}"
     )
 
 
@@ -145,7 +143,7 @@ def measure(num_groups: int, num_tokens: int = LONG) -> Measurement:
         barrier.wait(START_S)
         began, redis_s = time.monotonic(), _cpu_s(redis)
         steps = _learn(buffer, num_groups, producing)
-        redis_cpus = (_cpu_s(redis) - redis_s) / (time.monotonic() - began)
+        learned_s, redis_s = time.monotonic() - began, _cpu_s(redis) - redis_s
         produced = [process.result() for process in producing]
         left = buffer.stats()
         if left.acknowledged != num_groups or left.num_unaccounted:
@@ -166,8 +164,9 @@ def measure(num_groups: int, num_tokens: int = LONG) -> Measurement:
         claim_fetch=_latency(claim_s, sum(claim_s), num_claimed, group_bytes),
         num_claims=len(beside),
         consume_acknowledge=_latency(consume_s, sum(consume_s), num_groups, group_bytes),
+        learned_per_s=num_groups / learned_s,
         producer_cpus=sum(process.cpu_s for process in produced) / adding_s,
-        redis_cpus=redis_cpus,
+        redis_cpus=redis_s / learned_s,
     )
 
 
@@ -220,8 +219,7 @@ def _learn(
 
 
 def _cpu_s(process: psutil.Process) -> float:
-    used = process.cpu_times()
-    return used.user + used.system
+    return sum(process.cpu_times()[:2])
 
 
 def _claim_fetch(buffer: ReplayBuffer) -> list[str]:
@@ -284,7 +282,7 @@ def _group(index: int, num_tokens: int) -> TrajectoryGroup:
 
 def main() -> None:
     result = measure(int(sys.argv[1]) if len(sys.argv) > 1 else 2000)
-    print(f"{result.num_groups} groups of {result.group_bytes / 1e3:.1f} kB; {_cpus(result)}")
+    print(f"{result.num_groups} groups of {result.group_bytes / 1e3:.1f} kB; {_tail(result)}")
     for name, row in [
         ("add, one group a call", result.add),
         (f"claim + fetch, {GROUPS_PER_STEP} groups a call", result.claim_fetch),

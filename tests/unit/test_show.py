@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import chaos, judge_outage, live_swaps, proofs, show
+from benchmarks import chaos, judge_outage, live_swaps, proofs, replay_buffer, show
 from benchmarks.show import Part, Row, judged
 from cluster import config_file
 from cluster.group_log import Fate, GroupLine, GroupLog
@@ -135,6 +135,21 @@ def test_the_run_of_the_judge_outage_is_a_valid_one():
     settings = verifiers["judged"].settings
     assert settings["base_url"] == "http://127.0.0.1:4711/v1"
     assert settings["first"] == {"use": verifiers["correct"].use}
+
+
+def test_a_learner_that_falls_behind_the_producers_is_seen(monkeypatch: pytest.MonkeyPatch):
+    call = replay_buffer.Latency(p50_s=0.01, p99_s=0.02, groups_per_s=4000.0, mb_per_s=230.0)
+
+    def measure(num_groups: int, _num_tokens: int) -> replay_buffer.Measurement:
+        return replay_buffer.Measurement(
+            num_groups=num_groups, group_bytes=57_000, add=call, claim_fetch=call, num_claims=9,
+            consume_acknowledge=call, learned_per_s=1500.0, producer_cpus=1.0, redis_cpus=0.5,
+        )  # fmt: skip
+
+    monkeypatch.setattr(replay_buffer, "measure", measure)
+    rows = list(replay_buffer.rows(quick=False))
+    assert [row.verdict for row in rows] == ["holds", "holds"], "the bound is of adding"
+    assert all("4,000 groups/s added, 1,500 groups/s learned" in row.measured for row in rows)
 
 
 def test_a_run_that_does_not_end_is_a_timeout_that_a_row_can_tell(
