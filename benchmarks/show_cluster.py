@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator
 
 from benchmarks import simulation
-from benchmarks.proofs import ROOT, proven, put_on_path, run_tests
+from benchmarks.proofs import ROOT, proven, put_on_path, row_of, run_tests
 from benchmarks.show import Part, Row, judged
 
 CLUSTER = "tests/e2e/test_cluster.py"
@@ -130,7 +130,7 @@ def live_cluster() -> Iterator[Row]:
     """
     has_server = shutil.which("prometheus") is not None
     result = run_tests([CLUSTER] if has_server else [CLUSTER, f"-k=not {REAL_PROMETHEUS}"])
-    why = "" if result.is_green else f"{result.num_not_passed} tests did not pass: {result.why}"
+    why = "" if result.is_green else f"{result}: {result.why}"
 
     def figure(name: str) -> float:
         return result.figures.get(name, float("nan"))
@@ -183,12 +183,12 @@ def live_cluster() -> Iterator[Row]:
         and figure("exporters_without_secrets") > 0,
         why,
     )
-    yield judged(
+    yield row_of(
         "no test of that cluster fails: a failure that no row above has a figure for shows here",
-        f"{result.num_passed} tests passed, {result.num_not_passed} not",
+        result,
+        str(result),
         "all pass",
-        result.is_green,
-        why,
+        is_within=True,
     )
     yield proven(
         "the exporters are behind a lock of another kind: loopback on a machine of one's own, on "
@@ -202,13 +202,13 @@ def live_cluster() -> Iterator[Row]:
 def live_endpoint() -> Iterator[Row]:
     result = run_tests(ENDPOINT)
     ports = result.figures.get("endpoint_ports", float("nan"))
-    yield judged(
+    yield row_of(
         "a live `hone serve`: every panel and alert on it has data; its ports and those of its Ray "
         "refuse a stranger, and so does every route but the health check",
-        f"{result.num_passed} tests passed, {result.num_not_passed} not; {ports:.0f} ports",
+        result,
+        f"{result}; {ports:.0f} ports",
         "no selector without a series; no port open, no unknown protocol beyond loopback",
-        result.is_green and ports >= MIN_PORTS // 2,
-        result.why,
+        ports >= MIN_PORTS // 2,
     )
 
 

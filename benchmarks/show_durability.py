@@ -5,12 +5,52 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import recovery, replay_buffer, simulation, throughput, time_to_accuracy
-from benchmarks.proofs import proven
+from benchmarks.proofs import Claim, proven, proven_together
 from benchmarks.show import Part, Row
 
 STEPS, QUICK_STEPS = 200, 100  # enough for each kind to be killed once
 FAULTS = "tests/e2e/test_faults.py"
 BROADCAST = "tests/integration/test_weight_broadcast.py"
+FAULT_CLAIMS = [  # most are of a run beside the same calm one
+    Claim(
+        "resume_is_exact: sync mode, kill -9 of the whole tree at a random point, --resume",
+        [f"{FAULTS}::test_resumed_after_kill_9_of_everything_ends_with_the_same_bits"],
+        "0 tensors differ in any bit (weights, optimizer, counters)",
+        {"differing_tensors": 0.0},
+    ),
+    Claim(
+        "sync mode: every kind of process dies, and hangs, one after the other: the same bits",
+        [f"{FAULTS}::test_chaos_of_every_kind_of_process_ends_with_the_same_bits"],
+        "0 tensors differ in any bit; the audit is sound",
+        {"differing_tensors": 0.0},
+    ),
+    Claim(
+        "rollouts ahead of the learner: every kind of process dies, and hangs, one after the other",
+        [f"{FAULTS}::test_chaos_with_rollouts_ahead_of_the_learner_uses_each_group_once"],
+        "each group used once or dropped with a reason, none too old",
+    ),
+    Claim(
+        "a network to Redis that is slow, and cut time and again; a clock of Redis that jumps",
+        [
+            f"{FAULTS}::test_a_slow_network_that_is_cut_time_and_again_changes_no_bit",
+            f"{FAULTS}::test_a_clock_of_redis_that_jumps_changes_no_bit",
+        ],
+        "0 tensors differ in any bit; the audit is sound",
+        {"differing_tensors": 0.0},
+    ),
+    Claim(
+        "a Redis that comes back without groups that it had taken in: noticed, sampled again",
+        [f"{FAULTS}::test_groups_that_redis_has_forgotten_are_sampled_again"],
+        "0 tensors differ in any bit; the audit is sound",
+        {"differing_tensors": 0.0},
+    ),
+    Claim(
+        "a Redis of one's own that is away for longer than one call may take",
+        [f"{FAULTS}::test_a_run_outlasts_a_redis_that_is_away_for_longer_than_one_call"],
+        "waited for; 0 tensors differ in any bit; the audit is sound",
+        {"differing_tensors": 0.0},
+    ),
+]
 
 
 def rows(quick: bool) -> Iterator[Row | Part]:
@@ -87,23 +127,6 @@ def held_by_tests() -> Iterator[Row]:
         "all pass",
     )
     yield proven(
-        "resume_is_exact: sync mode, kill -9 of the whole tree at a random point, --resume",
-        [f"{FAULTS}::test_resumed_after_kill_9_of_everything_ends_with_the_same_bits"],
-        "0 tensors differ in any bit (weights, optimizer, counters)",
-        {"differing_tensors": 0.0},
-    )
-    yield proven(
-        "sync mode: every kind of process dies, and hangs, one after the other: the same bits",
-        [f"{FAULTS}::test_chaos_of_every_kind_of_process_ends_with_the_same_bits"],
-        "0 tensors differ in any bit; the audit is sound",
-        {"differing_tensors": 0.0},
-    )
-    yield proven(
-        "rollouts ahead of the learner: every kind of process dies, and hangs, one after the other",
-        [f"{FAULTS}::test_chaos_with_rollouts_ahead_of_the_learner_uses_each_group_once"],
-        "each group used once or dropped with a reason, none too old",
-    )
-    yield proven(
         "all rollout workers die amid a weight sync: the step waits for a replacement",
         [
             "tests/integration/test_weight_sync.py"
@@ -120,27 +143,7 @@ def held_by_tests() -> Iterator[Row]:
         ],
         "all pass",
     )
-    yield proven(
-        "a network to Redis that is slow, and cut time and again; a clock of Redis that jumps",
-        [
-            f"{FAULTS}::test_a_slow_network_that_is_cut_time_and_again_changes_no_bit",
-            f"{FAULTS}::test_a_clock_of_redis_that_jumps_changes_no_bit",
-        ],
-        "0 tensors differ in any bit; the audit is sound",
-        {"differing_tensors": 0.0},
-    )
-    yield proven(
-        "a Redis that comes back without groups that it had taken in: noticed, sampled again",
-        [f"{FAULTS}::test_groups_that_redis_has_forgotten_are_sampled_again"],
-        "0 tensors differ in any bit; the audit is sound",
-        {"differing_tensors": 0.0},
-    )
-    yield proven(
-        "a Redis of one's own that is away for longer than one call may take",
-        [f"{FAULTS}::test_a_run_outlasts_a_redis_that_is_away_for_longer_than_one_call"],
-        "waited for; 0 tensors differ in any bit; the audit is sound",
-        {"differing_tensors": 0.0},
-    )
+    yield from proven_together(FAULT_CLAIMS)
 
 
 def simulated(quick: bool) -> Iterator[Row]:

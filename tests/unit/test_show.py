@@ -93,6 +93,77 @@ def test_tests_that_do_not_end_do_not_hold_a_row(monkeypatch: pytest.MonkeyPatch
     assert time.monotonic() - started < 30
 
 
+SHARED = """
+import time
+import pytest
+
+@pytest.fixture(scope="module")
+def calm():
+    with open("{place}", "a") as file:
+        file.write("made ")
+
+def test_figure(calm, record_property):
+    record_property("tensors", 3)
+
+def test_skips(calm):
+    pytest.skip("no libfaketime here")
+
+def test_fails(calm):
+    assert False, "a bit differs"
+
+def test_late(calm):
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    path = tmp_path / "test_shared.py"
+    path.write_text(SHARED.format(place=tmp_path / "made"))
+    return path
+
+
+def test_claims_that_share_a_run_have_a_row_each(shared: Path):
+    nodes = {name: f"{shared}::test_{name}" for name in ("figure", "skips", "fails")}
+    claims = [
+        proofs.Claim("a", [nodes["figure"]], "at most 3", {"tensors": 3.0}),
+        proofs.Claim("b", [nodes["skips"]], "none", {"tensors": 0.0}),
+        proofs.Claim("c", [nodes["figure"], nodes["fails"]], "at most 2", {"tensors": 2.0}),
+        proofs.Claim("d", [nodes["figure"]], "at most 2", {"tensors": 2.0}),
+    ]
+    rows = list(proofs.proven_together(claims))
+    assert [row.verdict for row in rows] == [
+        "holds", "not shown here", "falls short", "falls short"
+    ]  # fmt: skip
+    assert (rows[0].measured, rows[0].why) == ("1 tests passed, 0 not; tensors 3", "")
+    assert rows[1].measured == "0 tests passed, 0 not, 1 skipped; tensors nan"
+    assert "no libfaketime here" in rows[1].why
+    assert "a bit differs" in rows[2].why
+    assert (shared.parent / "made").read_text() == "made ", "once for all"
+
+
+def test_of_tests_in_one_run_those_that_came_to_their_end_count(
+    monkeypatch: pytest.MonkeyPatch, shared: Path
+):
+    monkeypatch.setattr(proofs, "END_S", 2.0)
+    monkeypatch.setattr(proofs, "TESTS_S", 3.0)
+    nodes = [f"{shared}::test_{name}" for name in ("figure", "late")]
+    rows = list(proofs.proven_together([proofs.Claim("", [node], "") for node in nodes]))
+    assert [(row.verdict, row.why) for row in rows] == [
+        ("holds", ""), ("falls short", "ended after 6 s")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("statement", ["pytest.skip('no GPU', allow_module_level=True)", ""])
+def test_what_is_skipped_is_not_shown_and_says_why(tmp_path: Path, statement: str):
+    path = tmp_path / "test_skipped.py"
+    body = "def test_one():\n    pytest.skip('no GPU')\n"
+    path.write_text(f"import pytest\n{statement}\n{body}\ndef test_two():\n    pass\n")
+    row = proofs.proven("claim", [str(path)], "all pass")
+    assert row.verdict == "not shown here"
+    assert "no GPU" in row.why
+
+
 def test_a_timed_command_has_its_code_and_output(tmp_path: Path):
     run = proofs.run_timed(["sh", "-c", "echo one; sleep 0.3; echo two; exit 3"], tmp_path, 10.0)
     assert (run.code, run.output) == (3, "one\ntwo\n")
