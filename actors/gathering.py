@@ -75,7 +75,8 @@ class Gathering:
             if self._stopping.is_set():
                 return _held(intake)
             await learner.rest()
-            batches = await self._next(self._num_groups - num_taken, intake, curriculum)
+            num_left = self._num_groups - num_taken
+            batches = await self._next(num_left, learner, intake, curriculum)
 
     async def _discard(self, intake: Intake, strays: list[str]) -> None:
         """Groups that were dropped before they came, as when a reward worker was given up after it
@@ -96,11 +97,11 @@ class Gathering:
             await self._books.release(back)
 
     async def _next(
-        self, num_groups: int, intake: Intake, curriculum: Curriculum
+        self, num_groups: int, learner: LearnerGroup, intake: Intake, curriculum: Curriculum
     ) -> list[list[GroupHeader]]:
         """The batches to take in next, when up to `num_groups` have been claimed or a drop has let
         some go that were. One wait, however long: the watchdog goes by it. It ends without any when
-        what came must wait, and when the run is stopping.
+        what came must wait, and when the run is stopping. A learner that is lost is missed at once.
         """
         with self._stages.wait("learn", "scored groups"):
             while True:
@@ -115,6 +116,7 @@ class Gathering:
                 if batches or has_come or self._stopping.is_set():
                     self._see_groups()
                     return batches
+                await learner.check()
                 await self._look_for_vanished(curriculum)
 
     def _see_groups(self) -> None:

@@ -13,6 +13,7 @@ from actors.gathering import Gathering
 from actors.rollout import Sampling
 from actors.stages import Stages
 from cluster.config import Config
+from cluster.errors import LearnerLostError
 from cluster.run_dir import RunDir
 from cluster.types import GroupHeader, Task
 from learners.group import LearnerGroup
@@ -134,3 +135,18 @@ async def test_what_steps_leave_over_until_it_is_too_old_is_dropped(
         curriculum.settle(used)
     books.policy_version = 3
     assert (await books.claim(4, 0.0, [])).too_old == ["g04", "g05", "g06", "g07"]
+
+
+async def test_a_learner_that_is_lost_while_a_step_waits_is_missed_at_once(
+    gathering: Gathering, curriculum: Curriculum, tiny_config: Config
+) -> None:
+    """Before any group comes, which may need an engine that is lost, too."""
+
+    class Lost(Learner):
+        async def check(self) -> None:
+            raise LearnerLostError("learn", "a rank died")
+
+    curriculum.next()
+    step = gathering.step(Lost(list, tiny_config.learner), curriculum)
+    with pytest.raises(LearnerLostError, match="a rank died"):
+        await asyncio.wait_for(step, 5.0)
