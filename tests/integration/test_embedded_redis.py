@@ -16,9 +16,10 @@ import pytest
 import redis
 
 from cluster import embedded_redis
-from cluster.embedded_redis import EmbeddedRedis, server_program, url_in
+from cluster.embedded_redis import EmbeddedRedis, url_in
 from cluster.errors import BufferUnavailableError, ConfigError, DeadlineError, StageError
 from cluster.redis_client import connect, redacted, translated_errors
+from cluster.redis_program import server_program
 
 
 def wait_until_gone(pid: int, deadline_s: float = 10.0) -> bool:
@@ -287,3 +288,19 @@ def test_disk_full_is_unavailability_and_a_wrong_command_is_a_bug() -> None:
         raise redis.ResponseError("MISCONF Errors writing to the AOF file: No space left")
     with pytest.raises(redis.ResponseError), translated_errors("add"):
         raise redis.ResponseError("ERR unknown command")
+
+
+def test_data_that_take_longer_to_load_than_a_start_may_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with EmbeddedRedis(tmp_path) as server:
+        connect(server.url).mset({f"key-{i}": i for i in range(30)})
+        for i in range(30):
+            connect(server.url).set(f"key-{i}", -i)
+    slow = embedded_redis._CONFIG + "key-load-delay 50000\n"
+    monkeypatch.setattr(embedded_redis, "_CONFIG", slow)
+    monkeypatch.setattr(embedded_redis, "_START_S", 0.5)
+    started = time.monotonic()
+    with EmbeddedRedis(tmp_path) as server:
+        assert time.monotonic() - started > 0.5, "it was not slow"
+        assert connect(server.url).get("key-7") == b"-7"
