@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from actors.fleet_watch import watch
-from actors.fleet_worker import PING_S, Worker, WorkerState, end, silence
+from actors.fleet_worker import PING_S, Worker, WorkerState, end, finish, silence
 from actors.placement import Placement
 from actors.rollout import RolloutRequest
 from actors.rollout_actors import RolloutActors
@@ -123,13 +123,7 @@ class RolloutFleet:
             handle = worker.handle
             reference = handle.rollout.remote(request)
             try:
-                await within(
-                    reference,
-                    stage="rollout",
-                    what=f"{worker.name} to finish a group",
-                    deadline_s=self._config.rollout.timeout_s,
-                    knob="rollout.timeout_s",
-                )
+                await finish(worker, reference, self._config.rollout.timeout_s, self._changed)
                 worker.num_in_vain = 0
                 return reference
             except ActorLostError as error:

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from actors.stages import within
-from cluster.errors import StageError
+from cluster.errors import DeadlineError, StageError
 from cluster.status import ActorStatus
 
 END_S = 2.0
@@ -84,6 +84,34 @@ def oldest_version(workers: Iterable[Worker]) -> int | None:
     all wait for newer weights.
     """
     return min((w.policy_version for w in workers if w.state is WorkerState.HEALTHY), default=None)
+
+
+async def finish(
+    worker: Worker, reference: Any, timeout_s: float, changed: asyncio.Condition
+) -> None:
+    """Wait for a group that the worker has in hand. Where its time runs out amid a weight sync it
+    begins anew after that: engines stand still meanwhile, and a sync has deadlines of its own.
+    """
+    handle = worker.handle
+
+    def is_held() -> bool:
+        return worker.handle is handle and worker.state is WorkerState.STALE
+
+    while True:
+        try:
+            await within(
+                reference,
+                stage="rollout",
+                what=f"{worker.name} to finish a group",
+                deadline_s=timeout_s,
+                knob="rollout.timeout_s",
+            )
+            return
+        except DeadlineError:
+            if not is_held():
+                raise
+            async with changed:
+                await changed.wait_for(lambda: not is_held())
 
 
 async def silence(worker: Worker) -> StageError | None:

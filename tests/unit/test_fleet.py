@@ -1,6 +1,10 @@
-"""Who of the fleet gets a group, takes part in a sync, and is repaired, and that it is once."""
+"""Who of the fleet gets a group, takes part in a sync, and is repaired, and that it is once.
+
+The handles stand for those of Ray.
+"""
 
 import asyncio
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +13,34 @@ import pytest
 from actors.fleet import MAX_CROWD, RolloutFleet
 from actors.fleet_worker import WorkerState
 from actors.placement import Placement
+from actors.rollout import RolloutRequest, Sampling
 from cluster.config import Config
 from cluster.errors import DeadlineError
+from cluster.types import Task
 
 NUM_WORKERS = 2
+REQUEST = RolloutRequest("g", Task(task_id="t", taskset="x", messages=[]), 4, Sampling(8, 1.0, []))
+
+
+class Group:
+    """A reference to a group, complete when `is_made`; as one of Ray's it may be awaited again."""
+
+    def __init__(self) -> None:
+        self.is_made = asyncio.Event()
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self.is_made.wait().__await__()
+
+
+class Handle:
+    """Of an actor that makes one group."""
+
+    def __init__(self) -> None:
+        self.group = Group()
+        self.rollout = self
+
+    def remote(self, _request: RolloutRequest) -> Group:
+        return self.group
 
 
 @pytest.fixture
@@ -119,3 +147,34 @@ async def test_nobody_is_replaced_while_the_learner_works(fleet: RolloutFleet) -
     fleet.may_load.set()
     with pytest.raises(DeadlineError, match=r"resources\.start_timeout_s"):
         await asyncio.wait_for(waiting, 1)
+
+
+async def test_a_worker_that_a_sync_holds_up_is_not_the_one_that_hangs(
+    fleet: RolloutFleet, events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands still until the sync gives another one up; its group has all its time after that,
+    and no more.
+    """
+    rollout = fleet._config.rollout.model_copy(update={"timeout_s": 0.2})
+    fleet._config = fleet._config.model_copy(update={"rollout": rollout})
+    fleet.may_load.clear()  # nobody is replaced here
+    monkeypatch.setattr("ray.kill", lambda _handle: None)
+    held, hangs = fleet.workers
+    for worker in fleet.workers:
+        worker.handle = Handle()
+    rollouts = [asyncio.create_task(fleet.rollout(REQUEST)) for _ in fleet.workers]
+    await asyncio.sleep(0.05)
+    held.state = hangs.state = WorkerState.STALE
+    await asyncio.sleep(0.5)
+    assert events == []
+    held.state = hangs.state = WorkerState.HEALTHY
+    await fleet.notify()
+    await asyncio.sleep(0.1)
+    held.handle.group.is_made.set()
+    assert await asyncio.wait_for(rollouts[0], 1) is held.handle.group
+    await asyncio.sleep(0.3)
+    assert events == ["worker_died"]
+    assert hangs.state is WorkerState.DEAD
+    assert await asyncio.wait_for(rollouts[1], 1) is held.handle.group, "made again elsewhere"
+    assert hangs.repair is not None
+    hangs.repair.cancel()
