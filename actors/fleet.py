@@ -169,20 +169,25 @@ class RolloutFleet:
         await end([worker.handle for worker in self.workers])
 
     async def wait_for_healthy(self) -> None:
-        """Wait for a worker that can serve, within the start deadline."""
+        """Wait for a worker that can serve, through all tries to replace one. Raises `StageError`
+        as soon as none is to come.
+        """
         async with self._changed:
             await within(
-                self._changed.wait_for(lambda: bool(self._healthy)),
+                self._changed.wait_for(lambda: self._healthy or not self.has_hope),
                 stage="rollout",
                 what="a healthy rollout worker",
-                deadline_s=self._config.resources.start_timeout_s,
+                deadline_s=MAX_RESTARTS * self._config.resources.start_timeout_s,
                 knob="resources.start_timeout_s",
             )
+        if not self.has_hope:
+            raise StageError("rollout", "no rollout worker is left, and none is to come")
 
     @property
     def has_hope(self) -> bool:
-        """Some worker serves, or is being replaced."""
-        return bool(self._healthy) or any(w.is_in_repair for w in self.staying)
+        """Some worker serves, or is on its way to that."""
+        lost = (WorkerState.QUARANTINED, WorkerState.DEAD)
+        return any(w.state not in lost or w.is_in_repair for w in self.staying)
 
     @property
     def _healthy(self) -> list[Worker]:
@@ -199,8 +204,9 @@ class RolloutFleet:
 
     async def _pick(self) -> Worker:
         """The healthy worker with the fewest running groups. While all are crowded it waits, as
-        long as groups come back: each does, finished or not, within `rollout.timeout_s`. While all
-        sleep or none may load it waits for the learner, whose calls have deadlines of their own.
+        long as groups come back: each does, finished or not, within `rollout.timeout_s` in which no
+        sync holds its worker. While all sleep or none may load it waits for the learner, whose
+        calls have deadlines of their own.
         """
         while not (free := self._free):
             if not self._well:
@@ -211,13 +217,17 @@ class RolloutFleet:
                 if not self._healthy:
                     await self._changed.wait_for(lambda: self._healthy or not self._well)
                 elif not self._free:
-                    await within(
-                        self._changed.wait(),
-                        stage="rollout",
-                        what="any group to come back from rollout workers that are all crowded",
-                        deadline_s=self._config.rollout.timeout_s + 2 * PING_S,
-                        knob="rollout.timeout_s",
-                    )
+                    try:
+                        await within(
+                            self._changed.wait(),
+                            stage="rollout",
+                            what="any group to come back from rollout workers that are all crowded",
+                            deadline_s=self._config.rollout.timeout_s + 2 * PING_S,
+                            knob="rollout.timeout_s",
+                        )
+                    except DeadlineError:
+                        if self._healthy:
+                            raise
         worker = min(free, key=lambda w: w.num_running)
         worker.num_running += 1
         return worker
@@ -278,6 +288,7 @@ class RolloutFleet:
             except HoneError as error:
                 logger.warning("%s could not be replaced: %s", worker.name, error)
                 await asyncio.sleep(5.0 * (worker.num_in_vain - 1))
-        worker.state = WorkerState.DEAD
-        await end([worker.handle])
+        worker.state, worker.repair = WorkerState.DEAD, None
         self._on_event("worker_retired", actor=worker.name)
+        await self.notify()
+        await end([worker.handle])

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from actors.fleet import MAX_CROWD, RolloutFleet
+from actors.fleet import MAX_CROWD, MAX_RESTARTS, RolloutFleet
 from actors.fleet_worker import WorkerState
 from actors.placement import Placement
 from actors.rollout import RolloutRequest, Sampling
 from cluster.config import Config
-from cluster.errors import DeadlineError
+from cluster.errors import DeadlineError, StageError
 from cluster.types import Task
 
 NUM_WORKERS = 2
@@ -107,6 +107,11 @@ async def test_a_crowd_that_no_group_comes_back_from_is_an_error_that_names_the_
         await asyncio.sleep(0.2)
         await fleet.notify()
     assert not waiting.done()
+    await asyncio.sleep(0.05)
+    first.state = other.state = WorkerState.STALE
+    await asyncio.sleep(0.7)
+    assert not waiting.done(), "in a sync no group comes back"
+    first.state = other.state = WorkerState.HEALTHY
     other.num_running -= 1
     await fleet.notify()
     assert await asyncio.wait_for(waiting, 1) is other
@@ -144,9 +149,41 @@ async def test_nobody_is_replaced_while_the_learner_works(fleet: RolloutFleet) -
     for worker in fleet.workers:
         assert worker.repair is not None
         worker.repair.cancel()
+        worker.repair = repair = asyncio.create_task(asyncio.sleep(60))
     fleet.may_load.set()
     with pytest.raises(DeadlineError, match=r"resources\.start_timeout_s"):
         await asyncio.wait_for(waiting, 1)
+    repair.cancel()
+
+
+@pytest.mark.parametrize("state", [WorkerState.DEAD, WorkerState.STARTING, WorkerState.STALE])
+async def test_who_wants_a_group_outwaits_a_try_to_replace_the_last_worker(
+    fleet: RolloutFleet, state: WorkerState
+) -> None:
+    """A dead one is in repair, the others may be new or in a sync."""
+    resources = fleet._config.resources.model_copy(update={"start_timeout_s": 0.1})
+    fleet._config = fleet._config.model_copy(update={"resources": resources})
+    worker, retired = fleet.workers
+    worker.state, retired.state = state, WorkerState.DEAD
+    if state is WorkerState.DEAD:
+        worker.repair = asyncio.create_task(asyncio.sleep(0.3))
+    waiting = asyncio.create_task(fleet._pick())
+    await asyncio.sleep(0.2)
+    assert not waiting.done()
+    worker.state = WorkerState.HEALTHY
+    await fleet.notify()
+    assert await asyncio.wait_for(waiting, 1) is worker
+
+
+async def test_nobody_waits_for_workers_that_are_all_retired(
+    fleet: RolloutFleet, events: list[str]
+) -> None:
+    for worker in fleet.workers:
+        worker.num_in_vain = MAX_RESTARTS
+        fleet.bury(worker, None)
+    with pytest.raises(StageError, match="no rollout worker is left"):
+        await asyncio.wait_for(fleet._pick(), 1)
+    assert events == ["worker_died"] * NUM_WORKERS + ["worker_retired"] * NUM_WORKERS
 
 
 async def test_a_worker_that_a_sync_holds_up_is_not_the_one_that_hangs(
