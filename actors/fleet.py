@@ -20,7 +20,7 @@ from actors.placement import Placement
 from actors.rollout import RolloutRequest
 from actors.rollout_actors import RolloutActors
 from actors.stages import within
-from cluster.errors import ActorLostError, DeadlineError, HoneError, StageError
+from cluster.errors import ActorLostError, DeadlineError, HoneError, StageError, boundary
 from cluster.status import ActorStatus
 
 MAX_RESTARTS = 5  # of one worker without a finished group in between
@@ -276,9 +276,10 @@ class RolloutFleet:
             worker.num_restarts += 1
             worker.num_in_vain += 1
             try:
-                await self._launch(worker)
-                if self.catch_up is not None:
-                    await self.catch_up(worker)
+                with boundary("rollout"):  # what Ray raises costs a try, too
+                    await self._launch(worker)
+                    if self.catch_up is not None:
+                        await self.catch_up(worker)
                 if worker.state is WorkerState.DEAD:
                     raise StageError("rollout", f"{worker.name} died as soon as it served")
                 self._on_event(

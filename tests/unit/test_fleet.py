@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from actors.fleet import MAX_CROWD, MAX_RESTARTS, RolloutFleet
-from actors.fleet_worker import WorkerState
+from actors.fleet_worker import Worker, WorkerState
 from actors.placement import Placement
 from actors.rollout import RolloutRequest, Sampling
 from cluster.config import Config
@@ -215,3 +215,30 @@ async def test_a_worker_that_a_sync_holds_up_is_not_the_one_that_hangs(
     assert await asyncio.wait_for(rollouts[1], 1) is held.handle.group, "made again elsewhere"
     assert hangs.repair is not None
     hangs.repair.cancel()
+
+
+async def test_an_error_of_ray_costs_a_try_and_not_the_worker(
+    fleet: RolloutFleet, events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Engine:
+        start = property(lambda self: self)
+
+        async def remote(self, *_arguments: object) -> int:
+            return 7
+
+    num_tries = 0
+
+    def make(_worker: Worker) -> Engine:
+        nonlocal num_tries
+        num_tries += 1
+        if num_tries == 1:
+            raise ValueError("the name is still taken")
+        return Engine()
+
+    monkeypatch.setattr(fleet.actors, "make", make)
+    worker = fleet.workers[0]
+    fleet.bury(worker, None)
+    assert worker.repair is not None
+    await asyncio.wait_for(worker.repair, 5)
+    assert (num_tries, worker.pid, worker.state) == (2, 7, WorkerState.STALE)
+    assert events == ["worker_died", "worker_restarted"]
