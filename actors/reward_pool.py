@@ -7,6 +7,7 @@ parts; versions are changed by `actors.reward_admin` only.
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,10 +15,12 @@ from typing import Any
 from actors.reward_candidate import Candidate
 from actors.reward_set import RewardHome, WorkerSet
 from actors.reward_worker import GroupSummary
-from cluster.errors import HoneError, StageError
+from cluster.errors import ActorLostError, DeadlineError, HoneError, StageError
 from cluster.reward_state import RubricVersion
 from cluster.status import ActorStatus
 from cluster.types import Task
+
+log = logging.getLogger(__name__)
 
 
 class RewardPool:
@@ -70,14 +73,20 @@ class RewardPool:
         return self._set().version
 
     async def prepare(self, version: RubricVersion, tasks: list[Task]) -> WorkerSet:
-        """Workers of `version`, idle, all of them healthy: the warm ones where there are any.
+        """Workers of `version`, idle, all of them healthy: the warm ones where these are.
 
         Raises `StageError` when one does not start or fails a gold answer; the live ones stay.
         """
         warm = self._previous
         if warm is not None and warm.version.label == version.label:
-            await warm.self_check(tasks)
-            return warm
+            try:
+                await warm.self_check(tasks)
+                return warm
+            except (
+                ActorLostError,
+                DeadlineError,
+            ) as error:  # ended at the cut-over
+                log.warning("the warm workers of rubric %s are lost: %s", version.label, error)
         workers = WorkerSet(self.home, version)
         try:
             await workers.start()

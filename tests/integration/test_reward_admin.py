@@ -14,7 +14,7 @@ from benchmarks.live_swaps import CRASHES, Changes, is_mixed
 from cluster import reward_state, wire
 from cluster.control import ControlClient
 from cluster.errors import ConfigError, DeadlineError, StageError
-from tests.reward_cases import PLUGIN, house, live_group, verifiers
+from tests.reward_cases import PLUGIN, count_actors, house, live_group, verifiers
 
 pytestmark = pytest.mark.usefixtures("reward_cluster")
 
@@ -252,6 +252,25 @@ async def test_changed_code_is_another_version_and_a_killed_worker_is_replaced(
             assert (await home.score()).rewards == [1.5, 0.5, 0.5, 1.5]
         finally:
             path.write_text(PLUGIN)
+
+
+@pytest.mark.timeout(200)
+async def test_a_rollback_starts_workers_in_place_of_warm_ones_that_died(tmp_path: Path, url: str):
+    async with house(tmp_path, url) as home:
+        first, pids = home.pool.live.label, [status.pid for status in home.pool.statuses()]
+        await home.ask("swap", verifiers=verifiers(bonus=1.0))
+        num_actors = count_actors()
+        os.kill(pids[0], 9)
+        assert (await home.ask("rollback"))["to"] == first
+        assert not {status.pid for status in home.pool.statuses()} & set(pids)
+        assert (await home.score()).rewards == [1.0, 0.0, 0.0, 1.0]
+        for _ in range(50):
+            if count_actors() == num_actors:
+                break
+            await asyncio.sleep(0.1)
+        assert count_actors() == num_actors, "of those that died none is left"
+        await home.ask("rollback")
+        assert (await home.score()).rewards == [2.0, 1.0, 1.0, 2.0]
 
 
 async def test_a_request_past_its_deadline_is_not_carried_out(tmp_path: Path, url: str):
