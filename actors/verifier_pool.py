@@ -202,6 +202,8 @@ class VerifierPool:
         except HoneError as error:
             self._no_start_before = time.monotonic() + RETRY_START_S
             log.warning("%s: no further worker: %s", self._stage, error)
+            await asyncio.sleep(RETRY_START_S)
+            self._grow()  # who waits does not ask again
 
     async def _join(self, member: _Member) -> None:
         """Let a new worker take groups once it has started as the version of the others."""
