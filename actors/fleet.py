@@ -258,6 +258,11 @@ class RolloutFleet:
         self._on_event("worker_died", actor=worker.name, pid=worker.pid, cause=cause)
         if not worker.is_in_repair:  # or its repair sees to it
             worker.repair = asyncio.create_task(self._replace(worker))
+            worker.repair.add_done_callback(self._repaired)
+
+    def _repaired(self, _repair: asyncio.Task[None]) -> None:
+        if not any(w.is_in_repair for w in self.workers):
+            self.actors.stand_by_again()
 
     async def _dismiss(self, worker: Worker) -> None:
         """End a worker for good."""

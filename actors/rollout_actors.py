@@ -1,13 +1,15 @@
 """The Ray actors behind a fleet: how they are made, and the one that stands by.
 
 Invariant: an actor is handed out once; the one that stands by belongs to no worker before, and is
-handed out only when it is prepared: until then a new one is sooner up. None is handed out where
-engines have places on several nodes: it would move a worker to another one. On a Ray of one's own,
-which ends with its launcher, it outlives a controller that dies. Owned by `actors.fleet`.
+handed out only when it is prepared: until then a new one is sooner up, and has the cores to itself.
+None is handed out where engines have places on several nodes: it would move a worker to another
+one. On a Ray of one's own, which ends with its launcher, it outlives a controller that dies. Owned
+by `actors.fleet`.
 """
 
 import os
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -19,7 +21,7 @@ from actors.rollout_worker import RolloutWorker
 from cluster.run_dir import RunDir
 
 MAX_CALLS = 4096  # concurrent calls of one worker's event loop
-ANSWER_S = 5.0  # of what another controller has left
+ANSWER_S = 2.0  # for all that another controller has left
 
 
 class RolloutActors:
@@ -31,6 +33,7 @@ class RolloutActors:
         self._run_dir = run_dir
         self._num_standbys = 0
         self._is_own_ray = not RunDir(run_dir).is_shared
+        self._keeps_standby = False
         self.standby: Any = None
         self.prepared: Future[None] | None = None  # fails where its node has no room for it
 
@@ -40,24 +43,30 @@ class RolloutActors:
         return self._make(f"{worker.index}", worker.num_restarts, options)
 
     def replacement(self, worker: Worker) -> Any:
-        """The one that stands by, if it is prepared; a new one otherwise. What is handed out, or
-        could not be prepared, is followed by another that stands by.
+        """The one that stands by, if it is prepared; otherwise a new one, and it ends. Either way
+        `stand_by_again` has another one follow.
         """
         standby, prepared = self.standby, self.prepared
-        if prepared is None or not prepared.done() or self._num_nodes() > 1:
+        if standby is None or self._num_nodes() > 1:
             return self.make(worker)
         self.standby = self.prepared = None
-        self.stand_by()
-        if prepared.exception() is None:
+        if prepared is not None and prepared.done() and prepared.exception() is None:
             return standby
         ray.kill(standby)
         return self.make(worker)
 
     def stand_by(self) -> None:
-        """Prepare an actor for the place of the next worker that is lost. For CPU engines of one
-        node only: a GPU that waits for that is dear.
+        """Prepare an actor for the place of the next worker that is lost, once and, by
+        `stand_by_again`, until `end`. For CPU engines of one node only: a GPU that waits for that
+        is dear.
         """
-        if self._placement.is_gpu or self.standby is not None or self._num_nodes() > 1:
+        self._keeps_standby = True
+        self.stand_by_again()
+
+    def stand_by_again(self) -> None:
+        """When no engine starts, beside which it would import."""
+        is_due = self._keeps_standby and self.standby is None
+        if self._placement.is_gpu or not is_due or self._num_nodes() > 1:
             return
         options = self._placement.rollout_options() | {"num_cpus": 0}
         if self._is_own_ray:  # a reserved place would go with the controller
@@ -67,19 +76,25 @@ class RolloutActors:
         self.prepared = self.standby.prepare.remote().future()
 
     def take_over(self) -> None:
-        """From a controller that died: the one that stands by. Those that it had handed out end.
-        Blocks for as long as they do not answer, at most `ANSWER_S` each.
+        """From a controller that died: the one that stands by. Those that it had handed out end,
+        and who has not answered in `ANSWER_S`.
         """
-        names: list[str] = ray.util.list_named_actors()
-        for name in names:
+        asked: dict[ray.ObjectRef[bool], Any] = {}
+        for name in ray.util.list_named_actors():
             if name.startswith(self._name("standby")):
-                actor: Any = ray.get_actor(name)
-                if self.standby is None and _is_prepared(actor):
-                    self.standby = actor
-                    self.prepared = Future()
-                    self.prepared.set_result(None)
-                else:
-                    ray.kill(actor)
+                with suppress(ValueError):  # it has ended since it was listed
+                    actor: Any = ray.get_actor(name)
+                    asked[actor.is_prepared.remote()] = actor
+        answers: list[ray.ObjectRef[bool]] = []
+        if asked:
+            answers, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
+        for answer, actor in asked.items():
+            if self.standby is None and answer in answers and _is_true(answer):
+                self.standby = actor
+                self.prepared = Future()
+                self.prepared.set_result(None)
+            else:
+                ray.kill(actor)
 
     def _name(self, name: str) -> str:
         return f"hone/{self._run_id}/rollout/{name}/"
@@ -95,6 +110,7 @@ class RolloutActors:
         if self.standby is not None:
             ray.kill(self.standby)
         self.standby = self.prepared = None
+        self._keeps_standby = False
 
     def _make(self, name: str, generation: int, options: dict[str, Any]) -> Any:
         """The process id tells it from what the last controller may have left."""
@@ -106,9 +122,9 @@ class RolloutActors:
         return named.remote(self._placement.config.rollout.program, self._run_dir)
 
 
-def _is_prepared(actor: Any) -> bool:
-    """Whether it has not been handed out, and could be."""
+def _is_true(answer: Any) -> bool:
+    """An answer that has come, or the news that its actor is dead."""
     try:
-        return bool(ray.get(actor.is_prepared.remote(), timeout=ANSWER_S))
+        return bool(ray.get(answer, timeout=ANSWER_S))
     except RayError:
         return False

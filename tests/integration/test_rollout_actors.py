@@ -1,12 +1,14 @@
 """Which actor takes the place of a lost worker: the one that stands by, or a new one."""
 
 import asyncio
+import os
 import time
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from ray.exceptions import RayActorError
@@ -15,7 +17,7 @@ from actors import standby
 from actors.fleet_worker import Worker
 from actors.gang import Gang
 from actors.placement import Placement
-from actors.rollout_actors import RolloutActors
+from actors.rollout_actors import ANSWER_S, RolloutActors
 from cluster.config import Config
 
 PREPARE_S = 120.0
@@ -31,16 +33,50 @@ async def test_who_is_not_prepared_is_not_handed_out(tiny_config: Config, tmp_pa
     assert prepared is not None
     new = actors.replacement(worker)
     assert new is not first, "its imports may take as long as others want the cores"
-    assert (actors.standby, actors.prepared) == (first, prepared), "it goes on preparing"
+    assert actors.standby is actors.prepared is None, "the new one has them to itself"
+    with pytest.raises(RayActorError):
+        await asyncio.wait_for(asyncio.wrap_future(prepared), PREPARE_S)
     ray.kill(new)
-    ray.kill(first)  # as one that leaves, because its node has no memory to spare
+    actors.stand_by_again()
+    second, prepared = actors.standby, actors.prepared
+    assert second not in (None, first), "another one follows"
+    assert prepared is not None
+    ray.kill(second)  # as one that leaves, because its node has no memory to spare
     with pytest.raises(RayActorError):
         await asyncio.wait_for(asyncio.wrap_future(prepared), PREPARE_S)
     worker.num_restarts += 1
     ray.kill(actors.replacement(worker))
-    assert actors.standby not in (None, first), "another one follows"
+    actors.stand_by_again()
+    assert actors.standby not in (None, second), "another one follows"
     actors.end()
+    actors.stand_by_again()
     assert actors.standby is actors.prepared is None
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_a_controller_left_is_asked_all_at_once(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some are stopped, and one has ended since it was listed."""
+    left = RolloutActors("left", Placement.of(tiny_config), str(tmp_path))
+    stopped: list[psutil.Process] = []
+    for generation in range(3):
+        actor = left._make("standby", generation, {"num_cpus": 0})
+        pid: Any = ray.get(
+            actor.__ray_call__.remote(lambda _worker: os.getpid()), timeout=PREPARE_S
+        )
+        stopped.append(psutil.Process(pid))
+        stopped[-1].suspend()
+    names = ray.util.list_named_actors()
+    ended = [f"hone/left/rollout/standby/{number}.0" for number in range(2)]
+    monkeypatch.setattr("ray.util.list_named_actors", lambda: [*names, *ended])
+    heir = RolloutActors("left", Placement.of(tiny_config), str(tmp_path))
+    started = time.monotonic()
+    heir.take_over()
+    assert time.monotonic() - started < 2 * ANSWER_S
+    assert heir.standby is None
+    _, alive = psutil.wait_procs(stopped, timeout=20)
+    assert alive == []
 
 
 class Owner:
@@ -55,6 +91,7 @@ class Owner:
 
     def hand_out(self) -> Any:
         self._actors.replacement(Worker(0, None))
+        self._actors.stand_by_again()
         return self._prepared()
 
     def _prepared(self) -> Any:
@@ -84,8 +121,7 @@ def test_a_stand_by_outlives_its_controller_and_those_handed_out_do_not(
     with pytest.raises(RayActorError):
         ray.get(handed_out.is_prepared.remote(), timeout=PREPARE_S)
     assert heir.replacement(Worker(0, None)) == left
-    for actor in (left, heir.standby):
-        ray.kill(actor)
+    ray.kill(left)
 
 
 def _as_if_started(worker: Any) -> None:

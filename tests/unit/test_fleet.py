@@ -242,3 +242,32 @@ async def test_an_error_of_ray_costs_a_try_and_not_the_worker(
     await asyncio.wait_for(worker.repair, 5)
     assert (num_tries, worker.pid, worker.state) == (2, 7, WorkerState.STALE)
     assert events == ["worker_died", "worker_restarted"]
+
+
+async def test_one_stands_by_again_when_no_engine_starts_any_more(
+    fleet: RolloutFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its imports would be in their way; whether a replacement came of it or not."""
+    num_times = 0
+
+    def stand_by_again() -> None:
+        nonlocal num_times
+        num_times += 1
+
+    monkeypatch.setattr(fleet.actors, "stand_by_again", stand_by_again)
+    fleet.may_load.clear()
+    first, other = fleet.workers
+    for worker in fleet.workers:
+        fleet.bury(worker, None)
+    await asyncio.sleep(0.05)
+    await fleet._dismiss(other)  # as its place is given up
+    await asyncio.sleep(0.05)
+    assert first.repair is not None
+    assert num_times == 0
+    first.repair.cancel()
+    await asyncio.sleep(0.05)
+    assert num_times == 1
+    first.state, first.num_in_vain = WorkerState.HEALTHY, MAX_RESTARTS
+    fleet.bury(first, None)
+    await asyncio.sleep(0.05)
+    assert num_times == 2, "a worker that is retired was not the last one"

@@ -46,6 +46,8 @@ class Engines:
 
     replacement = make
 
+    def stand_by_again(self) -> None: ...
+
 
 class Learner:
     async def call(self, _method: str) -> None: ...
