@@ -38,7 +38,7 @@ class RolloutFleet:
     def __init__(
         self, run_id: str, placement: Placement, policy_dir: Path, run_dir: str, on_event: EventSink
     ) -> None:
-        self.actors = RolloutActors(run_id, placement, run_dir)
+        self.actors = RolloutActors(run_id, placement, run_dir, on_event)
         self._config = placement.config
         self._settings = placement.engine_settings(policy_dir)
         self.engine_size = self._settings.tensor_parallel_size if placement.is_gpu else 1
@@ -59,9 +59,18 @@ class RolloutFleet:
         what a controller that died had prepared.
         """
         await asyncio.to_thread(self.actors.take_over)
-        await asyncio.gather(*[self._launch(worker) for worker in self.workers])
+        await asyncio.gather(*[self._begin(worker) for worker in self.workers])
         self.is_started = True
         self._watching = asyncio.create_task(watch(lambda: self.serving, self.bury))
+
+    async def _begin(self, worker: Worker) -> None:
+        """Once more where an actor is lost: for that not all parts of the run start anew."""
+        try:
+            await self._launch(worker)
+        except ActorLostError as error:
+            self._on_event("worker_died", actor=worker.name, pid=worker.pid, cause=error.reason)
+            worker.num_restarts += 1
+            await self._launch(worker)
 
     async def add(self, place: str) -> Worker:
         """One more worker, in the bundles `place`: it loads, takes the current weights, is probed,
@@ -99,17 +108,6 @@ class RolloutFleet:
     @property
     def staying(self) -> list[Worker]:
         return [w for w in self.workers if not w.is_leaving]
-
-    async def serve_as_loaded(self) -> None:
-        """Let engines serve the weights that they loaded, as version 0: no learner will follow."""
-
-        async def serve(worker: Worker) -> None:
-            worker.state, worker.policy_version = WorkerState.HEALTHY, 0
-            await self.notify()
-
-        self.catch_up = serve
-        for worker in self.serving:
-            await serve(worker)
 
     async def rollout(self, request: RolloutRequest) -> Any:
         """Produce one group; an object reference to its encoded bytes, already complete.

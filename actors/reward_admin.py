@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -24,7 +23,7 @@ from actors.reward_trial import trial
 from cluster import reward_state
 from cluster.config import RewardsSection, VerifierConfig
 from cluster.control import ControlServer, Request
-from cluster.errors import ConfigError, HoneError, StageError, boundary
+from cluster.errors import ActorLostError, ConfigError, HoneError, StageError, boundary
 from cluster.redis_client import connect
 from cluster.reward_state import RewardState, RubricVersion
 from cluster.types import Task
@@ -69,8 +68,10 @@ class RewardAdmin:
         last = self._state.get(self._state.active)
         state, workers = self._state, None
         if last is not None:
-            with suppress(StageError):  # its code has changed since, perhaps
+            try:
                 workers = await self._pool.prepare(last, self._tasks)
+            except ActorLostError as error:  # or its code has changed since
+                self._on_event("worker_died", actor="reward", pid=0, cause=error.reason[:300])
         if workers is None:
             verifiers = _parsed(last.verifiers if last else self._origin)
             candidate = Candidate(self._pool.home, verifiers)

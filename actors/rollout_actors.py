@@ -8,6 +8,7 @@ by `actors.fleet`.
 """
 
 import os
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
@@ -27,10 +28,17 @@ ANSWER_S = 2.0  # for all that another controller has left
 class RolloutActors:
     """Actors `hone/<run>/rollout/...`, in the places of the run."""
 
-    def __init__(self, run_id: str, placement: Placement, run_dir: str) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        placement: Placement,
+        run_dir: str,
+        on_event: Callable[..., None] | None = None,
+    ) -> None:
         self._run_id = run_id
         self._placement = placement
         self._run_dir = run_dir
+        self._on_event = on_event
         self._num_standbys = 0
         self._is_own_ray = not RunDir(run_dir).is_shared
         self._keeps_standby = False
@@ -73,7 +81,14 @@ class RolloutActors:
             options |= {"lifetime": "detached", "scheduling_strategy": "DEFAULT"}
         self.standby = self._make("standby", self._num_standbys, options)
         self._num_standbys += 1
-        self.prepared = self.standby.prepare.remote().future()
+        prepared: Future[None] = self.standby.prepare.remote().future()
+        prepared.add_done_callback(self._note_prepared)
+        self.prepared = prepared
+
+    def _note_prepared(self, prepared: Future[None]) -> None:
+        """In a thread of Ray."""
+        if self._on_event is not None and prepared.exception() is None:
+            self._on_event("standby_ready")
 
     def take_over(self) -> None:
         """From a controller that died: the one that stands by. Those that it had handed out end,

@@ -11,6 +11,7 @@ from typing import Any
 
 from actors.evaluate import EvalResult, evaluate
 from actors.fleet import RolloutFleet
+from actors.fleet_worker import Worker, WorkerState
 from actors.placement import Placement
 from actors.reward_worker import GroupSummary, summarize
 from actors.rollout import Sampling
@@ -69,10 +70,22 @@ async def _evaluate(
     fleet = RolloutFleet(scratch.name, Placement.of(config), policy_dir, str(scratch.path), note)
     try:
         await fleet.start()
-        await fleet.serve_as_loaded()
+        await _serve_as_loaded(fleet)
         return await evaluate(
             fleet, score, tasks, config.eval, sampling, 0, config.max_groups_in_flight, on_task
         )
     finally:
         await fleet.stop()
         await rubric.close()
+
+
+async def _serve_as_loaded(fleet: RolloutFleet) -> None:
+    """Let engines serve the weights that they loaded, as version 0: no learner will follow."""
+
+    async def serve(worker: Worker) -> None:
+        worker.state, worker.policy_version = WorkerState.HEALTHY, 0
+        await fleet.notify()
+
+    fleet.catch_up = serve
+    for worker in fleet.serving:
+        await serve(worker)
