@@ -35,8 +35,7 @@ from cluster.types import GroupHeader, StepRecord, StepResult, TrajectoryGroup
 if TYPE_CHECKING:
     from learners.group import LearnerGroup
 
-NUM_SHOWN_GROUPS = 2
-KEEP_ENDED_S = 30 * 24 * 3600.0
+NUM_SHOWN_GROUPS, KEEP_ENDED_S = 2, 30 * 24 * 3600.0
 TOO_OLD = "too_old"
 SKIPPED = "skipped_step"
 LOST_WEIGHTS = "lost_weights"
@@ -109,8 +108,6 @@ class Bookkeeping:
         are not: they are sampled again, so that the run goes on as if it had never stopped. Raises
         `StageError` when there are checkpoints and none is whole.
         """
-        self.step = self.policy_version = 0
-        state = self.state(CurriculumState(), {})
         latest = await asyncio.to_thread(self.store.latest)
         if latest is None and self.has_checkpoint:
             raise StageError(
@@ -118,7 +115,10 @@ class Bookkeeping:
                 f"every checkpoint in {self._run.checkpoints} is damaged (now *.corrupt), so there "
                 "is nothing to go on from: start a new run with --run NEW",
             )
-        if latest is not None:
+        if latest is None:
+            self.step = self.policy_version = 0
+            state = self.state(CurriculumState(), {})
+        else:
             path, state = latest
             if state.config_hash != config_hash(self._config):
                 raise ConfigError(

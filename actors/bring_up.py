@@ -9,6 +9,7 @@ controller.
 import asyncio
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import ray
 
@@ -146,14 +147,12 @@ async def _start_parts(
         RewardHome(run, placement, buffer_url, observer.event, str(policy.directory))
     )
     buffered = await asyncio.to_thread(BufferedGroups.of, config, run.buffer_id, buffer_url)
+    admin = await asyncio.to_thread(RewardAdmin, rewards, buffered)
+    scaling = FleetScaling(run.buffer_id, fleet, placement, admin.door, observer.event)
+    admin.door.serve("fleet", scaling.carry_out, refusal="scale_refused")
 
-    async def start_rewards() -> RewardAdmin:
-        train_tasks, _ = await reading
-        admin = await asyncio.to_thread(RewardAdmin, rewards, train_tasks, buffered)
-        scaling = FleetScaling(run.buffer_id, fleet, placement, admin.door, observer.event)
-        admin.door.serve("fleet", scaling.carry_out, refusal="scale_refused")
-        await admin.start()
-        return admin
+    async def start_rewards() -> None:
+        await admin.start((await reading)[0])
 
     async def load_learner() -> LearnerGroup:
         return await LearnerGroup.start(
@@ -187,9 +186,18 @@ async def _start_parts(
             observer.phase("starting", "waiting for the engines", 0.0)
         return learner, metrics
 
-    (learner, warm_metrics), _, admin = await asyncio.gather(
-        start_learner(), fleet.start(), start_rewards()
-    )
+    learning = asyncio.create_task(start_learner())
+    begun: list[asyncio.Task[Any]] = [
+        learning, asyncio.create_task(fleet.start()), asyncio.create_task(start_rewards()),
+    ]  # fmt: skip
+    try:
+        await asyncio.gather(*begun)
+    except BaseException:
+        for part in begun:  # or it takes the end of its actors for a loss
+            part.cancel()
+        await asyncio.gather(*begun, return_exceptions=True)
+        raise
+    learner, warm_metrics = learning.result()
     train_tasks, eval_tasks = reading.result()
     sampling = Sampling(
         config.rollout.max_new_tokens, config.rollout.temperature, [policy.stop_token_id]

@@ -170,12 +170,13 @@ class RolloutFleet:
         """Wait for a worker that can serve, through all tries to replace one. Raises `StageError`
         as soon as none is to come.
         """
+        try_s = self._config.resources.start_timeout_s + self._config.sync.timeout_s
         async with self._changed:
             await within(
                 self._changed.wait_for(lambda: self._healthy or not self.has_hope),
                 stage="rollout",
                 what="a healthy rollout worker",
-                deadline_s=MAX_RESTARTS * self._config.resources.start_timeout_s,
+                deadline_s=MAX_RESTARTS * try_s,
                 knob="resources.start_timeout_s",
             )
         if not self.has_hope:

@@ -35,11 +35,11 @@ log = logging.getLogger(__name__)
 class RewardAdmin:
     """Serves requests `rewards.<command>` for one run."""
 
-    def __init__(self, pool: RewardPool, tasks: list[Task], buffered: BufferedGroups) -> None:
+    def __init__(self, pool: RewardPool, buffered: BufferedGroups) -> None:
         home = pool.home
         self._pool = pool
         self._run = home.run
-        self._tasks = tasks
+        self._tasks: list[Task] = []  # of training: what rubrics check themselves on
         self._buffered = buffered
         self._on_event = home.on_event
         self._origin = _plain(home.placement.config.rewards.verifiers)
@@ -60,8 +60,9 @@ class RewardAdmin:
             "rewards.swap": self._swap,
         }
 
-    async def start(self) -> None:
+    async def start(self, tasks: list[Task]) -> None:
         """Bring the rubric up that was last live, or the config's, and open the door."""
+        self._tasks = tasks
         known = await asyncio.to_thread(reward_state.load, self._run.path)
         if known is not None and known.origin == self._origin:
             self._state = known

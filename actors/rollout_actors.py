@@ -84,6 +84,8 @@ class RolloutActors:
         prepared: Future[None] = self.standby.prepare.remote().future()
         prepared.add_done_callback(self._note_prepared)
         self.prepared = prepared
+        if self._on_event is not None:
+            self._on_event("standby_started")
 
     def _note_prepared(self, prepared: Future[None]) -> None:
         """In a thread of Ray."""

@@ -31,7 +31,7 @@ from actors.supervisor import Supervisor
 from cluster import config_file, environment, ray_token, status
 from cluster.config import Config
 from cluster.embedded_redis import EmbeddedRedis
-from cluster.errors import ConfigError, HoneError, StageError, StartLostError
+from cluster.errors import ConfigError, DeadlineError, HoneError, StageError, StartLostError
 from cluster.ledger import Ledger
 from cluster.owned_folder import PREFIX, owned
 from cluster.redis_client import buffer_url, connect
@@ -76,7 +76,14 @@ def _run(config: Config, run_dir: RunDir, address: str, url: str | None) -> int:
     with ExitStack() as stack:
         interrupt = stack.enter_context(interrupts())
         _announce(config, run_dir, "starting Redis", 0.5)
-        server = None if url else stack.enter_context(EmbeddedRedis(run_dir.redis))
+        server = None if url else EmbeddedRedis(run_dir.redis, lambda: bool(interrupt))
+        try:
+            if server is not None:
+                stack.enter_context(server)
+        except DeadlineError:
+            if interrupt:
+                return INTERRUPTED
+            raise
         if run_dir.weights.name.startswith(PREFIX):  # in memory
             stack.enter_context(owned(run_dir.weights))
         stack.callback(_remove_weights, run_dir)

@@ -161,6 +161,8 @@ def _held(claim: Claim, result: Tested) -> Row:
     measured = [str(result)]
     measured += [f"{name} {result.figures.get(name, float('nan')):.3g}" for name in claim.limits]
     within = all(result.figures.get(name, math.inf) <= top for name, top in claim.limits.items())
+    if any(result.figures.get(name, 0.0) > top for name, top in claim.limits.items()):
+        return judged(claim.claim, "; ".join(measured), claim.bound, False, result.why)
     return row_of(claim.claim, result, "; ".join(measured), claim.bound, within)
 
 

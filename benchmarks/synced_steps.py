@@ -43,13 +43,16 @@ def sync_times(run: RunDir) -> dict[int, float]:
 
 
 def num_beside_standby(run: RunDir) -> int:
-    """First steps that began before a worker was prepared (event `standby_ready`); 0 where none is
-    known to have been.
+    """First steps that began before a worker was prepared (event `standby_ready`): 0 where none was
+    to be, all where the one that was begun never was.
     """
-    ready = [event.time for event in run.read_events() if event.kind == "standby_ready"]
+    events = run.read_events()
+    ready = [event.time for event in events if event.kind == "standby_ready"]
     synced_at = sync_times(run)
-    if not ready or not synced_at:
+    if not synced_at or not any(event.kind.startswith("standby_") for event in events):
         return 0
+    if not ready:
+        return max(synced_at)
     after = [version for version, when in synced_at.items() if when >= ready[0]]
     return min(after, default=max(synced_at))
 

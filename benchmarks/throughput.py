@@ -211,7 +211,7 @@ def waited(turns: Mapping[str, Turn]) -> Row:
         "share of the time that the learner waits, long-tailed lengths",
         ", ".join(
             f"{mode} {turn.waits:.0%}"
-            + ("" if turn.ranks_idle is None else f" (ranks idle {turn.ranks_idle:.0%})")
+            + ("" if turn.ranks_idle is None else f" (ranks' own view {turn.ranks_idle:.0%})")
             for mode, turn in turns.items()
         ),
         f"async below {WAIT:.0%}",

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -32,7 +33,8 @@ from cluster.redis_program import server_program
 _STAGE = "embedded redis"
 _POLL_S = 0.02
 _ANSWER_S = 3.0  # of one that runs
-_START_S = 60.0  # with the data of a long run to load
+_START_S = 60.0
+_TRY_S = 10.0  # of a start that may be given up in between
 _LOCK_DEADLINE_S = 10.0  # for a server that is about to end
 _STOP_DEADLINE_S = 5.0
 _LAUNCH_DEADLINE_S = 10.0
@@ -76,7 +78,8 @@ class EmbeddedRedis:
     has died, `start` brings it back with its data, at the same address: its clients know no other.
     """
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, is_unwanted: Callable[[], bool] = lambda: False) -> None:
+        self._is_unwanted = is_unwanted  # asked while it loads its data
         self._data_dir = data_dir
         self._password = secrets.token_urlsafe(24)
         self._port = 0
@@ -137,16 +140,18 @@ class EmbeddedRedis:
 
     def __enter__(self) -> Self:
         """Also one that loads for long, as long as a run would wait for it."""
-        deadline = time.monotonic() + OUTAGE_S
+        started = time.monotonic()
         try:
             while True:
                 try:
-                    self.start(_START_S)
+                    self.start(_TRY_S)
                     return self
                 except DeadlineError as error:
                     is_loading = isinstance(error.__cause__, redis.BusyLoadingError)
-                    if not is_loading or time.monotonic() > deadline:
+                    waited_s = time.monotonic() - started
+                    if self._is_unwanted() or waited_s > (OUTAGE_S if is_loading else _START_S):
                         raise
+                    _log.warning("Redis is not up yet after %.0f s: %s", waited_s, error)
         except BaseException:
             self.stop()
             raise

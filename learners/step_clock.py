@@ -1,7 +1,7 @@
 """How long the ranks work on a step, and how long the step is.
 
-Invariant: what a rank waits for (groups, the others' end of a step) is not work; what it does
-between two groups of one step counts as waiting. Owned by the learner.
+Invariant: work is gradients and the update, waits for other ranks in their collectives included;
+what a rank does for others besides (exports, probes, saves) is not. Owned by the learner.
 """
 
 import time

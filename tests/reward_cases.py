@@ -162,9 +162,9 @@ async def house(
     buffer = ReplayBuffer(
         connect(url), name, capacity_groups=1024, lease_s=60.0, max_deliveries=3
     )  # fmt: skip
-    admin = RewardAdmin(pool, [task(i) for i in range(100, 108)], buffered)
+    admin = RewardAdmin(pool, buffered)
     holder.append(House(run, pool, admin, buffer))
-    await admin.start()
+    await admin.start([task(i) for i in range(100, 108)])
     try:
         yield holder[0]
     finally:

@@ -293,13 +293,16 @@ def test_disk_full_is_unavailability_and_a_wrong_command_is_a_bug() -> None:
 def test_data_that_take_longer_to_load_than_a_start_may_are_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with EmbeddedRedis(tmp_path) as server:
-        connect(server.url).mset({f"key-{i}": i for i in range(30)})
-        for i in range(30):
-            connect(server.url).set(f"key-{i}", -i)
-    slow = embedded_redis._CONFIG + "key-load-delay 50000\n"
-    monkeypatch.setattr(embedded_redis, "_CONFIG", slow)
+    with EmbeddedRedis(tmp_path) as server, connect(server.url).pipeline() as pipeline:
+        for i in range(8192):  # it answers once in 1024 of them
+            pipeline.set(f"key-{i}", -i)
+        pipeline.execute()
+    slow = "key-load-delay 200\n"
+    monkeypatch.setattr(embedded_redis, "_CONFIG", embedded_redis._CONFIG + slow)
     monkeypatch.setattr(embedded_redis, "_START_S", 0.5)
+    monkeypatch.setattr(embedded_redis, "_TRY_S", 0.5)
+    with pytest.raises(DeadlineError, match="loading"), EmbeddedRedis(tmp_path, lambda: True):
+        pass
     started = time.monotonic()
     with EmbeddedRedis(tmp_path) as server:
         assert time.monotonic() - started > 0.5, "it was not slow"

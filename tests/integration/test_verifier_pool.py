@@ -190,8 +190,8 @@ async def test_pools_in_a_live_rubric_have_their_own_imports_and_are_swapped(
         )
         pool = RewardPool(home)
         tasks = [group("tasks").task]
-        admin = RewardAdmin(pool, tasks, BufferedGroups.of(config, "demo", server.url))
-        await admin.start()
+        admin = RewardAdmin(pool, BufferedGroups.of(config, "demo", server.url))
+        await admin.start(tasks)
         client = ControlClient(run)
 
         async def swap(verifiers: dict[str, Any]) -> Any:

@@ -151,7 +151,10 @@ def test_stages_alone_are_measured_before_and_after_the_runs() -> None:
 def test_what_ranks_say_stands_beside_what_the_controller_sees() -> None:
     turns = {"sync": turn(1.0, waits=0.4), "async": turn(1.0, waits=0.04, ranks_idle=0.21)}
     row = throughput.waited(turns)
-    assert (row.measured, row.verdict) == ("sync 40%, async 4% (ranks idle 21%)", "holds")
+    assert (row.measured, row.verdict) == (
+        "sync 40%, async 4% (ranks' own view 21%)",
+        "holds",
+    )
 
 
 def test_the_slower_stage_bounds_a_step() -> None:
