@@ -16,11 +16,11 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 
-from benchmarks.chaos import KINDS, LiveRun, Recovery, RunEndedError, two_kinds
+from benchmarks.chaos import KINDS, POLL_S, LiveRun, Recovery, RunEndedError, two_kinds
 from benchmarks.show import Row, judged
 
 RATE_TIMES_STEPS = 8e-3  # learner.lr times the steps: enough to learn most, not all
-PAUSE_S = (1.0, 4.0)  # between a recovery and the next kill
+PAUSE_S, PAUSE_STEPS = (1.0, 4.0), 4  # between a recovery and the next kill, at most
 END_S = 3600.0
 NOISE = 3.0  # standard errors
 PAIR_SHARE, AGAIN_SHARE = 0.3, 0.2  # of the kills, once each kind had its turn
@@ -81,7 +81,7 @@ def kill_until_done(hurt: LiveRun, steps: int) -> list[Recovery]:
     recoveries: list[Recovery] = []
     with suppress(RunEndedError):
         while hurt.num_steps < steps - 5:
-            time.sleep(random.uniform(*PAUSE_S))
+            _pause(hurt)
             if unhurt(recoveries):
                 recoveries.append(hurt.hurt(random.choice(least_hurt(recoveries))))
             elif (share := random.random()) < PAIR_SHARE:
@@ -104,6 +104,14 @@ def least_hurt(recoveries: Sequence[Recovery]) -> list[str]:
     times = Counter(recovery.kind for recovery in recoveries)
     fewest = min(times[kind] for kind in KINDS)
     return [kind for kind in KINDS if times[kind] == fewest]
+
+
+def _pause(hurt: LiveRun) -> None:
+    """Not for long where steps are fast, or there would be none left for the last kinds."""
+    ends_at = time.monotonic() + random.uniform(*PAUSE_S)
+    last = hurt.num_steps + PAUSE_STEPS
+    while time.monotonic() < ends_at and hurt.num_steps < last:
+        time.sleep(POLL_S)
 
 
 def within_noise(calm: LiveRun, hurt: LiveRun) -> Row:
