@@ -136,8 +136,9 @@ async def test_the_few_that_are_left_do_not_get_all_groups(
 
 async def test_nobody_is_replaced_while_the_learner_works(fleet: RolloutFleet) -> None:
     """And who wants a group meanwhile is not told that replacing takes too long."""
-    resources = fleet._config.resources.model_copy(update={"start_timeout_s": 0.1})
-    fleet._config = fleet._config.model_copy(update={"resources": resources})
+    resources = fleet._config.resources.model_copy(update={"start_timeout_s": 0.05})
+    sync = fleet._config.sync.model_copy(update={"timeout_s": 0.05})
+    fleet._config = fleet._config.model_copy(update={"resources": resources, "sync": sync})
     fleet.may_load.clear()
     for worker in fleet.workers:
         fleet.bury(worker, worker.handle, "did not sleep")
