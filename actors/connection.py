@@ -28,7 +28,7 @@ JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 NODE_S, TOO_LATE = 30, "timed out during startup"  # Ray's own limit and words (2.60)
 NUM_TRIES = 2
 # Of workers, in a Ray of one's own: below Ray's own processes, and with room for what steps back
-# from them (`actors.standby`), of which Ray's default, 15, leaves little.
+# from them (`actors.engine_imports`), of which Ray's default, 15, leaves little.
 NICENESS = 5
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # kept from run to run
 logger = logging.getLogger(__name__)

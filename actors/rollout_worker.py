@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from ray.actor import exit_actor
 
-from actors import standby
+from actors import engine_imports
 from actors.placement import EngineSettings
 from actors.programs import PROGRAMS
 from actors.rollout import Completion, RolloutProgram, RolloutRequest, Sampling
@@ -40,10 +40,10 @@ class RolloutWorker:
         """Stand by: returns when all imports of `start` are done. Where the node has no memory to
         spare the actor leaves.
         """
-        if not standby.has_room():
+        if not engine_imports.has_room():
             exit_actor()
         with boundary("rollout"):
-            await asyncio.to_thread(standby.prepare)
+            await asyncio.to_thread(engine_imports.prepare, engine_imports.PATIENT)
         self._is_prepared = True
 
     async def is_prepared(self) -> bool:
@@ -134,6 +134,8 @@ class EngineIO:
 
 
 def _load(settings: EngineSettings) -> tuple[Any, Any]:
+    if not settings.is_gpu:
+        engine_imports.prepare()
     from transformers import AutoTokenizer
 
     from actors.vllm_engine import VllmEngine

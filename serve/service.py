@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from actors import engine_imports
 from actors.openai_reply import Api, Reply, Trace
 from actors.placement import EngineSettings
 from cluster import status as run_status
@@ -67,16 +68,22 @@ class _Visit:
 
 async def start_engine(settings: EngineSettings) -> "OpenAIEngine":
     """An engine loads in a thread: requests on the others go on."""
-    from actors.openai_engine import OpenAIEngine
-
     with boundary("endpoint"):
-        engine = await asyncio.to_thread(OpenAIEngine, settings)
+        engine = await asyncio.to_thread(_load, settings)
         try:
             await engine.start()
         except BaseException:
             engine.shutdown()
             raise
     return engine
+
+
+def _load(settings: EngineSettings) -> "OpenAIEngine":
+    if not settings.is_gpu:
+        engine_imports.prepare()
+    from actors.openai_engine import OpenAIEngine
+
+    return OpenAIEngine(settings)
 
 
 class PolicyService:

@@ -1,5 +1,5 @@
-"""What a stand-by imports ahead of need disturbs nobody, and its engines get the settings of the
-process that starts them.
+"""What a stand-by imports ahead of need disturbs nobody, and engines that are copies of a fork
+server get the settings of the process that starts them.
 """
 
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.standby import PATIENCE, EngineContext, import_patiently
+from actors.engine_imports import PATIENT, EngineContext, import_all
 
 VARIABLE = "HONE_TEST_EXIT_CODE"
 
@@ -19,15 +19,15 @@ def test_only_the_imports_step_back(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "imported_patiently.py").write_text(lines)
     monkeypatch.syspath_prepend(tmp_path)
     before = os.getpriority(os.PRIO_PROCESS, 0)
-    import_patiently(["imported_patiently"])
+    import_all(["imported_patiently"], PATIENT)
     imported = sys.modules.pop("imported_patiently")
-    assert before + PATIENCE == imported.NICENESS
+    assert before + PATIENT == imported.NICENESS
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
 
 def test_an_import_that_fails_is_not_kept_quiet() -> None:
     with pytest.raises(ModuleNotFoundError, match="there_is_none"):
-        import_patiently(["there_is_none"])
+        import_all(["there_is_none"], 0)
 
 
 def test_an_engine_has_the_environment_of_the_process_that_starts_it(
