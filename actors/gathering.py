@@ -63,6 +63,7 @@ class Gathering:
         self._num_unreadable = 0
         self._see_groups()
         intake = self._intake(curriculum)
+        await self._discard(intake, intake.strays)
         batches = intake.offer([])
         num_taken = 0
         while True:

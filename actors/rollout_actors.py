@@ -89,8 +89,9 @@ class RolloutActors:
 
     def _note_prepared(self, prepared: Future[None]) -> None:
         """In a thread of Ray."""
-        if self._on_event is not None and prepared.exception() is None:
-            self._on_event("standby_ready")
+        if self._on_event is not None:
+            is_ready = not prepared.cancelled() and prepared.exception() is None
+            self._on_event("standby_ready" if is_ready else "standby_ended")
 
     def take_over(self) -> None:
         """From a controller that died: the one that stands by. Those that it had handed out end,

@@ -37,6 +37,7 @@ TITLES = {  # of processes
     "learner": "ray::LearnerRank", "rollout": "ray::RolloutWorker", "reward": "ray::RewardWorker",
 }  # fmt: skip
 COMING_UP_S = 5.0  # at most, until one that comes up is killed, too
+NOTICE_S = 10.0  # until a killed one was nobody's
 RECOVERY_S = 480.0
 START_S = 600.0  # on a machine that others use, too
 END_S = 30.0
@@ -178,20 +179,24 @@ class LiveRun:
 
     def hurt(self, *kinds: str, then: str = "") -> Recovery:
         """Kill -9 one process of each kind at once, or stop it for good (`rollout_hang`), and wait
-        until the run works again; a process of kind `then` is killed while it comes up, and has to
-        be missed.
+        until the run works again; a process of kind `then` is killed while it comes up, and another
+        one, until the run has missed one.
         """
         pids = {kind: self._victim(kind) for kind in kinds}
-        known, num_deaths = self._titled(then), self._num_deaths()
+        known = self.pids(then) if then == "rollout" else self._titled(then)
+        num_deaths = self._num_deaths()
         for kind, pid in pids.items():
             os.kill(pid, signal.SIGSTOP if kind.endswith(HANG) else signal.SIGKILL)
         started = time.monotonic()
-        if then:
-            self._kill_newcomer(then, known)
+        while then and self._num_deaths() < num_deaths + 2:
+            self.check()
+            if time.monotonic() - started > RECOVERY_S:
+                raise TimeoutError(f"no {then} that came up was missed: {self.tail()}")
+            known |= self._kill_newcomer(then, known)
+            self._wait_for_deaths(num_deaths + 2)
         commits = Commits(self.run.ledger)
         replaced_s = working_s = 0.0
-        is_missed = not then
-        while not (replaced_s and working_s and is_missed):
+        while not (replaced_s and working_s):
             self.check()
             now_s = time.monotonic() - started
             if now_s > RECOVERY_S:
@@ -200,7 +205,6 @@ class LiveRun:
                 replaced_s = now_s
             if not working_s and commits.count() >= 2:
                 working_s = now_s  # the first may have begun before the kill
-            is_missed = is_missed or self._num_deaths() >= num_deaths + 2
             time.sleep(POLL_S)
         return Recovery("+".join(kinds) + (f">{then}" if then else ""), replaced_s, working_s)
 
@@ -213,9 +217,9 @@ class LiveRun:
                     found.add(pid)
         return found
 
-    def _kill_newcomer(self, kind: str, known: set[int]) -> None:
-        """Of rollout workers all that are there: the one that stood by may be coming up, and the
-        newcomer be the next to stand by, which nobody would miss.
+    def _kill_newcomer(self, kind: str, known: set[int]) -> set[int]:
+        """Who was killed; of rollout workers all that are there: the one that stood by may be
+        coming up, and the newcomer be the next to stand by, which nobody would miss.
         """
         deadline = time.monotonic() + RECOVERY_S
         while not (new := self._titled(kind) - known):
@@ -224,9 +228,16 @@ class LiveRun:
                 raise TimeoutError(f"no new {kind} to kill: {self.tail()}")
             time.sleep(POLL_S)
         time.sleep(random.uniform(0.0, COMING_UP_S))
-        for pid in self._titled(kind) if kind == "rollout" else {max(new)}:
+        killed = self._titled(kind) if kind == "rollout" else {max(new)}
+        for pid in killed:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        return killed
+
+    def _wait_for_deaths(self, count: int) -> None:
+        ends_at = time.monotonic() + NOTICE_S
+        while self._num_deaths() < count and time.monotonic() < ends_at:
+            time.sleep(POLL_S)
 
     def _num_deaths(self) -> int:
         """That the run has noticed."""

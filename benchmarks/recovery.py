@@ -24,6 +24,7 @@ PAUSE_S, PAUSE_STEPS = (1.0, 4.0), 4  # between a recovery and the next kill, at
 END_S = 3600.0
 NOISE = 3.0  # standard errors
 PAIR_SHARE, AGAIN_SHARE = 0.3, 0.2  # of the kills, once each kind had its turn
+TWO_AT_ONCE, COMING_UP = "two at once", "one that comes up"
 # The second dies while it comes up after the first.
 AGAIN = [("controller", kind) for kind in ("learner", "rollout", "reward")] + [("learner",) * 2]
 # Seconds until work goes on and who was lost is replaced, of a tiny policy on CPU
@@ -65,38 +66,51 @@ def rows(steps: int) -> Iterator[Row]:
             f"after the run works again, through {steps} steps; " + ", ".join(options[1:]),
             f"{len(recoveries)} times, {audit.steps} steps; {audit.num_sampled} groups sampled, "
             f"{audit.num_used} used once, {audit.num_waiting} waiting, dropped: {dropped}",
-            "each kind at least once; finishes; ledger, buffer and checkpoints agree",
-            audit.is_sound and audit.steps == steps and not unhurt(recoveries),
-            "; ".join([*audit.faults, *(f"{kind} was never hurt" for kind in unhurt(recoveries))]),
+            f"each kind at least once, {TWO_AT_ONCE}, {COMING_UP}; finishes; ledger, buffer and "
+            "checkpoints agree",
+            audit.is_sound and audit.steps == steps and not missing(recoveries),
+            "; ".join([*audit.faults, *(f"never hurt: {kind}" for kind in missing(recoveries))]),
         )
         yield within_noise(calm, hurt)
         yield recovery_table(recoveries)
 
 
 def kill_until_done(hurt: LiveRun, steps: int) -> list[Recovery]:
-    """Every kind once in random order, then one of those that were hurt least, or two at once, or
-    one that comes up, until the end is near. A run that comes to its end before its last recovery
-    was seen has none.
+    """Every kind once in random order, two at once, and one of each process that comes up, then one
+    of those that were hurt least, or two at once, or one that comes up, until the end is near. A
+    run that comes to its end before its last recovery was seen has none.
     """
     recoveries: list[Recovery] = []
     with suppress(RunEndedError):
         while hurt.num_steps < steps - 5:
             _pause(hurt)
-            if unhurt(recoveries):
-                recoveries.append(hurt.hurt(random.choice(least_hurt(recoveries))))
-            elif (share := random.random()) < PAIR_SHARE:
-                recoveries.append(hurt.hurt(*two_kinds()))
-            elif share < PAIR_SHARE + AGAIN_SHARE:
-                first, second = random.choice(AGAIN)
-                recoveries.append(hurt.hurt(first, then=second))
-            else:
-                recoveries.append(hurt.hurt(random.choice(least_hurt(recoveries))))
+            kinds, then = next_harm(recoveries)
+            recoveries.append(hurt.hurt(*kinds, then=then))
     return recoveries
 
 
-def unhurt(recoveries: Sequence[Recovery]) -> list[str]:
-    """Kinds that were never hurt by themselves."""
-    return sorted(set(KINDS) - {recovery.kind for recovery in recoveries})
+def next_harm(recoveries: Sequence[Recovery]) -> tuple[tuple[str, ...], str]:
+    """Which kinds at once, and which as it comes up."""
+    known = {recovery.kind for recovery in recoveries}
+    share = random.random()
+    alone = (random.choice(least_hurt(recoveries)),)
+    if not known.issuperset(KINDS):
+        return alone, ""
+    if TWO_AT_ONCE in missing(recoveries) or share < PAIR_SHARE:
+        return two_kinds(), ""
+    left = [(first, second) for first, second in AGAIN if f"{first}>{second}" not in known]
+    if left or share < PAIR_SHARE + AGAIN_SHARE:
+        first, second = random.choice(left or AGAIN)
+        return (first,), second
+    return alone, ""
+
+
+def missing(recoveries: Sequence[Recovery]) -> list[str]:
+    """Kinds that were never hurt by themselves, and what else each run has to go through."""
+    kinds = {recovery.kind for recovery in recoveries}
+    left = sorted(set(KINDS) - kinds)
+    left += [] if any("+" in kind for kind in kinds) else [TWO_AT_ONCE]
+    return left + ([] if any(">" in kind for kind in kinds) else [COMING_UP])
 
 
 def least_hurt(recoveries: Sequence[Recovery]) -> list[str]:
@@ -156,7 +170,7 @@ def recovery_table(recoveries: list[Recovery]) -> Row:
         if median(recovery.whole_s for recovery in found) > target_s:
             late.append(kind)
     targets = ", ".join(f"{kind} {seconds}" for kind, seconds in TARGETS_S.items())
-    never = unhurt(recoveries)
+    never = missing(recoveries)
     return judged(
         "recovery, medians",
         "; ".join(lines),

@@ -43,11 +43,12 @@ def sync_times(run: RunDir) -> dict[int, float]:
 
 
 def num_beside_standby(run: RunDir) -> int:
-    """First steps that began before a worker was prepared (event `standby_ready`): 0 where none was
-    to be, all where the one that was begun never was.
+    """First steps that began while a worker was being prepared (until event `standby_ready`, or
+    `standby_ended` where there was no room for it): 0 where none was, all where neither came.
     """
     events = run.read_events()
-    ready = [event.time for event in events if event.kind == "standby_ready"]
+    over = ("standby_ready", "standby_ended")
+    ready = [event.time for event in events if event.kind in over]
     synced_at = sync_times(run)
     if not synced_at or not any(event.kind.startswith("standby_") for event in events):
         return 0

@@ -59,7 +59,7 @@ class Case:
 
 LONG = Case(
     "long", "long-tailed completions (geometric, cut at 256 tokens)",
-    256, 18, 12, 5, (128, 32), 1, 4.0,
+    256, 18, 12, 5, (128, 32), 2, 4.0,
 )  # fmt: skip
 SHORT = Case(
     "short", "short completions (at most 16 tokens)",
@@ -121,7 +121,10 @@ def write_tasks(config: Config, path: Path) -> None:
 
 def against_trl(bench: Bench, case: Case, quick: bool) -> Iterator[Row]:
     age, num_samples = bench.default_age(), _samples_per_step(bench.config([]))
-    claim = f"samples/s against TRL's GRPOTrainer, {case.name}, {num_samples} a step"
+    claim = (
+        f"samples/s against TRL's GRPOTrainer, {case.name}, {num_samples} a step; of Hone without "
+        f"the first {case.num_first} steps and those beside which a worker is prepared to stand by"
+    )
     try:
         trl_environment.environment()
     except StageError as error:
@@ -208,7 +211,7 @@ def overlapped(
 
 def waited(turns: Mapping[str, Turn]) -> Row:
     return judged(
-        "share of the time that the learner waits, long-tailed lengths",
+        "share of the time that the learner waits for groups, long-tailed lengths",
         ", ".join(
             f"{mode} {turn.waits:.0%}"
             + ("" if turn.ranks_idle is None else f" (ranks' own view {turn.ranks_idle:.0%})")

@@ -104,8 +104,8 @@ def probe_error(report: SyncReport) -> float:
 
 
 def child(worker: Worker, word: str) -> psutil.Process:
-    """The process that the actor of `worker` has started with `word` in its command line."""
-    children = psutil.Process(worker.pid).children()
+    """The process below the actor of `worker` with `word` in its command line."""
+    children = psutil.Process(worker.pid).children(recursive=True)
     [found] = [each for each in children if word in " ".join(each.cmdline())]
     return found
 

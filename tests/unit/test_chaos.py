@@ -98,24 +98,35 @@ def test_a_second_harm_that_nobody_misses_is_no_recovery(
     monkeypatch: pytest.MonkeyPatch, run: LiveRun, start: Start
 ) -> None:
     monkeypatch.setattr(chaos, "RECOVERY_S", 0.5)
+    monkeypatch.setattr(chaos, "NOTICE_S", 0.0)
     monkeypatch.setattr(run, "_is_replaced", lambda *_: True)
     monkeypatch.setattr(Commits, "count", lambda _: 2)
     harmed = [start("ray::Controller") for _ in range(2)]
     monkeypatch.setattr(run, "_victim", lambda _: harmed.pop().pid)
 
-    def notice(deaths: int) -> None:
-        for _ in range(deaths):
-            run.run.append_event("worker_died")
+    tries: list[int] = []
 
-    monkeypatch.setattr(run, "_kill_newcomer", lambda *_: notice(deaths=1))
-    with pytest.raises(TimeoutError, match="no recovery"):
+    def kill(noticed_at: int) -> set[int]:
+        """The first harm is noticed, the second at its `noticed_at`th try."""
+        tries.append(0)
+        if len(tries) in (1, noticed_at):
+            run.run.append_event("worker_died")
+        return set()
+
+    monkeypatch.setattr(run, "_kill_newcomer", lambda *_: kill(noticed_at=0))
+    with pytest.raises(TimeoutError, match="no rollout that came up was missed"):
         run.hurt("controller", then="rollout")
-    monkeypatch.setattr(run, "_kill_newcomer", lambda *_: notice(deaths=2))
+    tries.clear()
+    monkeypatch.setattr(run, "_kill_newcomer", lambda *_: kill(noticed_at=3))
     assert run.hurt("controller", then="rollout").kind == "controller>rollout"
+    assert len(tries) == 3
 
 
 def recoveries(*kinds: str, replaced_s: float = 1.0, working_s: float = 1.0) -> list[Recovery]:
     return [Recovery(kind, replaced_s, working_s) for kind in kinds]
+
+
+TOGETHER = ("redis+reward", "learner>learner")
 
 
 def test_the_next_to_be_hurt_is_one_of_those_hurt_least_by_themselves() -> None:
@@ -127,14 +138,31 @@ def test_the_next_to_be_hurt_is_one_of_those_hurt_least_by_themselves() -> None:
 
 
 def test_a_kind_that_was_only_hurt_beside_others_was_never_hurt() -> None:
-    found = recoveries(*(kind for kind in KINDS if kind != "reward"), "redis+reward")
-    assert recovery.unhurt(found) == ["reward"]
+    found = recoveries(*(kind for kind in KINDS if kind != "reward"), *TOGETHER)
+    assert recovery.missing(found) == ["reward"]
     assert recovery.recovery_table(found).verdict == "falls short"
-    assert recovery.recovery_table(recoveries(*KINDS)).verdict == "holds"
+    assert recovery.recovery_table(recoveries(*KINDS, *TOGETHER)).verdict == "holds"
+
+
+def test_a_run_goes_through_two_at_once_and_each_that_comes_up() -> None:
+    found = recoveries(*KINDS)
+    assert recovery.missing(found) == [recovery.TWO_AT_ONCE, recovery.COMING_UP]
+    assert recovery.recovery_table(found).verdict == "falls short"
+    kinds, then = recovery.next_harm(found)
+    assert (len(kinds), then) == (2, "")
+    found += recoveries("+".join(kinds))
+    seen: set[tuple[str, str]] = set()
+    while len(seen) < len(recovery.AGAIN):
+        (first, *others), then = recovery.next_harm(found)
+        if not others and then:
+            seen.add((first, then))
+            found += recoveries(f"{first}>{then}")
+    assert seen == set(recovery.AGAIN)
+    assert recovery.missing(found) == []
 
 
 def test_a_step_without_the_lost_worker_is_no_recovery_yet() -> None:
-    rest = recoveries(*(kind for kind in KINDS if kind != "rollout"))
+    rest = recoveries(*(kind for kind in KINDS if kind != "rollout"), *TOGETHER)
     late = recovery.recovery_table([*rest, Recovery("rollout", 16.0, 2.0)])
     assert (late.verdict, "late: ['rollout']" in late.why) == ("falls short", True)
     back = recovery.recovery_table([*rest, Recovery("rollout", 14.0, 2.0)])

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from actors.fleet import MAX_CROWD, MAX_RESTARTS, RolloutFleet
+from actors.fleet import MAX_CROWD, MAX_HANGS, MAX_RESTARTS, RolloutFleet
 from actors.fleet_worker import Worker, WorkerState
 from actors.placement import Placement
 from actors.rollout import RolloutRequest, Sampling
 from cluster.config import Config
-from cluster.errors import DeadlineError, StageError
+from cluster.errors import ActorLostError, DeadlineError, StageError
 from cluster.types import Task
 
 NUM_WORKERS = 2
@@ -216,6 +216,46 @@ async def test_a_worker_that_a_sync_holds_up_is_not_the_one_that_hangs(
     assert await asyncio.wait_for(rollouts[1], 1) is held.handle.group, "made again elsewhere"
     assert hangs.repair is not None
     hangs.repair.cancel()
+
+
+async def test_a_group_that_holds_up_two_workers_is_given_up(
+    fleet: RolloutFleet, events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout = fleet._config.rollout.model_copy(update={"timeout_s": 0.05})
+    fleet._config = fleet._config.model_copy(update={"rollout": rollout})
+    fleet.may_load.clear()  # nobody is replaced here
+    monkeypatch.setattr("ray.kill", lambda _handle: None)
+    for worker in fleet.workers:
+        worker.handle = Handle()
+    with pytest.raises(DeadlineError, match=r"rollout\.timeout_s"):
+        await asyncio.wait_for(fleet.rollout(REQUEST), 5)
+    assert events == ["worker_died"] * MAX_HANGS
+    for worker in fleet.workers:
+        assert worker.repair is not None
+        worker.repair.cancel()
+
+
+@pytest.mark.parametrize("num_losses", [1, 2])
+async def test_an_engine_that_is_lost_while_a_run_starts_is_started_once_more(
+    num_losses: int, fleet: RolloutFleet, events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[int] = []
+
+    async def launch(worker: Worker) -> None:
+        launched.append(worker.index)
+        if launched.count(0) <= num_losses and worker.index == 0:
+            raise ActorLostError("rollout", "killed")
+
+    monkeypatch.setattr(fleet.actors, "take_over", lambda: None)
+    monkeypatch.setattr(fleet, "_launch", launch)
+    if num_losses == 1:
+        await fleet.start()
+        await fleet.stop()
+    else:
+        with pytest.raises(ActorLostError):
+            await fleet.start()
+    assert sorted(launched) == [0, 0, 1]
+    assert events == ["worker_died"]
 
 
 async def test_an_error_of_ray_costs_a_try_and_not_the_worker(

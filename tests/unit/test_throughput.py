@@ -109,6 +109,11 @@ def test_steps_beside_which_a_worker_is_prepared_do_not_count(run: RunDir) -> No
     assert (turn.step_s, turn.tokens) == ([3.0, 4.0], 30.0)
 
 
+def test_a_stand_by_without_room_disturbs_until_it_leaves(run: RunDir) -> None:
+    note(run, "standby_ended", 105)
+    assert turn_of(run, num_first=1).step_s == [3.0, 4.0]
+
+
 def test_half_of_the_steps_must_be_left_to_count(run: RunDir) -> None:
     note(run, "standby_ready", 112)
     with pytest.raises(StageError, match="until step 3, which leaves 1 of 4 steps"):
