@@ -13,7 +13,7 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from actors import standby
+from actors import engine_imports
 from actors.fleet_worker import Worker
 from actors.gang import Gang
 from actors.placement import Placement
@@ -165,7 +165,7 @@ def test_no_worker_moves_to_another_node(tiny_config: Config, tmp_path: Path) ->
 
 
 def test_only_where_there_is_memory_to_spare(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standby, "ROOM_BYTES", 0)
-    assert standby.has_room()
-    monkeypatch.setattr(standby, "ROOM_BYTES", 2**60)
-    assert not standby.has_room()
+    monkeypatch.setattr(engine_imports, "ROOM_BYTES", 0)
+    assert engine_imports.has_room()
+    monkeypatch.setattr(engine_imports, "ROOM_BYTES", 2**60)
+    assert not engine_imports.has_room()
