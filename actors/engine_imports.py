@@ -5,8 +5,7 @@ by side: a fork server imports the modules of that process, which is then a copy
 Invariant: nothing here touches weights, caches or a device, so an actor that is prepared can take
 the place of any worker. One that stands by imports before it is needed, and steps back: it gets
 about a quarter of a core that others want, which a thread cannot be freed from again without
-rights, so only one that is prepared is handed out. Called by those who start engines;
-`actors.engine_preload` is its part of the fork server.
+rights. Called by those who start engines; `actors.engine_preload` is its part of the fork server.
 """
 
 import gc

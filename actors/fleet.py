@@ -235,10 +235,11 @@ class RolloutFleet:
         if worker.handle is not None:
             ray.kill(worker.handle)  # what is left of the one it replaces
         await self.may_load.wait()
-        # To start or to replace it, since it last finished a group.
-        is_first_try = worker.num_in_vain == 1 or not self.is_started
-        make = self.actors.replacement if is_first_try else self.actors.make
-        worker.handle = make(worker)
+        worker.handle = (
+            self.actors.replacement(worker, is_last=not self._healthy)
+            if worker.num_in_vain == 1 or not self.is_started  # a first try since its last group
+            else self.actors.make(worker)
+        )
         worker.state = WorkerState.STARTING
         worker.pid = await within(
             worker.handle.start.remote(worker.index, self._settings),

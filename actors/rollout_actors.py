@@ -1,10 +1,10 @@
 """The Ray actors behind a fleet: how they are made, and the one that stands by.
 
-Invariant: an actor is handed out once; the one that stands by belongs to no worker before, and is
-handed out only when it is prepared: until then a new one is sooner up, and has the cores to itself.
-None is handed out where engines have places on several nodes: it would move a worker to another
-one. On a Ray of one's own, which ends with its launcher, it outlives a controller that dies. Owned
-by `actors.fleet`.
+Invariant: an actor is handed out once; the one that stands by belongs to no worker before. While it
+is being prepared it is handed out only where nobody else serves: the learner then waits, and leaves
+it the cores; beside others a new one is sooner up. None is handed out where engines have places on
+several nodes: it would move a worker to another one. On a Ray of one's own, which ends with its
+launcher, it outlives a controller that dies. Owned by `actors.fleet`.
 """
 
 import os
@@ -50,15 +50,17 @@ class RolloutActors:
         options = self._placement.rollout_options(worker.index, worker.place)
         return self._make(f"{worker.index}", worker.num_restarts, options)
 
-    def replacement(self, worker: Worker) -> Any:
-        """The one that stands by, if it is prepared; otherwise a new one, and it ends. Either way
-        `stand_by_again` has another one follow.
+    def replacement(self, worker: Worker, is_last: bool) -> Any:
+        """The one that stands by, if it is prepared or, where `worker` was the last that served,
+        still being; otherwise a new one, and it ends. Either way `stand_by_again` has another one
+        follow.
         """
         standby, prepared = self.standby, self.prepared
         if standby is None or self._num_nodes() > 1:
             return self.make(worker)
         self.standby = self.prepared = None
-        if prepared is not None and prepared.done() and prepared.exception() is None:
+        assert prepared is not None
+        if is_last if not prepared.done() else prepared.exception() is None:
             return standby
         ray.kill(standby)
         return self.make(worker)

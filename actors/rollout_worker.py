@@ -31,7 +31,7 @@ class RolloutWorker:
         self._program: RolloutProgram = plugins.build(
             program.use, program.settings, PROGRAMS, "rollout.program.use"
         )
-        self._is_prepared = False
+        self._is_prepared = self._is_worker = False
         self._engine: Any = None
         self._tokenizer: Any = None
         self._context_length = 0
@@ -48,13 +48,13 @@ class RolloutWorker:
 
     async def is_prepared(self) -> bool:
         """It stands by, and is no worker yet."""
-        return self._is_prepared
+        return self._is_prepared and not self._is_worker
 
     async def start(self, index: int, settings: EngineSettings) -> int:
         """Become worker `index` and load the engine (the long part: importing vllm); returns the
         process id.
         """
-        self._is_prepared = False
+        self._is_worker = True
         log.setup(f"rollout-{index}", self._run_dir)
         with boundary("rollout"):
             self._engine, self._tokenizer = await asyncio.to_thread(_load, settings)

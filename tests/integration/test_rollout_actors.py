@@ -25,13 +25,15 @@ OWNED_S = 5.0  # until Ray has ended what a dead actor owned
 
 
 @pytest.mark.usefixtures("local_ray")
-async def test_who_is_not_prepared_is_not_handed_out(tiny_config: Config, tmp_path: Path) -> None:
+async def test_who_is_not_prepared_is_not_handed_out_beside_others(
+    tiny_config: Config, tmp_path: Path
+) -> None:
     actors = RolloutActors("demo", Placement.of(tiny_config), str(tmp_path))
     worker = Worker(0, None)
     actors.stand_by()
     first, prepared = actors.standby, actors.prepared
     assert prepared is not None
-    new = actors.replacement(worker)
+    new = actors.replacement(worker, is_last=False)
     assert new is not first, "its imports may take as long as others want the cores"
     assert actors.standby is actors.prepared is None, "the new one has them to itself"
     with pytest.raises(RayActorError):
@@ -45,7 +47,7 @@ async def test_who_is_not_prepared_is_not_handed_out(tiny_config: Config, tmp_pa
     with pytest.raises(RayActorError):
         await asyncio.wait_for(asyncio.wrap_future(prepared), PREPARE_S)
     worker.num_restarts += 1
-    ray.kill(actors.replacement(worker))
+    ray.kill(actors.replacement(worker, is_last=True))
     actors.stand_by_again()
     assert actors.standby not in (None, second), "another one follows"
     actors.end()
@@ -90,7 +92,7 @@ class Owner:
         return self._prepared()
 
     def hand_out(self) -> Any:
-        self._actors.replacement(Worker(0, None))
+        self._actors.replacement(Worker(0, None), is_last=True)
         self._actors.stand_by_again()
         return self._prepared()
 
@@ -120,12 +122,12 @@ def test_a_stand_by_outlives_its_controller_and_those_handed_out_do_not(
     assert heir.standby == left
     with pytest.raises(RayActorError):
         ray.get(handed_out.is_prepared.remote(), timeout=PREPARE_S)
-    assert heir.replacement(Worker(0, None)) == left
+    assert heir.replacement(Worker(0, None), is_last=True) == left
     ray.kill(left)
 
 
 def _as_if_started(worker: Any) -> None:
-    worker._is_prepared = False
+    worker._is_worker = True
 
 
 class PlacesOn(Gang):
@@ -155,10 +157,10 @@ def test_no_worker_moves_to_another_node(tiny_config: Config, tmp_path: Path) ->
     assert standby is not None
     actors.prepared.set_result(None)
     gang.places["rollout/1"] = ["c"]  # of a worker that was added
-    new = actors.replacement(Worker(0, None))
+    new = actors.replacement(Worker(0, None), is_last=True)
     assert new is not standby
     del gang.places["rollout/1"]
-    assert actors.replacement(Worker(1, None)) is standby
+    assert actors.replacement(Worker(1, None), is_last=False) is standby
     for handle in (new, standby):
         ray.kill(handle)
     actors.end()

@@ -306,23 +306,30 @@ async def test_an_actor_that_hangs_is_replaced_though_nobody_asks_it_for_anythin
     await rollout(parts, request("after it hung"))
 
 
+@pytest.mark.parametrize("is_ready", [True, False])
 async def test_a_lost_actor_is_replaced_by_the_one_that_stands_by(
-    parts: Parts, record_property: Callable[[str, float], None]
+    parts: Parts, record_property: Callable[[str, float], None], is_ready: bool
 ) -> None:
-    """Its engine comes from the fork server, ends with it, and samples the same bits."""
+    """Also while it is being prepared, as nobody else serves; to a controller that comes later it
+    then stands by no more. Its engine comes from the fork server, and samples the same bits.
+    """
     worker, actors = parts.fleet.workers[0], parts.fleet.actors
     asked = RolloutRequest("lost", TASK, 4, Sampling(24, 1.0, [], 3))
     before = await rollout(parts, asked)
+    actors.end()
     actors.stand_by()
-    standby = actors.standby
-    assert actors.prepared is not None
-    await asyncio.wrap_future(actors.prepared)
+    standby, prepared = actors.standby, actors.prepared
+    assert prepared is not None
+    if is_ready:
+        await asyncio.wrap_future(prepared)
     started = time.monotonic()
     os.kill(worker.pid, signal.SIGKILL)
     after = await asyncio.wait_for(rollout(parts, asked), 120)
     record_property("standby_s", time.monotonic() - started)
     assert worker.handle is standby
     assert worker.state is WorkerState.HEALTHY
+    await asyncio.wait_for(asyncio.wrap_future(prepared), 5)
+    assert not await standby.is_prepared.remote()
     assert actors.standby not in (None, standby), "another one follows"
     for left, right in zip(before.trajectories, after.trajectories, strict=True):
         assert left.token_ids.tolist() == right.token_ids.tolist()
