@@ -83,11 +83,15 @@ class RolloutActors:
             options |= {"lifetime": "detached", "scheduling_strategy": "DEFAULT"}
         self.standby = self._make("standby", self._num_standbys, options)
         self._num_standbys += 1
-        prepared: Future[None] = self.standby.prepare.remote().future()
-        prepared.add_done_callback(self._note_prepared)
-        self.prepared = prepared
         if self._on_event is not None:
             self._on_event("standby_started")
+        self._prepare()
+
+    def _prepare(self, is_under_way: bool = False) -> None:
+        """`standby`; one that another controller has asked before goes on."""
+        prepared: Future[None] = self.standby.prepare.remote(is_under_way).future()
+        prepared.add_done_callback(self._note_prepared)
+        self.prepared = prepared
 
     def _note_prepared(self, prepared: Future[None]) -> None:
         """In a thread of Ray."""
@@ -96,23 +100,22 @@ class RolloutActors:
             self._on_event("standby_ready" if is_ready else "standby_ended")
 
     def take_over(self) -> None:
-        """From a controller that died: the one that stands by. Those that it had handed out end,
-        and who has not answered in `ANSWER_S`.
+        """From a controller that died: the one that stands by, be it prepared or not yet. Those
+        that it had handed out end, and who has not answered in `ANSWER_S`.
         """
         asked: dict[ray.ObjectRef[bool], Any] = {}
         for name in ray.util.list_named_actors():
             if name.startswith(self._name("standby")):
                 with suppress(ValueError):  # it has ended since it was listed
                     actor: Any = ray.get_actor(name)
-                    asked[actor.is_prepared.remote()] = actor
+                    asked[actor.stands_by.remote()] = actor
         answers: list[ray.ObjectRef[bool]] = []
         if asked:
             answers, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
         for answer, actor in asked.items():
             if self.standby is None and answer in answers and _is_true(answer):
                 self.standby = actor
-                self.prepared = Future()
-                self.prepared.set_result(None)
+                self._prepare(is_under_way=True)
             else:
                 ray.kill(actor)
 

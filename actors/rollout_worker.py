@@ -31,24 +31,23 @@ class RolloutWorker:
         self._program: RolloutProgram = plugins.build(
             program.use, program.settings, PROGRAMS, "rollout.program.use"
         )
-        self._is_prepared = self._is_worker = False
+        self._is_worker = False
         self._engine: Any = None
         self._tokenizer: Any = None
         self._context_length = 0
 
-    async def prepare(self) -> None:
+    async def prepare(self, is_under_way: bool = False) -> None:
         """Stand by: returns when all imports of `start` are done. Where the node has no memory to
-        spare the actor leaves.
+        spare for what is not under way yet the actor leaves.
         """
-        if not engine_imports.has_room():
+        if not is_under_way and not engine_imports.has_room():
             exit_actor()
         with boundary("rollout"):
             await asyncio.to_thread(engine_imports.prepare, engine_imports.PATIENT)
-        self._is_prepared = True
 
-    async def is_prepared(self) -> bool:
-        """It stands by, and is no worker yet."""
-        return self._is_prepared and not self._is_worker
+    async def stands_by(self) -> bool:
+        """Prepared or being so, and no worker yet."""
+        return not self._is_worker
 
     async def start(self, index: int, settings: EngineSettings) -> int:
         """Become worker `index` and load the engine (the long part: importing vllm); returns the

@@ -82,34 +82,37 @@ def test_what_a_controller_left_is_asked_all_at_once(
 
 
 class Owner:
-    """Has a stand-by prepared and one handed out, as a controller has."""
+    """Has one that stands by and one handed out, as a controller has."""
 
     def __init__(self, config: Config, run_dir: str) -> None:
         self._actors = RolloutActors("heir", Placement.of(config), run_dir)
 
     def stand_by(self) -> Any:
         self._actors.stand_by()
-        return self._prepared()
+        return self._actors.standby
 
-    def hand_out(self) -> Any:
-        self._actors.replacement(Worker(0, None), is_last=True)
-        self._actors.stand_by_again()
-        return self._prepared()
-
-    def _prepared(self) -> Any:
+    def prepared(self) -> Any:
         assert self._actors.prepared is not None
         self._actors.prepared.result(PREPARE_S)
         return self._actors.standby
 
+    def hand_out(self) -> Any:
+        self._actors.replacement(Worker(0, None), is_last=True)
+        self._actors.stand_by_again()
+        return self._actors.standby
+
 
 @pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("is_ready", [True, False])
 def test_a_stand_by_outlives_its_controller_and_those_handed_out_do_not(
-    tiny_config: Config, tmp_path: Path
+    tiny_config: Config, tmp_path: Path, is_ready: bool
 ) -> None:
     placement = Placement.of(tiny_config)
     owner: Any = ray.remote(Owner).options(num_cpus=0).remote(tiny_config, str(tmp_path))
     handed_out = ray.get(owner.stand_by.remote(), timeout=PREPARE_S)
     left = ray.get(owner.hand_out.remote(), timeout=PREPARE_S)
+    if is_ready:
+        assert ray.get(owner.prepared.remote(), timeout=PREPARE_S) == left
     ray.get(handed_out.__ray_call__.remote(_as_if_started), timeout=PREPARE_S)
     ray.kill(owner)
     time.sleep(OWNED_S)
@@ -121,7 +124,9 @@ def test_a_stand_by_outlives_its_controller_and_those_handed_out_do_not(
     heir.take_over()
     assert heir.standby == left
     with pytest.raises(RayActorError):
-        ray.get(handed_out.is_prepared.remote(), timeout=PREPARE_S)
+        ray.get(handed_out.stands_by.remote(), timeout=PREPARE_S)
+    assert heir.prepared is not None
+    heir.prepared.result(PREPARE_S)
     assert heir.replacement(Worker(0, None), is_last=True) == left
     ray.kill(left)
 

@@ -329,7 +329,7 @@ async def test_a_lost_actor_is_replaced_by_the_one_that_stands_by(
     assert worker.handle is standby
     assert worker.state is WorkerState.HEALTHY
     await asyncio.wait_for(asyncio.wrap_future(prepared), 5)
-    assert not await standby.is_prepared.remote()
+    assert not await standby.stands_by.remote()
     assert actors.standby not in (None, standby), "another one follows"
     for left, right in zip(before.trajectories, after.trajectories, strict=True):
         assert left.token_ids.tolist() == right.token_ids.tolist()
