@@ -44,7 +44,8 @@ class Engines:
     def make(self, _worker: Worker) -> Engine:
         return Engine(self.load_s)
 
-    replacement = make
+    def replacement(self, worker: Worker, is_last: bool) -> Engine:
+        return self.make(worker)
 
     def stand_by_again(self) -> None: ...
 
