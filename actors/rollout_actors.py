@@ -60,7 +60,8 @@ class RolloutActors:
             return self.make(worker)
         self.standby = self.prepared = None
         assert prepared is not None
-        if is_last if not prepared.done() else prepared.exception() is None:
+        is_sooner = prepared.exception() is None if prepared.done() else is_last
+        if is_sooner:
             return standby
         ray.kill(standby)
         return self.make(worker)
